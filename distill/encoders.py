@@ -1,0 +1,117 @@
+"""Students, teachers and bundles behind the one interface that `distill.evaluate` scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from pocketvlm.distill.evaluate import Encoder, Evaluation, evaluate_model
+from pocketvlm.edge.errors import UsageError
+from pocketvlm.edge.preprocess import load_image, stack
+from pocketvlm.edge.tokenizer import Tokenizer
+
+Array = NDArray[Any]
+
+
+class StudentEncoder:
+    """A torch student, both towers its own. Put into eval mode for each call and back afterwards."""
+
+    def __init__(self, student: Any, *, device: torch.device | str = "cpu") -> None:
+        self.student, self.device = student, torch.device(device)
+        self.space_id = student.space_id or ""
+        self._tokenizer = Tokenizer(student.tokenizer_json, student.text_spec)
+
+    def embed_image(self, x: Sequence[Any], /) -> Array:
+        pixels = torch.from_numpy(stack([load_image(image, self.student.image_spec) for image in x]))
+        return self._run(self.student.encode_image, pixels)
+
+    def embed_text(self, x: Sequence[str], /) -> Array:
+        return self._run(self.student.encode_text, torch.from_numpy(self._tokenizer.encode(list(x))))
+
+    def _run(self, encode: Any, batch: torch.Tensor) -> Array:
+        training = self.student.training
+        self.student.eval()
+        try:
+            with torch.inference_mode():
+                output = encode(batch.to(self.device)).embedding
+                return torch.nn.functional.normalize(output.float(), dim=-1).cpu().numpy()
+        finally:
+            self.student.train(training)
+
+
+class TeacherEncoder:
+    """A teacher with its own preprocessing."""
+
+    def __init__(self, teacher: Any) -> None:
+        self.teacher = teacher
+        self.space_id = teacher.space_id
+
+    def embed_image(self, x: Sequence[Any], /) -> Array:
+        pixels = torch.from_numpy(stack([load_image(image, self.teacher.image) for image in x]))
+        with torch.inference_mode():
+            return self.teacher.encode_images(pixels).embedding.float().cpu().numpy()
+
+    def embed_text(self, x: Sequence[str], /) -> Array:
+        with torch.inference_mode():
+            return self.teacher.encode_texts(list(x)).embedding.float().cpu().numpy()
+
+
+def open_encoder(
+    path: str | Path, *, backend: str = "auto", precision: str = "auto", device: str = "auto"
+) -> tuple[str, Encoder]:
+    """(name, encoder) of a run folder, a student folder, or a bundle (folder or .zip).
+
+    Raises:
+        UsageError: the path is none of these.
+    """
+    path = Path(path)
+    if (path / "bundle.json").is_file() or path.suffix == ".zip":
+        from pocketvlm.edge.model import EdgeModel
+
+        model = EdgeModel.load(path, backend=backend, precision=precision)  # type: ignore[arg-type]
+        return f"{model.contract.name} ({backend})", model
+    if (path / "student.json").is_file() or (path / "student" / "student.json").is_file():
+        from pocketvlm.students import load_student
+        from pocketvlm.teachers.device import pick_device
+
+        target = pick_device(device)
+        student = load_student(path).to(target)
+        return student.config.name, StudentEncoder(student, device=target)
+    raise UsageError(
+        f"{path} holds neither bundle.json nor student.json, so there is no model to score; name a bundle, a student "
+        "folder, or the folder of a finished run"
+    )
+
+
+def evaluate_path(
+    model: str | Path,
+    data: str,
+    *,
+    teacher: str | None = None,
+    backend: str = "auto",
+    precision: str = "auto",
+    device: str = "auto",
+    **options: Any,
+) -> Evaluation:
+    """Score what lies at `model` on the data spec `data`, beside the teacher spec `teacher` where one is given.
+
+    options: `templates`, `tags`, `batch_size`, `metrics_wanted` of `evaluate_model`.
+    """
+    from pocketvlm.data import open_data
+    from pocketvlm.teachers import load_teacher
+
+    name, encoder = open_encoder(model, backend=backend, precision=precision, device=device)
+    source = open_data(data)
+    loaded = load_teacher(teacher, device=device) if teacher else None
+    return evaluate_model(
+        encoder,
+        source,
+        teacher=TeacherEncoder(loaded) if loaded else None,
+        name=name,
+        teacher_name=loaded.name if loaded else "teacher",
+        **options,
+    )

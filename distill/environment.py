@@ -1,0 +1,75 @@
+"""The machine and the software that a run happened on, as `environment.json`. No host, user or folder is recorded."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pocketvlm
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "Pillow", "tokenizers", "safetensors", "pydantic")
+
+
+def describe_environment(**extra: Any) -> dict[str, Any]:
+    """Versions, processor, accelerator, the kit's commit (if it runs from a checkout), and `extra`."""
+    import torch
+
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    facts: dict[str, Any] = {
+        "pocketvlm": pocketvlm.__version__,
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "packages": versions,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(
+            [Path(sys.argv[0]).name, *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])]
+        ),
+    }
+    if torch.cuda.is_available():
+        facts["cuda"] = {
+            "device": torch.cuda.get_device_name(0),
+            "version": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+        }
+    return facts | extra
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with "+changes" when files differ; None elsewhere."""
+    folder = Path(__file__).resolve().parent
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"

@@ -1,0 +1,101 @@
+"""Gather the outputs of all ranks, with gradient, so that objectives see the global batch.
+
+Every rank computes the same global loss. The backward of the gather sums the gradients that all ranks send to a row,
+which is W times the wanted one for W ranks, and data parallelism divides by W when it averages parameter gradients:
+together, exactly the gradient of the global loss. Parameters that are used after the gather (logit scale, projectors)
+get the whole gradient on every rank, and averaging leaves it as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pocketvlm.distill.objectives.base import Outputs
+from pocketvlm.edge.errors import UsageError
+
+_ROWS = ("image", "text", "image_features", "text_features")
+_LABELS = ("has_text", "group")
+
+
+def gather_outputs(outputs: Outputs, group: Any = None) -> Outputs:
+    """The outputs of all ranks' batches, concatenated in rank order; ranks may hold different numbers of rows.
+
+    Gathered: image, text, image_features, text_features, taps (with gradient), has_text, group (group ids must be
+    global). Not gathered, because every rank holds the same: logit_scale, logit_bias, bank.
+    Without an initialised process group, or with one rank, `outputs` itself is returned.
+
+    Args:
+        outputs: this rank's. Which fields are None, and the taps' names, must be the same on every rank.
+        group: a torch.distributed process group; None = all ranks.
+
+    Raises:
+        UsageError: the ranks do not hold the same fields and widths (said instead of waiting for ever).
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return outputs
+    rows = {name: getattr(outputs, name) for name in _ROWS} | {f"taps.{k}": v for k, v in sorted(outputs.taps.items())}
+    rows = {name: value for name, value in rows.items() if value is not None}
+    labels = {name: getattr(outputs, name) for name in _LABELS if getattr(outputs, name) is not None}
+    sizes = _agreed_sizes(outputs.image, rows, labels, group)
+
+    dtype = outputs.image.dtype
+    for value in rows.values():
+        dtype = torch.promote_types(dtype, value.dtype)
+    flat = {name: value.to(dtype).flatten(1) for name, value in rows.items()}
+    # one collective for all fields: order on the wire never depends on how autograd walks the graph
+    parts = _Gather.apply(torch.cat(list(flat.values()), dim=1), sizes, group).split(
+        [value.shape[1] for value in flat.values()], dim=1
+    )
+    changed: dict[str, Any] = {
+        name: part.reshape(-1, *rows[name].shape[1:]).to(rows[name].dtype) for name, part in zip(rows, parts)
+    }
+    taps = {name.removeprefix("taps."): changed.pop(name) for name in list(changed) if name.startswith("taps.")}
+    for name, value in labels.items():
+        whole = _all_rows(value.to(torch.int64)[:, None], sizes, group)[:, 0]
+        changed[name] = whole.to(value.dtype)
+    return dataclasses.replace(outputs, taps=taps, **changed)
+
+
+class _Gather(torch.autograd.Function):
+    """[b, d] on each rank -> [sum b, d] on every rank; backward sums over ranks and keeps the own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, sizes: list[int], group: Any) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return _all_rows(local, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        rank = dist.get_rank(ctx.group)
+        start = sum(ctx.sizes[:rank])
+        return gradient[start : start + ctx.sizes[rank]], None, None
+
+
+def _all_rows(local: Tensor, sizes: list[int], group: Any) -> Tensor:
+    """Concatenation in rank order; shorter ranks are padded on the wire only."""
+    padded = local.new_zeros(max(sizes), *local.shape[1:])
+    padded[: len(local)] = local
+    found = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(found, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(found, sizes)])
+
+
+def _agreed_sizes(image: Tensor, rows: dict[str, Tensor], labels: dict[str, Tensor], group: Any) -> list[int]:
+    described = [(name, tuple(value.shape[1:]), str(value.dtype)) for name, value in {**rows, **labels}.items()]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, (len(image), described), group=group)
+    for rank, (_, other) in enumerate(found):
+        if other != found[0][1]:
+            raise UsageError(
+                f"rank {rank} holds outputs {other} but rank 0 holds {found[0][1]}; the ranks would wait for "
+                "each other for ever, so give every rank the same fields (rows without a caption stay, "
+                "masked by has_text)"
+            )
+    return [size for size, _ in found]

@@ -1,0 +1,331 @@
+"""The training loop: one visible loop from a recipe to a student.
+
+Step n draws its pictures, views, captions and texts as a pure function of (seed, n), so the step number is the
+loader's position. A checkpoint holds everything else that decides what comes next: weights, their average,
+projectors, optimizer, loss scaler and random state. A run that is killed and resumed ends with the same loss.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pocketvlm.distill import optim
+from pocketvlm.distill.batches import Order, prefetch
+from pocketvlm.distill.checkpoint import load_checkpoint, save_checkpoint, write_text_atomically
+from pocketvlm.distill.encoders import StudentEncoder
+from pocketvlm.distill.environment import describe_environment
+from pocketvlm.distill.evaluate import Evaluation, embed_questions, score
+from pocketvlm.distill.feed import Feed, Step, build_objectives
+from pocketvlm.distill.gather import gather_outputs
+from pocketvlm.distill.prepare import Prepared, prepare
+from pocketvlm.distill.progress import Reporter
+from pocketvlm.distill.recipe import Recipe
+from pocketvlm.distill.run_folder import CHECKPOINTS, ENVIRONMENT, METRICS, REPORT, STUDENT, MetricsLog, open_run_folder
+from pocketvlm.edge.errors import IntegrityError, PocketvlmError
+from pocketvlm.students import save_student
+from pocketvlm.teachers.device import describe_device, pick_device
+
+CHECKPOINT_SCHEMA = 1
+
+
+class DivergedError(PocketvlmError, ArithmeticError):
+    """A loss or gradient stopped being a number; the checkpoints written before are good."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run. final_loss: of the last step. seconds: spent in steps by this process."""
+
+    folder: Path
+    student: Path
+    report: Path
+    evaluation: Evaluation | None
+    final_loss: float
+    steps: int
+    seconds: float
+
+
+def distill_run(
+    recipe: Recipe, out_dir: str | Path, *, resume: bool = False, overwrite: bool = False, progress: bool = True
+) -> RunResult:
+    """Train the recipe's student into `out_dir`, score it, and write the report.
+
+    resume continues from the last checkpoint there; overwrite deletes an earlier run there first.
+
+    Raises:
+        UsageError: the folder or the recipe cannot be used. DivergedError: the loss is no longer a number.
+        CheckpointWriteError: a full disk (the previous checkpoint is intact).
+    """
+    out = Path(out_dir)
+    checkpoint = open_run_folder(out, recipe, resume=resume, overwrite=overwrite)
+    report = Reporter(progress)
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    device = pick_device(recipe.train.device)
+    prepared = prepare(recipe, report)
+    if checkpoint is None:
+        write_text_atomically(out / ENVIRONMENT, _environment(prepared, device))
+    trainer = Trainer(prepared, device)
+    if checkpoint is not None:
+        trainer.restore(load_checkpoint(checkpoint), checkpoint)
+        report.line(f"continuing after step {trainer.step} from {checkpoint.name}")
+    report.line(trainer.summary())
+    seconds = trainer.train(out, report)
+    with trainer.averaged():
+        save_student(trainer.student, out / STUDENT, overwrite=True)
+        evaluation = trainer.evaluate()
+    if evaluation is not None:
+        evaluation.save(out)
+    from pocketvlm.distill.report import write_report
+
+    write_report(out, prepared.questions, evaluation, licences=prepared.licences)
+    return RunResult(
+        out, out / STUDENT, out / REPORT, evaluation, trainer.last.get("loss", math.nan), trainer.total, seconds
+    )
+
+
+def _environment(prepared: Prepared, device: torch.device) -> str:
+    recipe, teacher = prepared.recipe, prepared.teacher
+    facts = describe_environment(
+        recipe_sha256=recipe.digest(),
+        device=describe_device(device),
+        data={"train": prepared.source.summary(), "text_pool": len(prepared.texts)},
+        teacher={"name": teacher.name, "fingerprint": teacher.fingerprint, "dim": teacher.dim} if teacher else None,
+        licences=[list(row) for row in prepared.licences],
+    )
+    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+
+
+class Trainer:
+    """State of a run. step: steps done so far. total: steps of both phases. last: the row of the last step."""
+
+    def __init__(self, prepared: Prepared, device: torch.device) -> None:
+        recipe = prepared.recipe
+        self.prepared, self.recipe, self.config, self.device = prepared, recipe, recipe.train, device
+        torch.manual_seed(self.config.seed)
+        self.student = prepared.student.to(device)
+        self.order = Order(
+            prepared.samples,
+            batch_size=self.config.batch_size,
+            views=recipe.views.count,
+            seed=self.config.seed,
+            captioned_fraction=self.config.captioned_fraction,
+            text_pool=len(prepared.texts),
+            text_batch=self.config.text_batch,
+        )
+        self.feed = Feed(prepared, self.order, device)
+        self.objectives: nn.ModuleList = build_objectives(prepared).to(device)
+        groups = optim.parameter_groups(self.student, self.objectives, self.config)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.dtype = optim.autocast_dtype(self.config.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type) if self.dtype is torch.float16 else None
+        self.average = optim.Average(self.student, self.config.ema_decay) if self.config.ema_decay else None
+        self.step = 0
+        self.total = self.config.text_pretrain_steps + self.config.steps
+        self.last: dict[str, Any] = {}
+
+    def summary(self) -> str:
+        """One line for people: what is trained, on what, for how long."""
+        pictures = self.prepared.samples
+        captioned = sum(bool(sample.captions) for sample in pictures)
+        size = sum(parameter.numel() for parameter in self.student.parameters())
+        teacher = self.prepared.teacher.name if self.prepared.teacher else "no teacher"
+        return (
+            f"{self.student.config.name} ({size / 1e6:.2f} M parameters), {teacher}: {len(pictures)} pictures "
+            f"({captioned} with captions), {len(self.prepared.texts)} texts, {self.total} steps of "
+            f"{self.order.batch_size} pictures, {describe_device(self.device)}, "
+            f"{str(self.dtype or torch.float32).removeprefix('torch.')}"
+        )
+
+    def train(self, out: Path, report: Reporter) -> float:
+        """All remaining steps, with metrics, evaluations and checkpoints into `out`; returns the seconds taken."""
+        log = MetricsLog(out / METRICS, self.step)
+        started = time.monotonic()
+        try:
+            batches = prefetch(self.feed.make, range(self.step, self.total))
+            every = self.config.log_every
+            with report.stage("training", self.total, done=self.step, every=every) as update:
+                while self.step < self.total:
+                    before = time.monotonic()
+                    batch = next(batches)
+                    waited = time.monotonic() - before
+                    row = self.one_step(batch)
+                    taken = time.monotonic() - before
+                    row |= {"samples_per_s": batch.size / taken, "data_wait_s": waited, "step_s": taken}
+                    if self.step % every == 0 or self.step in (1, self.total):
+                        log.write(row)
+                    self._sometimes(out, log, report)
+                    update(self.step, f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['samples_per_s']:.0f}/s")
+        finally:
+            log.close()
+        return time.monotonic() - started
+
+    def one_step(self, batch: Step) -> dict[str, Any]:
+        """Forward, objectives, backward, update; returns the row of the log."""
+        main = self.step - self.config.text_pretrain_steps
+        optim.apply_freezing(self.student, self.config, max(main, 0))
+        lr = self._set_learning_rate()
+        mixed = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
+        with mixed:
+            outputs = self.feed.forward(self.student, batch)
+        loss, terms = self._loss(outputs, batch, main)
+        if not math.isfinite(value := float(loss.detach())):
+            self._diverged("loss", {name: float(term) for name, term in terms.items()})
+        self.optimizer.zero_grad(set_to_none=True)
+        if loss.requires_grad:
+            (self.scaler.scale(loss) if self.scaler else loss).backward()
+        norm = self._update()
+        self.student.clamp_logit_scale_()
+        if self.average is not None:
+            self.average.update(self.student)
+        self.step += 1
+        self.last = {
+            "step": self.step,
+            "phase": batch.phase,
+            "loss": value,
+            **{f"loss/{name}": float(term) for name, term in terms.items()},
+            "lr": lr,
+            "grad_norm": norm,
+            "logit_scale": float(self.student.logit_scale.detach()),
+        }
+        return self.last
+
+    def _loss(self, outputs: Any, batch: Step, main: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum over objectives of the sums of their terms, and each weighted term by name."""
+        total = torch.zeros((), device=self.device)
+        terms: dict[str, Tensor] = {}
+        # in float32 and over the whole global batch, whatever precision and ranks the towers ran on
+        gathered = {
+            side: (gather_outputs(student), None if teacher is None else gather_outputs(teacher))
+            for side, (student, teacher) in outputs.items()
+        }
+        for place, (spec, objective) in enumerate(zip(self.recipe.objectives, self.objectives)):
+            if spec.batch not in gathered:
+                continue
+            weight = optim.objective_weight(spec, max(main, 0), self.config.steps)
+            student, teacher = gathered[spec.batch]
+            for name, term in objective(student=student, teacher=teacher).items():
+                total = total + weight * term
+                label = name if spec.batch == "pairs" else f"{name}@texts"
+                terms[label if label not in terms else f"{label}#{place}"] = weight * term.detach()
+        return total, terms
+
+    def _set_learning_rate(self) -> float:
+        pretrain = self.config.text_pretrain_steps
+        if self.step < pretrain:
+            lr = optim.learning_rate(self.step, pretrain, self.config)
+        else:
+            lr = optim.learning_rate(self.step - pretrain, self.config.steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        return lr
+
+    def _update(self) -> float:
+        """Clip and take the optimizer's step; a non-finite gradient stops the run (with fp16: lowers the scale)."""
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        norm = float(optim.gradient_norm(self.parameters, self.config.clip_norm))
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.scaler.get_scale() < 2.0**-10:
+                self._diverged("gradient at the lowest loss scale", {})
+        else:
+            if not math.isfinite(norm):
+                self._diverged("gradient norm", {})
+            self.optimizer.step()
+        return norm if math.isfinite(norm) else 0.0
+
+    def _diverged(self, what: str, terms: Mapping[str, float]) -> None:
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
+        where = f" (in {', '.join(bad)})" if bad else ""
+        raise DivergedError(
+            f"the {what} is not finite at step {self.step + 1}{where}, so every later step would be noise; lower train.lr, "
+            "raise train.warmup_steps or use train.precision fp32, and start again (earlier checkpoints are intact)"
+        )
+
+    def _sometimes(self, out: Path, log: MetricsLog, report: Reporter) -> None:
+        ends = self.step == self.total
+        every = self.recipe.eval.every
+        if every and self.step % every == 0 and not ends and self.prepared.questions is not None:
+            with self.averaged():
+                evaluation = self.evaluate()
+            assert evaluation is not None
+            own = evaluation.values["model"]
+            row = {
+                f"eval/{part}/{key}": own[part][key] for part in own for key in own[part] if "@" in key or "top" in key
+            }
+            log.write({"step": self.step, **row})
+            shown = own.get("image_to_text", {}).get("R@5")
+            if shown is not None:
+                report.line(f"step {self.step}: image to text R@5 {100 * shown:.1f} %")
+        if ends or self.step % self.recipe.checkpoint.every == 0:
+            save_checkpoint(out / CHECKPOINTS, self.step, self.state(), keep=self.recipe.checkpoint.keep)
+
+    def averaged(self) -> Any:
+        """The student with its averaged weights inside the `with`; the trained ones where there is no average."""
+        return self.average.applied(self.student) if self.average is not None else nullcontext()
+
+    def evaluate(self) -> Evaluation | None:
+        """Score the student as it stands; None without evaluation data."""
+        questions = self.prepared.questions
+        if questions is None:
+            return None
+        settings = self.recipe.eval
+        own = embed_questions(
+            StudentEncoder(self.student, device=self.device),
+            questions,
+            name=self.student.config.name,
+            batch_size=settings.batch_size,
+        )
+        return score(questions, own, self.prepared.teacher_answers, metrics_wanted=settings.metrics, tags=settings.tags)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that decides the next step, as tensors and plain values."""
+        return {
+            "schema": CHECKPOINT_SCHEMA,
+            "recipe": self.recipe.digest(),
+            "inputs": self.prepared.digest,
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "objectives": self.objectives.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "rng": optim.rng_state(),
+            "last": self.last,
+        }
+
+    def restore(self, state: Mapping[str, Any], path: Path) -> None:
+        """Continue from what `state` returned.
+
+        Raises:
+            IntegrityError: it was made by another recipe, data, tokenizer or teacher.
+        """
+        for key, own in (("recipe", self.recipe.digest()), ("inputs", self.prepared.digest)):
+            if state.get("schema") != CHECKPOINT_SCHEMA or state[key] != own:
+                what = {"recipe": "recipe", "inputs": "data, texts, tokenizer or teacher"}[key]
+                raise IntegrityError(
+                    f"checkpoint {path} was made with another {what}, so continuing would mix two runs; restore what it "
+                    "was made with, or start anew with --overwrite"
+                )
+        self.student.load_state_dict(state["student"])
+        self.objectives.load_state_dict(state["objectives"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
+        optim.set_rng_state(state["rng"])
+        self.step, self.last = int(state["step"]), dict(state["last"])

@@ -1,0 +1,115 @@
+"""The objectives: what a student is pulled towards. docs/objectives.md has the table of formulas.
+
+An objective is built by name with `build_objective` and called with keyword-only `Outputs` of a whole batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from pocketvlm.distill.objectives.affinity import AffinityMimicking
+from pocketvlm.distill.objectives.bank import Bank
+from pocketvlm.distill.objectives.base import Needs, Objective, Outputs
+from pocketvlm.distill.objectives.common import BatchObjective, Widths
+from pocketvlm.distill.objectives.contrastive import Contrastive
+from pocketvlm.distill.objectives.crd import ContrastiveRelational
+from pocketvlm.distill.objectives.feature import Feature, Hint
+from pocketvlm.distill.objectives.gram import Gram
+from pocketvlm.distill.objectives.icl import Interactive
+from pocketvlm.distill.objectives.rkd import RelationalKD
+from pocketvlm.edge.errors import UsageError, unknown_name
+
+__all__ = [
+    "Needs",
+    "Objective",
+    "Outputs",
+    "Widths",
+    "build_objective",
+    "list_objectives",
+    "objective_class",
+    "objective_needs",
+    "objective_options",
+]
+
+_CLASSES: dict[str, type[BatchObjective]] = {
+    cls.name: cls
+    for cls in (
+        AffinityMimicking,
+        Bank,
+        Contrastive,
+        ContrastiveRelational,
+        Feature,
+        Gram,
+        Hint,
+        Interactive,
+        RelationalKD,
+    )
+}
+_BUILT_WITH = ("self", "student", "teacher", "seed")
+
+
+def list_objectives() -> list[str]:
+    """Registered names, sorted."""
+    return sorted(_CLASSES)
+
+
+def objective_class(name: str) -> type[BatchObjective]:
+    """The class registered as `name`; its docstring holds the formula.
+
+    Raises:
+        UnknownNameError: no such objective.
+    """
+    if name not in _CLASSES:
+        raise unknown_name("objective", name, _CLASSES)
+    return _CLASSES[name]
+
+
+def objective_needs(name: str) -> Needs:
+    """What `name` must be given, known before it is built.
+
+    Raises:
+        UnknownNameError: no such objective.
+    """
+    return objective_class(name).needs
+
+
+def objective_options(name: str) -> dict[str, Any]:
+    """Option names of `name` with their defaults.
+
+    Raises:
+        UnknownNameError: no such objective.
+    """
+    parameters = inspect.signature(objective_class(name).__init__).parameters
+    return {key: item.default for key, item in parameters.items() if key not in _BUILT_WITH}
+
+
+def build_objective(
+    name: str, *, student: Widths, teacher: Widths | None = None, seed: int = 0, **options: Any
+) -> Objective:
+    """Build a registered objective.
+
+    Args:
+        student, teacher: widths of the two models' outputs; they size the projectors. teacher may be None for an
+            objective without one.
+        seed: of the projectors; equal seeds give equal projectors on every rank, whatever the global generators hold.
+        options: as `objective_options(name)` lists them.
+
+    Raises:
+        UnknownNameError: unknown objective or option value. UsageError: unknown option, or options that cannot work.
+    """
+    cls = objective_class(name)
+    known = objective_options(name)
+    for key in options:
+        if key not in known:
+            raise (
+                unknown_name(f"option of objective {name!r}", key, known)
+                if known
+                else UsageError(f"objective {name!r} takes no options but {key!r} was given; remove it")
+            )
+    if cls.needs.teacher and teacher is None:
+        raise UsageError(
+            f"objective {name!r} learns from a teacher and none was given; name a teacher in the recipe or leave the "
+            "objective out"
+        )
+    return cls(student=student, teacher=teacher, seed=seed, **options)  # type: ignore[call-arg]

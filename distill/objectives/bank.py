@@ -1,0 +1,74 @@
+"""Distribution of each picture over a fixed bank of texts follows the teacher's."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.common import (
+    BatchObjective,
+    Widths,
+    choice,
+    inverse_temperature,
+    kl_rows,
+    positive,
+    projector_if_needed,
+    unit,
+)
+from pocketvlm.edge.errors import UsageError
+
+
+class Bank(BatchObjective):
+    """bank: over a bank of N texts, the student scores each picture as the teacher does. Needs no captions.
+
+    Formula: with v, a L2-normalised picture and bank-text embeddings, tau_T and tau_S temperatures,
+        L = mean_i KL( softmax_n(v^T_i.a^T_n / tau_T) || softmax_n(v^S_i.a_n / tau_S) ).
+    anchors "student" (default): a = the student's `bank`, so the text tower is trained too (a student `bank` that the
+    loop took from the teacher stays a constant). anchors "teacher": a = the teacher's `bank`, compared with n(W v^S_i),
+    W a seeded projector where the widths differ; the image tower alone is trained.
+    KL direction: teacher || student. Reduction: mean over pictures (all rows, captioned or not); no factor tau^2.
+    Temperature: `temperature` is tau_S and, unless `teacher_temperature` is given, tau_T; None (default) takes each
+    model's own logit scale, and the student's is then trained.
+    Inputs: image [B, D], bank [N, D] of both models, N >= 2, the same texts in the same order. Output: {"bank"}.
+    A batch of one is fine: pictures are compared with texts, not with each other.
+    This is our construction: a cross-modal relative of SEED (Fang et al. 2021, 2101.04731), which matches distributions
+    over a queue of teacher-embedded *pictures*, with texts of a word list as anchors instead.
+    """
+
+    name = "bank"
+    needs = Needs(bank=True)
+
+    def __init__(
+        self,
+        *,
+        student: Widths,
+        teacher: Widths | None = None,
+        seed: int = 0,
+        anchors: str = "student",
+        temperature: float | None = None,
+        teacher_temperature: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.anchors = choice("anchors", anchors, ("student", "teacher"))
+        self.temperature = positive("temperature", temperature)
+        self.teacher_temperature = positive("teacher_temperature", teacher_temperature) or self.temperature
+        width = (teacher or student).embedding if anchors == "teacher" else student.embedding
+        self.projector = projector_if_needed(student.embedding, width, seed=seed, tag="bank")
+
+    def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        anchors = teacher.bank if self.anchors == "teacher" else student.bank
+        if teacher.bank is None or anchors is None:
+            raise UsageError(
+                "objective 'bank' was given outputs without a bank of texts; there is nothing to score pictures "
+                "against, so set a text batch or a bank in the recipe"
+            )
+        if len(anchors) != len(teacher.bank) or len(anchors) < 2:
+            raise UsageError(
+                f"objective 'bank' was given banks of {len(anchors)} and {len(teacher.bank)} texts but compares the "
+                "same 2 or more; distributions over different texts mean nothing, so embed one list by both models"
+            )
+        if not len(student.image):
+            return {"bank": self.zero(student)}
+        target = inverse_temperature(self.teacher_temperature, teacher) * unit(teacher.image) @ unit(teacher.bank).T
+        logits = inverse_temperature(self.temperature, student) * unit(self.projector(student.image)) @ unit(anchors).T
+        return {"bank": kl_rows(target, logits)}

@@ -1,0 +1,74 @@
+"""The shape of an objective.
+
+An objective sees the whole batch at once, already gathered over ranks with gradient by the loop
+(`distill.gather`), and returns named scalar terms. Because of that, it holds no code for ranks, for
+gradient accumulation or for chunked (GradCache-style) backward: the loop can compute all embeddings,
+take the objective's gradient with respect to them, and run the towers' backward in chunks. Every rank
+then computes the same global loss; a differentiable gather sums the gradients over ranks and data
+parallelism averages them, which gives exactly the gradient of the global loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Outputs:
+    """One model's outputs for a batch of B images with (possibly missing) captions.
+
+    image: [B, D] raw (not normalised) image embeddings. text: [B, D] raw text embeddings or None;
+    rows without a caption hold a valid tensor that must be ignored through `has_text`.
+    has_text: bool [B]. logit_scale: positive scalar multiplier of the cosine. logit_bias: scalar (SigLIP).
+    image_features / text_features: [B, W] pooled features before the joint projection, or None.
+    taps: named inner activations that an objective asked for.
+    bank: [N, D] embeddings of a fixed list of texts (the same texts for student and teacher), or None.
+    group: int64 [B]; equal values mean the same concept (duplicate captions), or None.
+    """
+
+    image: Tensor
+    text: Tensor | None = None
+    has_text: Tensor | None = None
+    logit_scale: Tensor = field(default_factory=lambda: torch.tensor(1.0))
+    logit_bias: Tensor = field(default_factory=lambda: torch.tensor(0.0))
+    image_features: Tensor | None = None
+    text_features: Tensor | None = None
+    taps: dict[str, Tensor] = field(default_factory=dict)
+    bank: Tensor | None = None
+    group: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective must be given; the loop refuses a recipe whose parts cannot provide it.
+
+    captions: rows without a caption are masked out of this objective (it never invents a target).
+    teacher: reads teacher outputs. features: reads `image_features` of both models.
+    bank: reads embeddings of a fixed text list. taps: names of inner activations. masked_view: wants an
+    extra student forward of a masked image.
+    """
+
+    captions: bool = False
+    teacher: bool = True
+    features: bool = False
+    bank: bool = False
+    taps: tuple[str, ...] = ()
+    masked_view: bool = False
+
+
+class Objective(nn.Module):
+    """Base of all objectives. Subclasses set `needs`, own their projectors, and define `forward`.
+
+    forward(*, student, teacher) returns {"term": scalar}; weights are applied by the loop. Every term is a
+    mean over the rows that take part, and exactly zero *with* a graph when no row does, so that a batch
+    without captions neither crashes nor yields NaN. Teacher tensors never receive a gradient.
+    """
+
+    needs: ClassVar[Needs] = Needs()
+
+    def forward(self, *, student: Outputs, teacher: Outputs | None = None) -> dict[str, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} must define forward")

@@ -1,0 +1,218 @@
+"""What all objectives share: checks, full precision, caption rows, projectors, divergences."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pocketvlm.distill.objectives.base import Objective, Outputs
+from pocketvlm.edge.errors import UsageError, unknown_name
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Widths of one model's outputs. image_features, text_features: pooled, before the projection; None = none."""
+
+    embedding: int
+    image_features: int | None = None
+    text_features: int | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The rows that have a caption: raw student and (if there is one) teacher embeddings [P, D], groups [P]."""
+
+    image: Tensor
+    text: Tensor
+    teacher_image: Tensor | None
+    teacher_text: Tensor | None
+    group: Tensor | None
+
+
+class BatchObjective(Objective):
+    """An objective over a gathered batch; subclasses write `terms`.
+
+    Before `terms` runs: the teacher's presence and the batch size are checked, the teacher is detached, half-precision
+    tensors become float32 and autocast is switched off, because similarities times a logit scale of 100 lose their
+    order in bfloat16.
+
+    name: as registered. minimum_rows: with fewer rows the value and the gradient are identically zero.
+    """
+
+    name: ClassVar[str]
+    minimum_rows: int = 1
+
+    @abstractmethod
+    def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """Named terms of a checked batch. For an objective without a teacher, `teacher` is the student again."""
+
+    def forward(self, *, student: Outputs, teacher: Outputs | None = None) -> dict[str, Tensor]:
+        """Named scalar terms; the objective's loss is their sum.
+
+        Raises:
+            UsageError: no teacher where one is needed, or fewer rows than `minimum_rows`.
+        """
+        rows = student.image.shape[0]
+        if self.needs.teacher and teacher is None:
+            raise UsageError(
+                f"objective {self.name!r} was given no teacher outputs but learns from them; name a teacher in the "
+                "recipe or leave the objective out"
+            )
+        if rows < self.minimum_rows:
+            raise UsageError(
+                f"objective {self.name!r} was given a batch of {rows} but compares the rows of a batch with each "
+                f"other; its value and gradient would be identically zero, so use a batch of at "
+                f"least {self.minimum_rows}"
+            )
+        with torch.autocast(student.image.device.type, enabled=False):
+            wide = _converted(student, detach=False)
+            return self.terms(wide, wide if teacher is None else _converted(teacher, detach=True))
+
+    def zero(self, student: Outputs) -> Tensor:
+        """Exactly 0, connected to everything that the objective could have trained, so that no parameter is unused."""
+        parts = [student.image, student.text, student.bank, student.image_features, student.logit_scale]
+        tensors: Iterable[Tensor] = [part for part in (*parts, *self.parameters()) if part is not None]
+        total = student.image.new_zeros(())
+        for tensor in tensors:
+            total = total + tensor.reshape(-1)[:0].sum()
+        return total
+
+    def pairs(self, student: Outputs, teacher: Outputs | None) -> Pairs | None:
+        """Captioned rows, or None when fewer than `minimum_rows` of them take part.
+
+        Raises:
+            UsageError: the student has texts and the teacher has none.
+        """
+        if student.text is None:
+            return None
+        keep = student.has_text
+        if teacher is not None:
+            if teacher.text is None:
+                raise UsageError(
+                    f"objective {self.name!r} was given student texts but no teacher texts; there is no target for "
+                    "them, so use a teacher with a text tower (or cached text embeddings)"
+                )
+            if teacher.has_text is not None:
+                keep = teacher.has_text if keep is None else keep & teacher.has_text
+        count = student.image.shape[0] if keep is None else int(keep.sum())
+        if count < self.minimum_rows or count == 0:
+            return None
+
+        def rows(value: _T) -> _T:
+            return value if keep is None or not isinstance(value, Tensor) else value[keep]  # type: ignore[return-value]
+
+        return Pairs(
+            image=rows(student.image),
+            text=rows(student.text),
+            teacher_image=rows(teacher.image) if teacher is not None else None,
+            teacher_text=rows(teacher.text) if teacher is not None else None,
+            group=rows(student.group),
+        )
+
+
+class Projector(nn.Module):
+    """Train-only map from the student's width to the teacher's, [B, in] -> [B, out].
+
+    Its start depends on (seed, tag) alone, never on the global generators: equal on every rank, and rebuilt equal on
+    resume. It is part of the objective's state dict, and never of the exported student.
+
+    kind: "linear", or "mlp" (Linear, GELU, Linear, `in` hidden units). Weights are drawn from N(0, 1/in), biases 0.
+    """
+
+    def __init__(self, width_in: int, width_out: int, *, seed: int, tag: str, kind: str = "linear") -> None:
+        super().__init__()
+        choice("projector", kind, ("linear", "mlp"))
+        stream = int.from_bytes(hashlib.sha256(f"projector/{seed}/{tag}".encode()).digest()[:7], "big")
+        generator = torch.Generator().manual_seed(stream)
+        widths = [width_in, width_out] if kind == "linear" else [width_in, width_in, width_out]
+        pairs = list(itertools.pairwise(widths))
+        self.weights = nn.ParameterList(torch.randn(o, i, generator=generator) * i**-0.5 for i, o in pairs)
+        self.biases = nn.ParameterList(torch.zeros(o) for _, o in pairs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = self.weights[0].shape[1]
+        if x.shape[-1] != width:
+            raise UsageError(
+                f"a projector built for {width}-wide student outputs was given {x.shape[-1]}-wide ones; build the "
+                "objective with the widths of this very student"
+            )
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            x = F.linear(F.gelu(x) if index else x, weight.to(x.dtype), bias.to(x.dtype))
+        return x
+
+
+def projector_if_needed(width_in: int, width_out: int, *, seed: int, tag: str) -> nn.Module:
+    """A linear `Projector` where the widths differ, else the identity without parameters."""
+    return nn.Identity() if width_in == width_out else Projector(width_in, width_out, seed=seed, tag=tag)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows scaled to length 1; a zero row stays zero."""
+    return F.normalize(x, dim=-1)
+
+
+def kl_rows(target_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(target_logits) || softmax(logits)) over the last axis, mean over the other rows."""
+    target = target_logits.log_softmax(dim=-1)
+    return (target.exp() * (target - logits.log_softmax(dim=-1))).sum(dim=-1).mean()
+
+
+def cross_entropy_rows(target_logits: Tensor, logits: Tensor) -> Tensor:
+    """-sum softmax(target_logits) log softmax(logits) over the last axis, mean over the other rows."""
+    return -(target_logits.softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+
+
+def inverse_temperature(temperature: float | None, outputs: Outputs) -> Tensor | float:
+    """1 / temperature, or the model's own logit scale when no temperature is set."""
+    return outputs.logit_scale if temperature is None else 1.0 / temperature
+
+
+def choice(option: str, value: str, allowed: Iterable[str]) -> str:
+    """Check an option given by name.
+
+    Raises:
+        UnknownNameError: `value` is not one of `allowed`.
+    """
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise unknown_name(f"value of objective option {option!r}", str(value), allowed)
+    return value
+
+
+def positive(option: str, value: float | None) -> float | None:
+    """Check a number that must be above zero (None stays None).
+
+    Raises:
+        UsageError: zero, negative, or not a number.
+    """
+    if value is not None and not (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+        raise UsageError(
+            f"objective option {option!r} is {value!r} but must be a number above 0; the loss would not be defined, so "
+            "give a positive one"
+        )
+    return value
+
+
+def _converted(outputs: Outputs, *, detach: bool) -> Outputs:
+    def convert(value: object) -> object:
+        if isinstance(value, dict):
+            return {name: convert(inner) for name, inner in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        if detach:
+            value = value.detach()
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+    changed = {field.name: convert(getattr(outputs, field.name)) for field in dataclasses.fields(outputs)}
+    return Outputs(**changed)  # type: ignore[arg-type]

@@ -1,0 +1,151 @@
+"""Feature distillation on the joint embeddings, and on pooled image features (hint)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.common import (
+    BatchObjective,
+    Projector,
+    Widths,
+    choice,
+    positive,
+    projector_if_needed,
+    unit,
+)
+from pocketvlm.edge.errors import UsageError
+
+DISTANCES = ("l2", "cosine", "smooth-l1")
+
+
+def row_distance(x: Tensor, target: Tensor, distance: str, beta: float) -> Tensor:
+    """Distance of each row of x to its row of target, [B, D] x [B, D] -> [B].
+
+    "l2": squared, summed over D. "cosine": 1 - cosine. "smooth-l1": Huber with threshold `beta`, divided by it
+    (d^2 / (2 beta) below, |d| - beta/2 above), summed over D.
+    """
+    if distance == "cosine":
+        return 1 - (unit(x) * unit(target)).sum(dim=-1)
+    if distance == "l2":
+        return (x - target).square().sum(dim=-1)
+    return F.smooth_l1_loss(x, target, beta=beta, reduction="none").sum(dim=-1)
+
+
+class Feature(BatchObjective):
+    """feature: each student embedding goes where the teacher's embedding of the same input is.
+
+    Formula: with n(x) = x/|x|, W the projector (identity for equal widths),
+        image: mean_i d( n(W v^S_i), n(v^T_i) ),  text: mean over captioned i of d( n(W' s^S_i), n(s^T_i) ).
+    distance d: "l2" (default) squared, summed over D (CLIP-KD's FD); "cosine" 1 - cos, exactly half of "l2" on unit
+    vectors; "smooth-l1" summed over D with threshold `beta` (default D^-1/2, the size of a unit vector's element).
+    normalize=False compares raw student outputs with the teacher's unit vectors (then `beta` defaults to 1).
+    Inputs: image [B, D], text [B, D] of both models. Output: {"feature_image", "feature_text"}, each times its weight
+    `image` or `text` (0 leaves the term out); rows without a caption take part in the image term only.
+    Reduction: sum over D, mean over rows. The released CLIP-KD code takes the element mean times 2000 instead, which is
+    2000/D times this. No temperature. A batch of one is fine: rows are not compared with each other.
+    Paper: Yang et al. 2024 (CLIP-KD, 2307.12732), "feature distillation" (the squared form).
+    Ours: cosine and smooth-l1, the separate weights.
+    """
+
+    name = "feature"
+    needs = Needs()
+
+    def __init__(
+        self,
+        *,
+        student: Widths,
+        teacher: Widths | None = None,
+        seed: int = 0,
+        distance: str = "l2",
+        normalize: bool = True,
+        beta: float | None = None,
+        image: float = 1.0,
+        text: float = 1.0,
+    ) -> None:
+        super().__init__()
+        width = (teacher or student).embedding
+        self.distance = choice("distance", distance, DISTANCES)
+        self.normalize = normalize
+        self.beta = positive("beta", beta) or (width**-0.5 if normalize else 1.0)
+        self.image_weight, self.text_weight = image, text
+        self.image_projector = projector_if_needed(student.embedding, width, seed=seed, tag="feature/image")
+        self.text_projector = projector_if_needed(student.embedding, width, seed=seed, tag="feature/text")
+
+    def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        found = {}
+        if self.image_weight:
+            rows = self._distances(self.image_projector(student.image), teacher.image)
+            found["feature_image"] = self.image_weight * (rows.mean() if len(rows) else self.zero(student))
+        if self.text_weight:
+            pairs = self.pairs(student, teacher)
+            if pairs is None:
+                found["feature_text"] = self.zero(student)
+            else:
+                assert pairs.teacher_text is not None, "pairs() was given the teacher"
+                rows = self._distances(self.text_projector(pairs.text), pairs.teacher_text)
+                found["feature_text"] = self.text_weight * rows.mean()
+        return found
+
+    def _distances(self, x: Tensor, target: Tensor) -> Tensor:
+        if self.normalize:
+            x, target = unit(x), unit(target)
+        return row_distance(x, target, self.distance, self.beta)
+
+
+class Hint(BatchObjective):
+    """hint: the student's pooled image features, through a projector, regress the teacher's.
+
+    Formula: with f the pooled features before the joint projection, R the projector, z the `standardize` map,
+        L = mean_i mean_d h( z(R f^S_i)_d - z(f^T_i)_d ),  h(x) = x^2 ("l2", default) or Huber_1 ("smooth-l1").
+    standardize: "row" (default) gives each row mean 0 and variance 1 over its channels, on both sides, so that feature
+    scales of different teachers do not change the weight; "unit" L2-normalises each row; "none" does nothing.
+    Inputs: image_features [B, F_S] and [B, F_T]. Output: {"hint"}. Reduction: mean over channels and rows ("unit": sum
+    over channels, as in `feature`). The projector ("linear" or "mlp") always exists, also between equal widths.
+    Captions are not used; no temperature; a batch of one is fine.
+    Paper: Romero et al. 2015 (FitNets, 1412.6550), equation 3, with pooled instead of spatial features.
+    Ours: the row standardisation and the mean over channels (FitNets sums).
+    """
+
+    name = "hint"
+    needs = Needs(features=True)
+
+    def __init__(
+        self,
+        *,
+        student: Widths,
+        teacher: Widths | None = None,
+        seed: int = 0,
+        distance: str = "l2",
+        standardize: str = "row",
+        projector: str = "linear",
+    ) -> None:
+        super().__init__()
+        if teacher is None or student.image_features is None or teacher.image_features is None:
+            raise UsageError(
+                "objective 'hint' compares pooled image features, which one of the two models does not provide; use a "
+                "teacher that has them, or leave the objective out"
+            )
+        self.distance = choice("distance", distance, ("l2", "smooth-l1"))
+        self.standardize = choice("standardize", standardize, ("row", "unit", "none"))
+        self.projector = Projector(
+            student.image_features, teacher.image_features, seed=seed, tag="hint", kind=projector
+        )
+
+    def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        if student.image_features is None or teacher.image_features is None:
+            raise UsageError(
+                "objective 'hint' was given outputs without image_features; there is nothing to compare, so use a "
+                "teacher (or cache) that keeps them"
+            )
+        x, target = self._standard(self.projector(student.image_features)), self._standard(teacher.image_features)
+        rows = row_distance(x, target, self.distance, 1.0)
+        if not len(rows):
+            return {"hint": self.zero(student)}
+        return {"hint": rows.mean() / (1 if self.standardize == "unit" else x.shape[-1])}
+
+    def _standard(self, x: Tensor) -> Tensor:
+        if self.standardize == "row":
+            return F.layer_norm(x, x.shape[-1:])
+        return unit(x) if self.standardize == "unit" else x

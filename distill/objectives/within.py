@@ -1,0 +1,55 @@
+"""Relations inside one modality: which tensors, which rows, one term each."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.common import BatchObjective, choice
+from pocketvlm.edge.errors import UsageError
+
+
+class WithinModality(BatchObjective):
+    """Base of objectives that compare the geometry of one modality with the teacher's geometry of it.
+
+    of: "image", "text" or both; texts are the captioned rows, and fewer than `minimum_rows` of them give 0.
+    """
+
+    needs = Needs()
+    minimum_rows = 2
+
+    def __init__(self, of: Sequence[str] | str) -> None:
+        super().__init__()
+        self.of = tuple(choice("of", part, ("image", "text")) for part in ([of] if isinstance(of, str) else of))
+        if not self.of:
+            raise UsageError(
+                f"objective {self.name!r} was given an empty 'of'; nothing would be learned, so name image or text"
+            )
+
+    @abstractmethod
+    def relation(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """Terms of one modality by suffix; student [N, D_S], teacher [N, D_T], N >= minimum_rows."""
+
+    @abstractmethod
+    def suffixes(self) -> tuple[str, ...]:
+        """The keys that `relation` returns."""
+
+    def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        found = {}
+        for part in self.of:
+            pair = self._rows(part, student, teacher)
+            values = self.relation(*pair) if pair else {suffix: self.zero(student) for suffix in self.suffixes()}
+            found.update({f"{self.name}_{part}{suffix}": value for suffix, value in values.items()})
+        return found
+
+    def _rows(self, part: str, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor] | None:
+        if part == "image":
+            return student.image, teacher.image
+        rows = self.pairs(student, teacher)
+        if rows is None:
+            return None
+        assert rows.teacher_text is not None, "pairs() was given the teacher"
+        return rows.text, rows.teacher_text

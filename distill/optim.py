@@ -1,0 +1,169 @@
+"""Parameter groups, schedules, the moving average of the weights, and precision: all that the loop only calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pocketvlm.distill.recipe import ObjectiveSection, TrainSection
+from pocketvlm.edge.errors import UsageError, unknown_name
+
+
+def parameter_groups(student: nn.Module, objectives: nn.Module, train: TrainSection) -> list[dict[str, Any]]:
+    """AdamW groups. No decay on vectors and scalars (norms, biases, scales); `lr_scale` by longest prefix.
+
+    Each group carries "lr_scale", which the loop multiplies into the scheduled rate. Parameters of factor 0 are
+    frozen for good (`requires_grad_(False)`) and in no group. Projectors of objectives train at factor 1.
+
+    Raises:
+        UnknownNameError: a prefix of `lr_scale` or `freeze` that fits no parameter.
+    """
+    names = [name for name, _ in student.named_parameters()]
+    for prefix in [*train.lr_scale, *train.freeze]:
+        if not any(_under(name, prefix) for name in names):
+            parts = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2, 3)}
+            raise unknown_name("parameter prefix", prefix, parts)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in student.named_parameters():
+        scale = _scale(name, train)
+        if scale == 0:
+            parameter.requires_grad_(False)
+        else:
+            groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
+    for parameter in objectives.parameters():
+        groups.setdefault((1.0, parameter.ndim > 1), []).append(parameter)
+    if not groups:
+        raise UsageError("train.lr_scale freezes every parameter, so nothing would be learned; leave some free")
+    return [
+        {"params": params, "lr_scale": scale, "weight_decay": train.weight_decay if decays else 0.0}
+        for (scale, decays), params in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1]))
+    ]
+
+
+def _under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def _scale(name: str, train: TrainSection) -> float:
+    fitting = [prefix for prefix in train.lr_scale if _under(name, prefix)]
+    return train.lr_scale[max(fitting, key=len)] if fitting else 1.0
+
+
+def is_frozen(name: str, train: TrainSection, step: int) -> bool:
+    """Whether the parameter or module of this name stands still at a 0-based step of the main phase."""
+    return _scale(name, train) == 0 or any(_under(name, p) and step < steps for p, steps in train.freeze.items())
+
+
+def apply_freezing(student: nn.Module, train: TrainSection, step: int) -> None:
+    """Put the student into training mode with the parts that are frozen at `step` held still.
+
+    Frozen modules are in eval mode as well, so that their batch-norm statistics do not drift.
+    """
+    for name, module in student.named_modules():
+        module.training = not is_frozen(name, train, step)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(not is_frozen(name, train, step))
+
+
+def learning_rate(step: int, total: int, train: TrainSection) -> float:
+    """Linear warm-up, then half a cosine down to `min_lr_ratio * lr`; a pure function of the step (0-based)."""
+    warmup = min(train.warmup_steps, total)
+    if step < warmup:
+        return train.lr * (step + 1) / warmup
+    share = (step - warmup) / max(1, total - warmup)
+    floor = train.min_lr_ratio
+    return train.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+
+
+def objective_weight(spec: ObjectiveSection, step: int, total: int) -> float:
+    """The weight of an objective at a 0-based step of the main phase (see `ObjectiveSection.schedule`)."""
+    if spec.schedule == "constant":
+        return spec.weight
+    share = min(1.0, step / max(1, (spec.schedule_steps or total) - 1))
+    if spec.schedule == "warmup":
+        return spec.weight * share
+    if spec.schedule == "cosine":
+        share = 0.5 * (1 - math.cos(math.pi * share))
+    return spec.weight + (spec.final_weight - spec.weight) * share
+
+
+class Average:
+    """Exponential moving average of a module's whole state, buffers (batch-norm statistics) included.
+
+    The decay starts low, min(decay, (1 + t) / (10 + t)), so that a short run is not dominated by its start.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.state = {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                self.state[name].lerp_(value.detach(), 1 - decay)
+            else:
+                self.state[name].copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "state": self.state}
+
+    def load_state_dict(self, value: Mapping[str, Any]) -> None:
+        self.updates = int(value["updates"])
+        for name, tensor in value["state"].items():
+            self.state[name].copy_(tensor)
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """The averaged weights inside, the trained ones back afterwards."""
+        own = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        module.load_state_dict(self.state)
+        try:
+            yield
+        finally:
+            module.load_state_dict(own)
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The reduced dtype for the towers' forward, or None for float32. Objectives always run in float32.
+
+    Raises:
+        UsageError: fp16 on a CPU, where gradients would underflow without the scaler that only CUDA has.
+    """
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if precision == "fp16" and device.type != "cuda":
+        raise UsageError(
+            f"train.precision fp16 needs loss scaling, which is here for CUDA only, and the device is {device.type}; "
+            "use bf16 or fp32"
+        )
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every torch generator that a forward may draw from."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])
+
+
+def gradient_norm(parameters: list[nn.Parameter], clip: float) -> Tensor:
+    """Total 2-norm of the gradients; they are scaled down to `clip` where it is positive."""
+    graded = [parameter for parameter in parameters if parameter.grad is not None]
+    return torch.nn.utils.clip_grad_norm_(graded, clip if clip > 0 else float("inf"))

@@ -1,0 +1,409 @@
+"""Make everything ready that a run needs before its first step: data, texts, tokenizer, teacher outputs, student."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketvlm.data import cache_dir, open_data
+from pocketvlm.data.augment import AugmentPolicy
+from pocketvlm.data.sample import Sample
+from pocketvlm.data.source import DataSource
+from pocketvlm.distill.batches import Pictures
+from pocketvlm.distill.evaluate import Embedded, Questions, embed_questions, questions_of
+from pocketvlm.distill.progress import Reporter
+from pocketvlm.distill.recipe import Recipe
+from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
+from pocketvlm.edge.tokenizer import Tokenizer
+from pocketvlm.students import Student, build_student, load_config, load_student, train_tokenizer
+from pocketvlm.teachers.cache import TeacherCache, build_cache, digest_names
+
+DEFAULT_DIM = 256
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What a run needs of a teacher besides its cached outputs."""
+
+    name: str
+    fingerprint: str
+    space_id: str
+    dim: int
+    logit_scale: float
+    logit_bias: float
+    licences: tuple[tuple[str, str, str], ...]
+
+
+@dataclass
+class Prepared:
+    """samples: those that train, every picture readable. texts: the pool of the text-only batch.
+
+    images / words: teacher caches of pictures with captions, and of `texts`; None without a teacher.
+    digest: over everything that decides the run's arithmetic besides the recipe; a resumed run must match it.
+    """
+
+    recipe: Recipe
+    source: DataSource
+    samples: list[Sample]
+    texts: list[str]
+    tokenizer: Tokenizer
+    student: Student
+    pictures: Pictures
+    teacher: TeacherFacts | None
+    images: TeacherCache | None
+    words: TeacherCache | None
+    questions: Questions | None
+    teacher_answers: Embedded | None
+    digest: str
+
+    @property
+    def licences(self) -> tuple[tuple[str, str, str], ...]:
+        """(what, licence, attribution) of data, teacher and initial weights, each once."""
+        rows = [*self.source.licences, *(self.teacher.licences if self.teacher else ()), *self.student.licences]
+        return tuple(dict.fromkeys(tuple(row) for row in rows))
+
+
+def prepare(recipe: Recipe, report: Reporter) -> Prepared:
+    """Open, build or find in the cache all that `recipe` names.
+
+    Raises:
+        UsageError: parts that do not fit each other (see the checks below), an empty data set.
+        BadSampleError: an unreadable sample under `on_bad_sample: refuse`.
+    """
+    with _one_by_one(report, "data") as progress:
+        source = open_data(recipe.data.train, on_bad_sample=recipe.data.on_bad_sample, progress=progress)
+        questions = None
+        if recipe.data.eval:
+            questions = questions_of(open_data(recipe.data.eval, progress=progress), templates=recipe.eval.templates)
+    _check_captions(recipe, source)
+    texts = _text_pool(recipe, source, questions)
+    teacher = None
+    if recipe.teacher is not None:
+        from pocketvlm.teachers import load_teacher
+
+        teacher = load_teacher(
+            recipe.teacher.spec, device=recipe.train.device, allow_download=recipe.teacher.allow_download
+        )
+        check_width(recipe, teacher.dim, teacher.name)
+    student = _student(recipe, source, texts, teacher)
+    tokenizer = Tokenizer(student.tokenizer_json, student.text_spec)
+    policy = AugmentPolicy.from_dict(recipe.views.policy)
+    samples, pictures = _readable(recipe, source, student, tokenizer, policy, report)
+    images, words, answers = _teacher_outputs(recipe, teacher, samples, texts, questions, policy, report)
+    facts = {
+        "samples": digest_names([f"{s.uid} {[c.text for c in s.captions]}" for s in samples]),
+        "texts": digest_names(texts),
+        "tokenizer": hashlib.sha256(student.tokenizer_json).hexdigest(),
+        "teacher": teacher.fingerprint if teacher else None,
+        "student": student.config.model_dump(mode="json"),
+    }
+    return Prepared(
+        recipe=recipe,
+        source=source,
+        samples=samples,
+        texts=texts,
+        tokenizer=tokenizer,
+        student=student,
+        pictures=pictures,
+        teacher=_facts(teacher) if teacher else None,
+        images=images,
+        words=words,
+        questions=questions,
+        teacher_answers=answers,
+        digest=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def check_width(recipe: Recipe, teacher_dim: int, teacher_name: str) -> None:
+    """Refuse a student whose embedding cannot be compared with its teacher's.
+
+    Raises:
+        UsageError: the widths differ.
+    """
+    wanted = recipe.student.embed_dim
+    if wanted is not None and wanted != teacher_dim:
+        raise UsageError(
+            f"student.embed_dim is {wanted} but teacher {teacher_name!r} embeds into {teacher_dim} dimensions, so "
+            f"their embeddings could not be compared; leave student.embed_dim out, or set it to {teacher_dim}"
+        )
+
+
+def _facts(teacher: Any) -> TeacherFacts:
+    return TeacherFacts(**{field.name: getattr(teacher, field.name) for field in dataclasses.fields(TeacherFacts)})
+
+
+def _check_captions(recipe: Recipe, source: DataSource) -> None:
+    from pocketvlm.distill.objectives import objective_needs
+
+    captioned = sum(bool(sample.captions) for sample in source.samples)
+    asking = [s.name for s in recipe.objectives if s.batch == "pairs" and objective_needs(s.name).captions]
+    if asking and captioned == 0:
+        raise UsageError(
+            f"{', '.join(asking)} learn from picture-caption pairs and none of the {len(source)} pictures of "
+            f"{source.name} has a caption; add captions, or use objectives that need none (docs/recipes.md lists them)"
+        )
+    if len(asking) == len(recipe.objectives) and captioned == 1:
+        raise UsageError(
+            f"only one picture of {source.name} has a caption, so {', '.join(asking)} would have nothing to tell it "
+            "from and a loss of 0; give at least two captioned pictures"
+        )
+
+
+def _text_pool(recipe: Recipe, source: DataSource, questions: Questions | None) -> list[str]:
+    """Words without any caption that is scored or withheld, then the captions that the student may see."""
+    captions = list(dict.fromkeys(c.text for s in source.samples for c in s.captions))
+    words = recipe.data.words
+    if words is None:
+        return captions
+    from pocketvlm.data.wordlist import word_list
+
+    withheld = {c.text for s in (questions.samples if questions else ()) for c in s.captions}
+    for spec in words.exclude:
+        withheld |= {c.text for s in open_data(spec).samples for c in s.captions}
+    return list(dict.fromkeys([*word_list(words.name, size=words.size, exclude=withheld), *captions]))
+
+
+def _student(recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: Any) -> Student:
+    section = recipe.student
+    config = load_config(section.name, section.overrides)
+    if recipe.tokenizer.source == "texts":
+        if not texts:
+            raise UsageError(
+                f"{source.name} has no captions to make a tokenizer from; add data.words (name, size), or set "
+                "tokenizer.source to a tokenizer.json"
+            )
+        tokenizer: bytes | Path = train_tokenizer(texts, recipe.tokenizer.vocab_size or config.text.vocab_size)
+    else:
+        tokenizer = Path(recipe.tokenizer.source)
+    student = build_student(
+        section.name,
+        embed_dim=teacher.dim if teacher is not None else (section.embed_dim or DEFAULT_DIM),
+        tokenizer_json=tokenizer,
+        seed=recipe.train.seed,
+        space_id=teacher.space_id if teacher is not None else None,
+        overrides=section.overrides,
+    )
+    if section.init:
+        _start_from(student, Path(section.init), section.init_parts)
+    return student
+
+
+def _start_from(student: Student, folder: Path, parts: Sequence[str]) -> None:
+    """Copy weights of a saved student, all of them or those under the prefixes `parts`."""
+    other = load_student(folder)
+    wanted = {
+        name: value
+        for name, value in other.state_dict().items()
+        if not parts or any(name == part or name.startswith(part + ".") for part in parts)
+    }
+    own = student.state_dict()
+    odd = [name for name, value in wanted.items() if name not in own or own[name].shape != value.shape]
+    if odd or not wanted:
+        raise UsageError(
+            f"student.init {folder} does not fit the student of this recipe (first at {odd[0] if odd else parts}); use "
+            "the same student, overrides and embedding width, or name fitting student.init_parts"
+        )
+    if any(name.startswith("text_tower.") for name in wanted) and other.tokenizer_json != student.tokenizer_json:
+        raise UsageError(
+            f"student.init {folder} reads its text through another tokenizer, so its token embeddings would mean other "
+            f"words; set tokenizer.source to {folder / 'tokenizer.json'}"
+        )
+    student.load_state_dict({**own, **wanted})
+
+
+def _readable(
+    recipe: Recipe, source: DataSource, student: Student, tokenizer: Tokenizer, policy: AugmentPolicy, report: Reporter
+) -> tuple[list[Sample], Pictures]:
+    """Samples whose pictures decode and whose captions fit; the rest is counted in `source.report`."""
+    samples, too_long = _fitting(source, tokenizer, student.text_spec.context_length)
+    data, bad = recipe.data, []
+
+    def pictures_of(kept: list[Sample]) -> Pictures:
+        budget = int(data.ram_gb * 2**30)
+        return Pictures(
+            kept, student.image_spec, policy=policy, seed=recipe.views.seed, source_px=data.source_px, budget=budget
+        )
+
+    pictures = pictures_of(samples)
+    with report.stage("reading pictures", len(samples)) as update:
+        for index, sample in enumerate(samples):
+            try:
+                pictures.source(index)
+            except BadSampleError as error:
+                source.report.add_error(error, sample.uid)
+                bad.append(index)
+            update(index + 1, "")
+    if bad:
+        gone = set(bad)
+        samples = [sample for index, sample in enumerate(samples) if index not in gone]
+        source.report.refuse_empty(source.name, len(samples))
+        pictures = pictures_of(samples)
+    if bad or too_long:
+        report.line(f"left out of {source.name}: {dict(sorted(source.report.counts.items()))}")
+    return samples, pictures
+
+
+def _fitting(source: DataSource, tokenizer: Tokenizer, context: int) -> tuple[list[Sample], int]:
+    captions = list(dict.fromkeys(c.text for s in source.samples for c in s.captions))
+    long = (
+        {text for text, length in zip(captions, tokenizer.lengths(captions)) if length > context} if captions else set()
+    )
+    if not long:
+        return list(source.samples), 0
+    samples = []
+    for sample in source.samples:
+        kept = tuple(caption for caption in sample.captions if caption.text not in long)
+        for _ in range(len(sample.captions) - len(kept)):
+            source.report.add(
+                "too-long-text", sample.uid, f"a caption has more than the {context} tokens of the student's context"
+            )
+        samples.append(dataclasses.replace(sample, captions=kept))
+    return samples, len(long)
+
+
+def _teacher_outputs(
+    recipe: Recipe,
+    teacher: Any,
+    samples: Sequence[Sample],
+    texts: Sequence[str],
+    questions: Questions | None,
+    policy: AugmentPolicy,
+    report: Reporter,
+) -> tuple[TeacherCache | None, TeacherCache | None, Embedded | None]:
+    if teacher is None or recipe.teacher is None:
+        return None, None, None
+    section, views = recipe.teacher, recipe.views.count
+    captions = list(dict.fromkeys(c.text for s in samples for c in s.captions))
+    root = Path(section.cache) if section.cache else cache_dir() / "teacher"
+
+    def cached(part: str, pictures: Sequence[Sample], words: Sequence[str], **how: Any) -> TeacherCache:
+        facts = [part, teacher.fingerprint, section.cache_dtype, section.batch_size, str(how), policy.digest()]
+        key = digest_names([*facts, "|", *(s.uid for s in pictures), "|", *words])
+        folder = root / f"{_slug(teacher.name)}-{part}-{key[:16]}"
+        found = (folder / "cache.json").exists()
+        with _one_by_one(report, f"teacher: {part}") as progress:
+            cache = build_cache(
+                teacher, pictures, words, folder, dtype=section.cache_dtype, batch_size=section.batch_size,
+                progress=progress, **how,
+            )  # fmt: skip
+        if found and (changed := cache.changed(pictures)):
+            raise IntegrityError(
+                f"{len(changed)} pictures (first {changed[0]!r}) are not the ones that the teacher cache {folder} was made "
+                "from, so the student would be taught about other pictures; delete that folder and run again"
+            )
+        return cache
+
+    if getattr(teacher, "cache", None) is not None:
+        # precomputed embeddings are a cache already; there is no model that could fill another one
+        images = words_cache = teacher.cache
+        _check_precomputed(recipe, images, samples, texts if recipe.train.text_batch else [])
+    else:
+        images = cached(
+            "views", samples, captions, views=views, policy=policy if views > 1 else None, seed=recipe.views.seed
+        )
+        words_cache = cached("texts", (), texts) if _wants_texts(recipe) and texts else None
+    answers = _answers(teacher, questions, root, recipe, report) if questions else None
+    return images, words_cache, answers
+
+
+def _wants_texts(recipe: Recipe) -> bool:
+    return bool(recipe.train.text_batch or isinstance(recipe.train.bank, int))
+
+
+def _check_precomputed(recipe: Recipe, cache: TeacherCache, samples: Sequence[Sample], texts: Sequence[str]) -> None:
+    if recipe.views.count > cache.info.views:
+        raise UsageError(
+            f"views.count is {recipe.views.count} but the embeddings on disk hold {cache.info.views} view(s), so the "
+            f"teacher could not answer for the others; set views.count to {cache.info.views}"
+        )
+    absent = [s.uid for s in samples if s.uid not in cache]
+    if absent:
+        raise UsageError(
+            f"{len(absent)} of {len(samples)} training pictures (first {absent[0]!r}) are not among the embeddings on "
+            "disk, so they would have no teacher; add them there, or leave them out of data.train"
+        )
+    known = set(cache.texts)
+    missing = [t for t in [*(c.text for s in samples for c in s.captions), *texts] if t not in known]
+    if missing:
+        raise UsageError(
+            f"{len(missing)} training texts (first {missing[0]!r}) are not among the embeddings on disk; add them "
+            "there, or leave out data.words and the captions"
+        )
+
+
+def _answers(teacher: Any, questions: Questions, root: Path, recipe: Recipe, report: Reporter) -> Embedded | None:
+    """The teacher's answers to the evaluation, made once for all runs that ask the same."""
+    from pocketvlm.distill.encoders import TeacherEncoder
+
+    bytes_digest = hashlib.sha256()
+    for sample in questions.samples:
+        try:
+            bytes_digest.update(sample.image.read())
+        except BadSampleError:
+            continue
+    key = digest_names(
+        [teacher.fingerprint, bytes_digest.hexdigest(), *(s.uid for s in questions.samples), "|", *questions.texts]
+    )
+    path = root / f"{_slug(teacher.name)}-eval-{key[:16]}.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as found:
+            bad = [(str(uid), str(reason)) for uid, reason in found["bad"]]
+            uids = [str(uid) for uid in found["uids"]]
+            return Embedded(teacher.name, teacher.space_id, uids, found["images"], found["texts"], bad)
+    report.line(f"teacher: answering {len(questions.samples)} evaluation pictures and {len(questions.texts)} texts")
+    try:
+        answers = embed_questions(
+            TeacherEncoder(teacher), questions, name=teacher.name, batch_size=recipe.eval.batch_size
+        )
+    except UsageError:
+        if getattr(teacher, "cache", None) is None:
+            raise
+        report.line("teacher: the embeddings on disk do not cover the evaluation data, so it is scored without them")
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(
+        temporary,
+        uids=np.array(answers.uids, dtype=np.str_),
+        images=answers.images,
+        texts=answers.texts,
+        bad=np.array(answers.bad, dtype=np.str_).reshape(-1, 2),
+    )
+    temporary.replace(path)
+    return answers
+
+
+class _one_by_one:  # noqa: N801 - reads as a function at its only use
+    """Turns (done, total, what) calls into one stage per `what`, opened when first heard of."""
+
+    def __init__(self, report: Reporter, title: str) -> None:
+        self.report, self.title = report, title
+        self.open: Any = None
+        self.what = ""
+        self.update: Callable[[int, str], None] = lambda done, note: None
+
+    def __enter__(self) -> Callable[[int, int, str], None]:
+        return self._tell
+
+    def _tell(self, done: int, total: int, what: str) -> None:
+        if what != self.what:
+            self.__exit__()
+            self.open = self.report.stage(f"{self.title} ({what})", total)
+            self.update, self.what = self.open.__enter__(), what
+        self.update(done, "")
+
+    def __exit__(self, *_: object) -> None:
+        if self.open is not None:
+            self.open.__exit__(None, None, None)
+            self.open = None
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-." else "-" for c in name)[:48].strip("-.") or "teacher"

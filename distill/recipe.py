@@ -1,0 +1,448 @@
+"""The recipe: one frozen, typed description of a run, read from YAML and checked as a whole.
+
+`load_recipe` reports every mistake of a file in one error, so that a recipe is corrected once. Keys that do
+not exist are refused, with the nearest existing key; values are typed, also those given on the command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pocketvlm.edge.errors import UsageError, unknown_name
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WordsSection(_Section):
+    """Generic texts for text distillation and for the tokenizer (`data.wordlist.word_list`).
+
+    name: a word list. size: how many entries are asked for. exclude: data specs whose captions are removed
+    from the list; the captions of `data.eval` always are.
+    """
+
+    name: str = "wordfreq-en"
+    size: Count = 20_000
+    exclude: tuple[str, ...] = ()
+
+
+class DataSection(_Section):
+    """train / eval: data specs (`data.open_data`). words: generic texts, or null.
+
+    on_bad_sample: "skip" counts and reports unreadable samples, "refuse" stops at the first.
+    source_px: pictures are kept in memory with their shorter side at most this long (0: never reduced).
+    ram_gb: memory for decoded pictures and finished views; past it they are made again on every use.
+    """
+
+    train: str
+    eval: str | None = None
+    words: WordsSection | None = None
+    on_bad_sample: Literal["skip", "refuse"] = "skip"
+    source_px: CountOrZero = 256
+    ram_gb: NonNegative = 2.0
+
+
+class ViewsSection(_Section):
+    """Augmented views, the same for teacher and student and for every arm of a comparison.
+
+    count: views per picture; view 0 is not augmented. seed: of the view parameters, apart from `train.seed`,
+    so that runs with different seeds share one teacher cache. policy: fields of `data.augment.AugmentPolicy`.
+    """
+
+    count: Count = 8
+    seed: int = 0
+    policy: dict[str, Any] = Field(default_factory=dict)
+
+
+class TeacherSection(_Section):
+    """spec: of `teachers.load_teacher`. cache: folder of its outputs (null: in the user's cache folder).
+
+    allow_download lets a spec that names a hub id reach the network. batch_size: of the teacher's forward.
+    """
+
+    spec: str
+    cache: str | None = None
+    cache_dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: Count = 32
+    allow_download: bool = False
+
+
+class StudentSection(_Section):
+    """name: of `students.list_students`. embed_dim: null means the teacher's width (256 without a teacher).
+
+    overrides: changes to the named student's configuration (image size, text tower, ...).
+    init: a folder of `students.save_student` to start from. init_parts: parameter-name prefixes to copy from it
+    ("text_tower"); empty means everything.
+    """
+
+    name: str
+    embed_dim: Count | None = None
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    init: str | None = None
+    init_parts: tuple[str, ...] = ()
+
+
+class TokenizerSection(_Section):
+    """source: "texts" trains a tokenizer on the training captions and words; else a `tokenizer.json` file.
+
+    vocab_size: of a trained one; null takes the student's configuration.
+    """
+
+    source: str = "texts"
+    vocab_size: Annotated[int, Field(ge=64)] | None = None
+
+
+class ObjectiveSection(_Section):
+    """One term of the loss.
+
+    batch: "pairs" sees the batch of pictures (with captions where there are some); "texts" sees the text-only
+    batch (`train.text_batch`) as if texts were pictures: their embeddings, and features where both have them.
+    schedule: of the weight, from `weight` to `final_weight` over `schedule_steps` (null: the whole run) by
+    "linear" or "cosine"; "warmup" goes from 0 to `weight`; "constant" stays.
+    """
+
+    name: str
+    weight: NonNegative = 1.0
+    batch: Literal["pairs", "texts"] = "pairs"
+    options: dict[str, Any] = Field(default_factory=dict)
+    schedule: Literal["constant", "linear", "cosine", "warmup"] = "constant"
+    final_weight: NonNegative = 0.0
+    schedule_steps: Count | None = None
+
+
+class TrainSection(_Section):
+    """steps: of the main phase. text_pretrain_steps: steps before it that train only on text-only batches.
+
+    batch_size: pictures. captioned_fraction: share of each batch drawn from captioned pictures (null: as
+    they come). text_batch: words and captions drawn each step for `batch: texts` objectives and for the bank.
+    bank: "student" makes the bank from the text-only batch through the student's text tower; a number uses
+    that many fixed texts in the teacher's own embedding for both models (no cost, image tower only).
+    lr_scale: parameter-name prefix -> factor on `lr` (0 freezes). freeze: prefix -> steps to keep it frozen.
+    precision: "auto" is bf16 or fp16 on CUDA and fp32 elsewhere. clip_norm 0: no clipping. ema_decay 0: off.
+    """
+
+    steps: Count = 1000
+    batch_size: Count = 128
+    captioned_fraction: Fraction | None = None
+    text_batch: CountOrZero = 0
+    text_pretrain_steps: CountOrZero = 0
+    bank: Literal["student"] | Count = "student"
+    lr: Positive = 1e-3
+    min_lr_ratio: Fraction = 0.01
+    lr_scale: dict[str, NonNegative] = Field(default_factory=dict)
+    freeze: dict[str, Count] = Field(default_factory=dict)
+    weight_decay: NonNegative = 0.05
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    warmup_steps: CountOrZero = 50
+    clip_norm: NonNegative = 1.0
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.995
+    seed: CountOrZero = 0
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    threads: Count | None = None
+    log_every: Count = 20
+
+
+class EvalSection(_Section):
+    """every: steps between evaluations while training (0: only at the end). metrics: which parts to score.
+
+    templates: prompts of zero-shot classification. tags: sample tags by which results are also given.
+    """
+
+    every: CountOrZero = 0
+    metrics: tuple[Literal["retrieval", "zeroshot", "neighbours", "mixed"], ...] = (
+        "retrieval",
+        "zeroshot",
+        "neighbours",
+        "mixed",
+    )
+    templates: tuple[str, ...] = ("{}", "a picture of {}", "an icon of {}")
+    tags: tuple[str, ...] = ("style", "category")
+    batch_size: Count = 64
+
+
+class CheckpointSection(_Section):
+    """every: steps between checkpoints (the last step always has one). keep: how many of the newest stay."""
+
+    every: Count = 200
+    keep: Count = 2
+
+
+class Recipe(_Section):
+    """A whole run. Build it with `load_recipe`, which also checks what one section cannot know of another."""
+
+    name: str = "run"
+    description: str = ""
+    data: DataSection
+    views: ViewsSection = ViewsSection()
+    teacher: TeacherSection | None = None
+    student: StudentSection
+    tokenizer: TokenizerSection = TokenizerSection()
+    objectives: Annotated[tuple[ObjectiveSection, ...], Field(min_length=1)]
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, every default spelled out."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON; equal recipes have equal digests."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def updated(self, overrides: Sequence[str]) -> Recipe:
+        """A copy with `key.sub=value` overrides applied, checked again."""
+        return load_recipe(self.to_dict(), overrides)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string; this reads it as the number its author meant."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def list_recipes() -> list[dict[str, Any]]:
+    """One row per shipped recipe: name, student, teacher, objectives, steps, description."""
+    rows = []
+    for entry in sorted(_folder().iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".yaml"):
+            value = yaml.load(entry.read_text(encoding="utf-8"), _Loader)
+            rows.append(
+                {
+                    "name": entry.name.removesuffix(".yaml"),
+                    "student": value["student"]["name"],
+                    "teacher": (value.get("teacher") or {}).get("spec", "none"),
+                    "objectives": ", ".join(item["name"] for item in value["objectives"]),
+                    "steps": value.get("train", {}).get("steps", TrainSection().steps),
+                    "description": " ".join(str(value.get("description", "")).split()),
+                }
+            )
+    return rows
+
+
+def _folder() -> Any:
+    return resources.files("pocketvlm.distill").joinpath("recipes")
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    source: a YAML file, the name of a shipped recipe, or a mapping. overrides: `key.sub=value`; the value is
+    read as YAML, list items are addressed by number or, among objectives, by name (`objectives.crd.weight=2`).
+
+    Raises:
+        UsageError: anything wrong, all of it in one message.
+    """
+    raw, title = _read(source)
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            _apply_override(raw, override)
+        except UsageError as error:
+            problems.append(str(error))
+    recipe, found = _validate(raw)
+    problems += found
+    if recipe is not None:
+        problems += list(_cross_checks(recipe))
+    if problems or recipe is None:
+        count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        listed = problems[0] if len(problems) == 1 else "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
+        raise UsageError(f"{title} has {count}, nothing was run: {listed}")
+    return recipe
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    if isinstance(source, Mapping):
+        return json.loads(json.dumps(source)), "the recipe"
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        title = f"recipe {path}"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"{title} cannot be read ({error}); give an existing YAML file, or one of the shipped names: "
+                + ", ".join(row["name"] for row in list_recipes())
+            ) from error
+    else:
+        known = [row["name"] for row in list_recipes()]
+        if str(source) not in known:
+            raise unknown_name("recipe", str(source), known)
+        title = f"recipe {str(source)!r}"
+        text = _folder().joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        where = f" at line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        reason = getattr(error, "problem", None) or "not readable"
+        raise UsageError(f"{title} is not valid YAML{where} ({reason}); correct that line, nothing was run") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{title} holds {type(value).__name__}, not the sections of a recipe; see docs/recipes.md")
+    return value, title
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, found, text = override.partition("=")
+    if not found or not key.strip():
+        raise UsageError(f"override {override!r} is not of the form key.sub=value, for example train.steps=100")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"the value of override {override!r} is not valid YAML; quote it") from error
+    node: Any = raw
+    parts = key.strip().split(".")
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(node, list):
+            node = node[_list_index(node, part, override)]
+        elif isinstance(node, dict):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise UsageError(f"override {override!r} enters {'.'.join(parts[: depth + 1])!r}, which has no keys")
+    if isinstance(node, list):
+        node[_list_index(node, parts[-1], override)] = value
+    else:
+        node[parts[-1]] = value
+
+
+def _list_index(items: list[Any], part: str, override: str) -> int:
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    named = [i for i, item in enumerate(items) if isinstance(item, dict) and item.get("name") == part]
+    if len(named) == 1:
+        return named[0]
+    names = [str(item.get("name", i)) if isinstance(item, dict) else str(i) for i, item in enumerate(items)]
+    raise UsageError(
+        f"override {override!r} addresses item {part!r} {'more than once' if named else 'which is not there'}; "
+        f"use a number from 0 to {len(items) - 1} or a name that occurs once among: {', '.join(names)}"
+    )
+
+
+def _validate(raw: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
+    try:
+        return Recipe.model_validate(raw), []
+    except ValidationError as error:
+        return None, list(dict.fromkeys(_sentence(item, raw) for item in error.errors()))
+
+
+def _sentence(item: Any, raw: dict[str, Any]) -> str:
+    loc = [part for part in item["loc"] if not (isinstance(part, str) and part in ("int", "literal['student']"))]
+    loc = [part for part in loc if not (isinstance(part, str) and part.startswith(("constrained-", "function-")))]
+    where = ".".join(str(part) for part in loc)
+    if item["type"] == "extra_forbidden":
+        section = _section_at(loc[:-1])
+        kind = f"recipe key in {'.'.join(map(str, loc[:-1]))!r}" if len(loc) > 1 else "recipe key"
+        return str(unknown_name(kind, str(loc[-1]), section.model_fields)).rstrip(".")
+    if item["type"] == "missing":
+        return f"the key {where!r} is missing, and it has no default"
+    return f"{where!r} is {item['input']!r}, but {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _section_at(loc: Sequence[Any]) -> type[BaseModel]:
+    section: type[BaseModel] = Recipe
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        inner = list(_models_in(section.model_fields[part].annotation))
+        section = inner[0]
+    return section
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _models_in(inner)
+
+
+def _cross_checks(recipe: Recipe) -> Iterator[str]:
+    """What the parts must know of each other; whatever needs the data itself is checked in `prepare`."""
+    from pocketvlm.distill.objectives import Widths, build_objective, list_objectives, objective_needs
+    from pocketvlm.students.config import load_config
+
+    train = recipe.train
+    try:
+        load_config(recipe.student.name, recipe.student.overrides)
+    except UsageError as error:
+        yield str(error).rstrip(".")
+    yield from _policy_problems(recipe.views.policy)
+    known = list_objectives()
+    for place, spec in enumerate(recipe.objectives):
+        here = f"objectives.{place} ({spec.name})"
+        if spec.name not in known:
+            yield str(unknown_name("objective", spec.name, known)).rstrip(".")
+            continue
+        needs = objective_needs(spec.name)
+        try:
+            build_objective(spec.name, student=Widths(8, 8, 8), teacher=Widths(8, 8, 8), **spec.options)
+        except (UsageError, TypeError, ValueError) as error:
+            yield f"{here}: {error}".rstrip(".")
+        if needs.taps or needs.masked_view:
+            yield f"{here} wants inner activations or a masked view, which this loop does not provide; leave it out"
+        if needs.teacher and recipe.teacher is None:
+            yield f"{here} learns from a teacher and the recipe has none; add 'teacher', or leave the objective out"
+        if needs.bank and isinstance(train.bank, str) and train.text_batch < 1:
+            yield (
+                f"{here} needs a bank of texts, and train.text_batch is 0; set train.text_batch, or train.bank "
+                "to a number of texts"
+            )
+        if needs.captions and spec.batch == "texts":
+            yield f"{here} needs picture-caption pairs, which a text-only batch has not; use batch: pairs"
+        if spec.batch == "texts" and train.text_batch < 2:
+            yield f"{here} is set on texts, and train.text_batch is {train.text_batch}; set it to 2 or more"
+        if spec.schedule_steps is not None and spec.schedule_steps > train.steps:
+            yield f"{here} has schedule_steps {spec.schedule_steps} but only {train.steps} steps are trained"
+        if train.batch_size == 1 and spec.batch == "pairs" and needs.captions:
+            yield (
+                f"{here} contrasts each pair with the others of its batch, and train.batch_size is 1, so its "
+                "loss would be 0 for any student; use a batch of 2 or more"
+            )
+    if train.text_pretrain_steps and all(spec.batch != "texts" for spec in recipe.objectives):
+        yield "train.text_pretrain_steps has no objective with batch: texts to train by; add one, or set it to 0"
+    if isinstance(train.bank, int) and recipe.teacher is None:
+        yield "train.bank asks for texts in the teacher's embedding and the recipe has no teacher; use 'student'"
+    if train.text_batch and recipe.data.words is None:
+        yield "train.text_batch draws from data.words, which is not given; add data.words (name, size)"
+    if train.warmup_steps > train.steps:
+        yield (
+            f"train.warmup_steps {train.warmup_steps} is more than train.steps {train.steps}, so the learning rate "
+            "would never be reached; lower it"
+        )
+    if not any(spec.weight > 0 or spec.schedule != "constant" for spec in recipe.objectives):
+        yield "every objective has weight 0, so nothing would be learned; give one a weight"
+
+
+def _policy_problems(policy: Mapping[str, Any]) -> Iterator[str]:
+    from pocketvlm.data.augment import AugmentPolicy
+
+    try:
+        AugmentPolicy.from_dict(dict(policy))
+    except (UsageError, TypeError, ValueError) as error:
+        yield f"views.policy: {error}".rstrip(".")

@@ -1,0 +1,66 @@
+"""Errors a user can act on. Each message is one sentence: given, expected, consequence, remedy."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class PocketvlmError(Exception):
+    """Base of every error that is the caller's to fix; the command line prints it without a traceback."""
+
+
+class UsageError(PocketvlmError, ValueError):
+    """A value, name or combination that cannot work."""
+
+
+class UnknownNameError(UsageError):
+    """A name that is not registered; the message suggests the nearest ones."""
+
+
+class BadSampleError(PocketvlmError, ValueError):
+    """One image or caption that cannot be read; `reason` is a short stable key used for counting."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class IntegrityError(PocketvlmError, ValueError):
+    """A file whose hash, width or identity does not match what its manifest says."""
+
+
+class VersionError(PocketvlmError, ValueError):
+    """A file written under a schema that this release cannot read."""
+
+
+class MissingExtraError(PocketvlmError, ImportError):
+    """An optional dependency is absent; the message names the extra that brings it."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """Build the error for an unregistered `name` of `kind` ('student', 'recipe key', ...)."""
+    options = sorted(known)
+    near = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(options)}."
+    return UnknownNameError(f"unknown {kind} {name!r}; {hint}")
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import `module`, or say which extra of pocketvlm installs it.
+
+    Raises:
+        MissingExtraError: `module` (or its parent package) is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        top = module.split(".")[0]
+        if error.name is None or error.name.split(".")[0] != top:
+            raise
+        raise MissingExtraError(
+            f"this needs the package {top!r}, which the base install leaves out; "
+            f"install it with: pip install 'pocketvlm[{extra}]'"
+        ) from error

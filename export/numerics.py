@@ -1,0 +1,168 @@
+"""The arithmetic of a reference run: strict flags, reduced-precision emulation, and a description of the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pocketvlm
+from pocketvlm.edge.errors import UsageError
+
+_WORKSPACES = (":4096:8", ":16:8")
+# operator -> positions of the factors; a bias is added in full precision by the hardware, so it is left alone
+_FACTORS = {
+    "mm": (0, 1),
+    "bmm": (0, 1),
+    "matmul": (0, 1),
+    "linear": (0, 1),
+    "addmm": (1, 2),
+    "baddbmm": (1, 2),
+    "convolution": (0, 1),
+    "_convolution": (0, 1),
+    "mkldnn_convolution": (0, 1),
+    "cudnn_convolution": (0, 1),
+}
+
+
+def reference_device(name: str | torch.device) -> torch.device:
+    """"auto" is CUDA where there is one, else the CPU; other accelerators have no deterministic full-precision mode.
+
+    Raises:
+        UsageError: a device that is absent or cannot hold a reference.
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(
+            f"device {str(device)!r} was given for the reference, which runs on 'cpu' (float64) or 'cuda' (float32) only; "
+            "elsewhere deterministic full precision is not promised, so choose one of them"
+        )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device 'cuda' was given for the reference, but torch sees no CUDA device here; use 'cpu'")
+    return device
+
+
+@contextlib.contextmanager
+def strict_numerics(device: torch.device) -> Iterator[None]:
+    """Deterministic algorithms, TF32 off, cudnn.benchmark off, math attention, autocast off; all restored afterwards.
+
+    Raises:
+        UsageError: on CUDA, when CUBLAS_WORKSPACE_CONFIG holds a value that cuBLAS does not treat as deterministic.
+    """
+    if device.type == "cuda":
+        workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _WORKSPACES[0])
+        if workspace not in _WORKSPACES:
+            raise UsageError(
+                f"CUBLAS_WORKSPACE_CONFIG is {workspace!r} and a reproducible reference needs one of "
+                f"{', '.join(_WORKSPACES)}; unset it or set it before torch starts"
+            )
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    saved = (matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = False, False, False, True
+        torch.use_deterministic_algorithms(True)
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False), torch.inference_mode():
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = saved
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def round_mantissa(x: Tensor, bits: int = 10) -> Tensor:
+    """float32 rounded to `bits` explicit mantissa bits, ties to even (10 is what TF32 keeps of a factor)."""
+    drop = 23 - bits
+    raw = x.contiguous().view(torch.int32)
+    kept = (raw + ((1 << (drop - 1)) - 1) + ((raw >> drop) & 1)) & ~((1 << drop) - 1)
+    return torch.where(torch.isfinite(x), kept.view(torch.float32), x)
+
+
+class EmulatedTF32(TorchDispatchMode):
+    """Inside, every float32 factor of a matmul or convolution is rounded to TF32 first; sums stay float32."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        positions = _FACTORS.get(func.overloadpacket.__name__)
+        if positions:
+            args = [
+                round_mantissa(value)
+                if index in positions and isinstance(value, Tensor) and value.dtype == torch.float32
+                else value
+                for index, value in enumerate(args)
+            ]
+        return func(*args, **(kwargs or {}))
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Versions, processor and commit, without any path or user name."""
+    cuda = device.type == "cuda"
+    return {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if cuda else _processor()["model"],
+        "cpu": _processor(),
+        "kit": pocketvlm.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "driver": _driver() if cuda else None,
+        "compute_capability": list(torch.cuda.get_device_capability(device)) if cuda else None,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def command_line() -> str:
+    """The command that is running, each absolute path cut to its last part (a reference must not name a machine)."""
+    parts = [Path(part).name if os.path.isabs(part) else part for part in sys.argv]
+    return " ".join(["pocketvlm" if parts[:1] == ["__main__.py"] else parts[0] if parts else "python", *parts[1:]])
+
+
+def _processor() -> dict[str, Any]:
+    model, flags = platform.processor() or platform.machine(), []
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            if key.strip() == "flags":
+                wanted = ("avx", "fma", "f16c", "amx")
+                flags = sorted(flag for flag in value.split() if flag.startswith(wanted))
+                break
+    except OSError:
+        pass  # not Linux: the name alone has to do
+    return {"model": model, "flags": flags}
+
+
+def _run(*command: str, folder: Path | None = None) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _commit() -> str | None:
+    # resolve(): the import package reaches its rooms through links into the repository
+    root = Path(__file__).resolve().parent.parent
+    commit = _run("git", "rev-parse", "HEAD", folder=root) if (root / ".git").exists() else None
+    if commit and _run("git", "status", "--porcelain", folder=root):
+        commit += " with local changes"
+    return commit
+
+
+def _driver() -> str | None:
+    out = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return out.splitlines()[0] if out else None

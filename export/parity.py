@@ -1,0 +1,604 @@
+"""Hold an exported bundle to a recorded reference run: `check_parity`.
+
+Every file is read back from disk and runs on its real runtime. Whatever cannot be checked fails: a missing reference,
+a changed file, an empty case set, a value that is not finite, a variant without a runtime.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import pocketvlm
+from pocketvlm.distill.metrics import paired_bootstrap
+from pocketvlm.edge.bundle import MANIFEST, Bundle, BundleVariant
+from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
+from pocketvlm.export.budgets import Budgets, PrecisionBudgets, Status, load_budgets
+from pocketvlm.export.compare import PairedChange, paired_change, plain
+from pocketvlm.export.parity_coreml import stage_structure
+from pocketvlm.export.parity_stages import (
+    JUDGED_AT,
+    RUNTIMES,
+    Outputs,
+    StageResult,
+    guarded,
+    query_keys,
+    run_towers,
+    stage_end_to_end,
+    stage_ids,
+    stage_pixels,
+    stage_task,
+    stage_towers,
+)
+from pocketvlm.export.parity_worst import Worst, worst_cases
+from pocketvlm.export.reference_run import ReferenceRun, load_reference
+
+SCHEMA_VERSION = "1.0"
+
+
+@dataclass
+class VariantReport:
+    """One target at one precision. stages: in order. worst: the cases to look at first.
+
+    status: "fail" if any stage failed, else "undecided" if one could not be decided, else "structure-only" if its
+    numbers were not run here, else "pass". failed_stage: the first stage that failed.
+    """
+
+    target: str
+    precision: str
+    stages: list[StageResult]
+    files: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    worst: list[Worst] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.target} {self.precision}"
+
+    @property
+    def status(self) -> Status:
+        found = {stage.status for stage in self.stages}
+        for status in ("fail", "undecided", "structure-only"):
+            if status in found:
+                return status  # type: ignore[return-value]
+        return "pass" if found & {"pass"} else "fail"
+
+    @property
+    def failed_stage(self) -> str | None:
+        return next((stage.stage for stage in self.stages if stage.status == "fail"), None)
+
+    @property
+    def message(self) -> str:
+        """One sentence: the first failure, or what is open, or that all stages are within budget."""
+        for status in ("fail", "undecided", "structure-only"):
+            for stage in self.stages:
+                if stage.status == status:
+                    return f"{stage.stage} ({stage.title}): {stage.message}"
+        return "every stage is within its budget"
+
+    def stage(self, name: str) -> StageResult:
+        """The stage called "S0" ... "S5"."""
+        for stage in self.stages:
+            if stage.stage == name:
+                return stage
+        raise unknown_name("stage of this report", name, [stage.stage for stage in self.stages])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "target": self.target,
+            "precision": self.precision,
+            "status": self.status,
+            "failed_stage": self.failed_stage,
+            "message": self.message,
+            "seconds": round(self.seconds, 2),
+            "files": self.files,
+            "stages": [stage.to_dict() for stage in self.stages],
+            "worst": [worst.to_dict() for worst in self.worst],
+        }
+
+
+@dataclass
+class ParityReport:
+    """Result of `check_parity`. preflight: the checks before any graph runs; a failure there leaves no variants.
+
+    status: "pass", "undecided" (nothing failed, but some task result needs more queries), "structure-only" (nothing
+    failed and nothing ran), or "fail". exit_code: 0 for "pass" and "undecided", else 1.
+    """
+
+    model: str
+    bundle: dict[str, Any]
+    reference: dict[str, Any]
+    budgets: dict[str, str]
+    preflight: list[StageResult]
+    variants: list[VariantReport]
+    queries: dict[str, Sequence[str]] = field(default_factory=dict)
+    date: str = ""
+
+    @property
+    def status(self) -> Status:
+        if any(stage.status == "fail" for stage in self.preflight) or not self.variants:
+            return "fail"
+        found = {variant.status for variant in self.variants}
+        if "fail" in found:
+            return "fail"
+        if not found & {"pass", "undecided"}:
+            return "structure-only"
+        return "undecided" if "undecided" in found else "pass"
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.status in ("pass", "undecided") else 1
+
+    @property
+    def failed_stage(self) -> str | None:
+        """First failed stage: of the preflight, else of the first failed variant."""
+        stages = [stage for stage in self.preflight if stage.status == "fail"]
+        if stages:
+            return stages[0].stage
+        return next((v.failed_stage for v in self.variants if v.failed_stage), None)
+
+    @property
+    def message(self) -> str:
+        """One sentence for a terminal or a CI log."""
+        for stage in self.preflight:
+            if stage.status == "fail":
+                return f"parity failed before any graph ran: {stage.message}"
+        if not self.variants:
+            return "parity failed: the bundle has no variant to check"
+        for status in ("fail", "undecided"):
+            for variant in self.variants:
+                if variant.status == status:
+                    return f"parity {'failed' if status == 'fail' else 'undecided'}: {variant.name}, {variant.message}"
+        unrun = [variant.name for variant in self.variants if variant.status == "structure-only"]
+        ran = len(self.variants) - len(unrun)
+        tail = f"; {', '.join(unrun)}: structure only, numerics not run here" if unrun else ""
+        return f"parity holds for {ran} of {len(self.variants)} variants{tail}" if ran else f"nothing ran{tail}"
+
+    def variant(self, target: str, precision: str) -> VariantReport:
+        """The report of one variant."""
+        for variant in self.variants:
+            if (variant.target, variant.precision) == (target, precision):
+                return variant
+        raise unknown_name("variant of this report", f"{target} {precision}", [v.name for v in self.variants])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; pictures are left to the HTML report."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kit_version": pocketvlm.__version__,
+            "date": self.date,
+            "status": self.status,
+            "failed_stage": self.failed_stage,
+            "message": self.message,
+            "model": self.model,
+            "bundle": self.bundle,
+            "reference": self.reference,
+            "budgets": self.budgets,
+            "preflight": [stage.to_dict() for stage in self.preflight],
+            "variants": [variant.to_dict() for variant in self.variants],
+            "queries": {key: list(value) for key, value in self.queries.items()},
+        }
+
+    def save(self, out: str | Path) -> Path:
+        """Write parity.json and parity.html into the folder `out`; returns the path of the HTML file."""
+        from pocketvlm.export.parity_report import render_html
+
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_finite(self.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
+        (folder / "parity.json").write_text(text + "\n", "utf-8")
+        page = folder / "parity.html"
+        page.write_text(render_html(self), "utf-8")
+        return page
+
+
+def check_parity(
+    bundle_folder: str | Path,
+    reference_folder: str | Path,
+    *,
+    out: str | Path | None = None,
+    targets: Iterable[str] | None = None,
+    budgets: str | Path | None = None,
+) -> ParityReport:
+    """Compare every variant of a bundle with a reference run, stage by stage, against budgets.
+
+    Args:
+        bundle_folder: what `export_bundle` wrote (a folder or a zip).
+        reference_folder: what `record_reference` wrote.
+        out: folder for parity.json and parity.html (not inside the bundle, whose files are all listed and hashed).
+        targets: "onnx", "executorch", "coreml", or with a precision, "onnx:int8"; None checks every variant.
+        budgets: a budgets file of your own; None takes the shipped one.
+
+    Returns:
+        The report, also when parity fails: see `status`, `message` and `exit_code`.
+
+    Raises:
+        UsageError: `out` lies in the bundle, or the budgets file is wrong. UnknownNameError: no such target.
+    """
+    limits = load_budgets(budgets)
+    folder, wanted = Path(bundle_folder), list(targets) if targets is not None else None
+    if out is not None and folder.is_dir() and Path(out).resolve().is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"the report folder {str(out)!r} lies inside the bundle, whose every file is listed and hashed; the bundle "
+            "would no longer load, so choose a folder outside"
+        )
+    report = ParityReport(
+        model="", bundle={"name": folder.name}, reference={"name": Path(reference_folder).name},
+        budgets={"file": limits.path, "version": limits.version}, preflight=[], variants=[],
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )  # fmt: skip
+    reference = _open_reference(reference_folder, report)
+    bundle = _open_bundle(folder, report)
+    if reference is not None and bundle is not None and _same_model(bundle, reference, report):
+        report.queries = query_keys(reference)
+        chosen = _chosen(bundle, wanted)
+        shared = [
+            guarded("S0", lambda: stage_pixels(bundle, reference)),
+            guarded("S1", lambda: stage_ids(bundle, reference)),
+        ]
+        for variant in chosen:
+            report.variants.append(_check_variant(bundle, variant, reference, limits, shared, report))
+        _borrow_full_precision(report)
+    if out is not None:
+        report.save(out)
+    return report
+
+
+# --- before any graph runs ----------------------------------------------------------------------------------------
+
+
+def _open_reference(folder: str | Path, report: ParityReport) -> ReferenceRun | None:
+    try:
+        reference = load_reference(folder)
+        _ = reference.task
+    except PocketvlmError as error:
+        report.preflight.append(StageResult("reference", "fail", str(error)))
+        return None
+    report.reference |= {"sha256": reference.digest, "manifest": reference.manifest, "noise": reference.noise}
+    report.preflight.append(StageResult("reference", "pass", f"{len(reference.manifest['files'])} files are as recorded"))
+    return reference
+
+
+def _open_bundle(folder: Path, report: ParityReport) -> Bundle | None:
+    try:
+        bundle = Bundle.load(folder)
+    except PocketvlmError as error:
+        report.preflight.append(StageResult("bundle", "fail", str(error)))
+        return None
+    report.model = bundle.contract.model_id
+    report.bundle |= {
+        "model_id": bundle.contract.model_id,
+        "kit_version": bundle.raw.get("kit_version"),
+        "created": bundle.raw.get("created"),
+        "provenance": bundle.provenance,
+        "licences": [asdict(row) for row in bundle.licences],
+    }
+    if not bundle.variants:
+        report.preflight.append(StageResult("bundle", "fail", "the bundle has no variant, so there is nothing to check"))
+        return None
+    report.preflight.append(StageResult("bundle", "pass", f"{len(bundle.raw['files'])} files match their sha256"))
+    return bundle
+
+
+def _same_model(bundle: Bundle, reference: ReferenceRun, report: ParityReport) -> bool:
+    """What makes two contracts one model; preprocessing is left to S0 and S1, which name it better."""
+    ours, theirs = bundle.contract.to_dict(), reference.contract.to_dict()
+    keys = ("model_id", "space_id", "kind", "embed_dim", "normalized", "logit_scale", "logit_bias", "labels")
+    for key in keys:
+        if ours[key] != theirs[key]:
+            message = (
+                f"{key} of the bundle is {ours[key]!r} and of the reference {theirs[key]!r}; they are different models, so "
+                "record a reference of this bundle's student or give the right folder"
+            )
+            report.preflight.append(StageResult("identity", "fail", message))
+            return False
+    report.preflight.append(StageResult("identity", "pass", f"both are {ours['model_id']}"))
+    return True
+
+
+def _chosen(bundle: Bundle, wanted: list[str] | None) -> list[BundleVariant]:
+    if wanted is None:
+        return list(bundle.variants)
+    chosen: list[BundleVariant] = []
+    for name in wanted:
+        target, _, precision = name.partition(":")
+        found = [v for v in bundle.variants if v.target == target and precision in ("", v.precision)]
+        if not found:
+            known = {v.target for v in bundle.variants} | {f"{v.target}:{v.precision}" for v in bundle.variants}
+            raise unknown_name("target of this bundle", name, known)
+        chosen += [variant for variant in found if variant not in chosen]
+    if not chosen:
+        raise UsageError("an empty list of targets was given, which would check nothing; leave it out to check all")
+    return chosen
+
+
+# --- one variant --------------------------------------------------------------------------------------------------
+
+
+def _check_variant(
+    bundle: Bundle,
+    variant: BundleVariant,
+    reference: ReferenceRun,
+    limits: Budgets,
+    shared: list[StageResult],
+    parent: ParityReport,
+) -> VariantReport:
+    started = time.perf_counter()
+    report = VariantReport(variant.target, variant.precision, list(shared), files=_hashes(bundle, variant))
+    stage = "S2" if variant.precision == "fp32" else "S3"
+    try:
+        budgets = limits.for_precision(variant.precision)
+    except PocketvlmError as error:
+        report.stages.append(StageResult(stage, "fail", str(error)))
+        return report
+    if variant.target == "coreml":
+        report.stages.append(guarded(stage, lambda: stage_structure(bundle, variant, reference, budgets)))
+        report.stages += [StageResult(name, "not-run", "Core ML predicts on macOS only") for name in ("S4", "S5")]
+    elif variant.target not in RUNTIMES:
+        message = f"no runtime of this kit runs {variant.target!r} files, so nothing was proved about them"
+        report.stages.append(StageResult(stage, "fail", message))
+    else:
+        _run_stages(report, stage, bundle, variant, reference, budgets)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _run_stages(
+    report: VariantReport,
+    stage: str,
+    bundle: Bundle,
+    variant: BundleVariant,
+    reference: ReferenceRun,
+    budgets: PrecisionBudgets,
+) -> None:
+    held: list[Outputs] = []
+
+    def towers() -> StageResult:
+        held.append(run_towers(bundle, variant, reference))
+        return stage_towers(stage, held[0], variant, reference, budgets)
+
+    report.stages.append(guarded(stage, towers))
+    if not held:
+        missing = "the graph did not run"
+        report.stages += [StageResult(name, "not-run", missing) for name in ("S4", "S5")]
+        return
+    report.stages.append(guarded("S4", lambda: stage_end_to_end(bundle, variant, reference, budgets)))
+
+    def task() -> StageResult:
+        result, changes = stage_task(held[0], variant, reference, budgets)
+        report.worst = worst_cases(held[0], variant, reference, changes, budgets)
+        return result
+
+    report.stages.append(guarded("S5", task))
+
+
+def _hashes(bundle: Bundle, variant: BundleVariant) -> dict[str, str]:
+    files = bundle.raw["files"]
+    return {
+        name: entry["sha256"]
+        for name, entry in files.items()
+        if any(name == path or name.startswith(path.rstrip("/") + "/") for path in variant.files.values())
+    }
+
+
+def _borrow_full_precision(report: ParityReport) -> None:
+    """A reduced-precision row also shows how its target's full-precision graph did, so that blame falls rightly."""
+    for variant in report.variants:
+        if variant.precision == "fp32":
+            continue
+        twin = next((v for v in report.variants if v.target == variant.target and v.precision == "fp32"), None)
+        stage = next((s for s in twin.stages if s.stage == "S2"), None) if twin else None
+        if stage is None:
+            shown = StageResult("S2", "not-run", f"the bundle was not checked with a {variant.target} fp32 variant")
+        else:
+            # its failure is that variant's own; here it is only a pointer
+            status: Status = "not-run" if stage.status == "fail" else stage.status
+            shown = StageResult("S2", status, f"of {twin.name if twin else ''}: {stage.message}")
+        variant.stages.insert(2, shown)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return plain(value)
+
+
+# --- pooled over folds --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PooledTask:
+    """The task loss of one variant over several reports. distinct: different queries among `change.queries`.
+
+    method: "tango" (all queries differ) or "cluster bootstrap" (several seeds answered the same query).
+    status: "pass", "fail" or "undecided" against the budget.
+    """
+
+    target: str
+    precision: str
+    direction: str
+    k: int
+    change: PairedChange
+    distinct: int
+    reports: int
+    method: str
+    limit: float
+    status: Status
+    note: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def pooled_task_bound(
+    reports: Sequence[ParityReport | Mapping[str, Any]], *, budgets: str | Path | None = None
+) -> list[PooledTask]:
+    """One-sided 95 % bound of the task loss over all queries of several reports, per variant and direction.
+
+    Args:
+        reports: `ParityReport`s or their parsed parity.json, one per fold (and seed). The same query may occur in
+            several of them; such repeats are resampled together and are not counted as further evidence.
+
+    Returns:
+        One row per variant, direction and k; `status` judges the k of the budget (R@5, top-1 for zero-shot) and the
+        others alike. Precisions without a task budget (fp32, where nothing but ties may change) take the verdict of
+        their S5 stages.
+
+    Raises:
+        UsageError: no report, or one without task results (it failed earlier and would silently drop out).
+    """
+    if not reports:
+        raise UsageError("no parity report was given, so there is nothing to pool")
+    limits = load_budgets(budgets)
+    pool: dict[tuple[str, str, str, int], list[tuple[str, int]]] = {}
+    seen: dict[tuple[str, str, str, int], list[Status]] = {}
+    for report in reports:
+        value = report.to_dict() if isinstance(report, ParityReport) else report
+        for variant in value["variants"]:
+            name = f"{variant['target']} {variant['precision']}"
+            stage = next((s for s in variant["stages"] if s["stage"] == "S5"), None)
+            if variant["target"] not in RUNTIMES:
+                continue
+            if stage is None or not stage["details"]:
+                raise UsageError(
+                    f"the report of {name} has no task result ({variant['message']}); pooling the others would hide it, so "
+                    "repair that run first"
+                )
+            for direction, keys in value["queries"].items():
+                for k, outcomes in stage["details"][direction]["outcomes"].items():
+                    key = (variant["target"], variant["precision"], direction, int(k))
+                    pool.setdefault(key, []).extend(zip(keys, ({"-": 1, "+": -1, ".": 0}[c] for c in outcomes)))
+                    seen.setdefault(key, []).append(stage["status"])
+    short = sorted({f"{t} {p}" for (t, p, _, _), found in seen.items() if len(found) != len(reports)})
+    if short:
+        raise UsageError(f"{', '.join(short)} is not in all {len(reports)} reports, so the pool would be lopsided")
+    return [_pooled(*key, rows, seen[key], limits) for key, rows in pool.items()]
+
+
+def _pooled(
+    target: str, precision: str, direction: str, k: int, rows: list[tuple[str, int]], found: list[Status], limits: Budgets
+) -> PooledTask:
+    outcome = np.array([value for _, value in rows])
+    distinct = len({key for key, _ in rows})
+    change = paired_change(int((outcome > 0).sum()), int((outcome < 0).sum()), len(rows))
+    method = "tango"
+    if distinct < len(rows):
+        method = "cluster bootstrap"
+        interval = paired_bootstrap(outcome, np.zeros(len(rows)), clusters=[key for key, _ in rows])
+        # with hardly any change a bootstrap has no width; Tango's bound over the distinct queries is its floor
+        lowest = paired_change(0, 0, distinct)
+        change = PairedChange(
+            change.queries, change.lost, change.gained, change.loss,
+            max(interval.upper_bound, change.loss + (lowest.bound if not outcome.any() else 0.0)),
+            min(interval.lower_bound, change.loss), (interval.low, interval.high), math.nan,
+        )  # fmt: skip
+    precise = limits.for_precision(precision)
+    if "task_loss" in precise.metrics:
+        check = precise.judge_task(change, direction)
+        return PooledTask(
+            target, precision, direction, k, change, distinct, len(found), method, check.limit, check.status, check.note
+        )
+    status: Status = "pass" if set(found) == {"pass"} else "fail"
+    note = f"{change.lost} lost, {change.gained} gained of {change.queries}; only near ties may change at full precision"
+    return PooledTask(target, precision, direction, k, change, distinct, len(found), method, 0.0, status, note)
+
+
+# --- into the bundle ----------------------------------------------------------------------------------------------
+
+
+def write_parity_summary(bundle_folder: str | Path, report: ParityReport) -> None:
+    """Replace the `parity` field of bundle.json by this report's summary, atomically.
+
+    bundle.json is not among the files that it hashes, so the bundle stays valid. The summary names the sha256 of the
+    model files that were checked.
+
+    Raises:
+        UsageError: not a bundle folder, or the report is about another model or about other files.
+    """
+    path = Path(bundle_folder) / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"folder {str(bundle_folder)!r} holds no {MANIFEST}; unzip the bundle before writing into it")
+    raw = json.loads(path.read_text("utf-8"))
+    if raw["contract"]["model_id"] != report.model:
+        raise UsageError(
+            f"the parity report is about {report.model!r} and the bundle holds {raw['contract']['model_id']!r}; its "
+            "verdict would be a false promise, so check this bundle itself"
+        )
+    for variant in report.variants:
+        for name, digest in variant.files.items():
+            if raw["files"].get(name, {}).get("sha256") != digest:
+                raise UsageError(f"{name} changed since it was checked; run parity again before writing its verdict")
+    raw["parity"] = parity_summary(report)
+    part = path.with_name(MANIFEST + ".part")
+    try:
+        part.write_text(json.dumps(_finite(raw), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def parity_summary(report: ParityReport) -> list[dict[str, Any]]:
+    """One short entry per variant for bundle.json: the verdict, the main numbers, and what they were held to."""
+    manifest = report.reference.get("manifest", {})
+    about = {
+        "reference": {
+            "sha256": report.reference.get("sha256"),
+            "dtype": manifest.get("numerics", {}).get("dtype"),
+            "device": manifest.get("environment", {}).get("device"),
+        },
+        "budgets": report.budgets["version"],
+        "date": report.date,
+    }
+    return [
+        {
+            "target": variant.target,
+            "precision": variant.precision,
+            "status": variant.status,
+            "failed_stage": variant.failed_stage,
+            "message": variant.message,
+            "stages": {stage.stage: stage.status for stage in variant.stages},
+            **_numbers(variant),
+            **about,
+        }
+        for variant in report.variants
+    ]
+
+
+def _numbers(variant: VariantReport) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for stage in variant.stages:
+        own = "S2" if variant.precision == "fp32" else "S3"
+        if stage.stage == own and "rows" in stage.details.get("image", {}):
+            result |= {
+                tower: {
+                    key: stage.details[tower][key]
+                    for key in ("rows", "cosine_mean", "cosine_p1", "cosine_min", "sqnr_db", "non_finite")
+                }
+                for tower in ("image", "text")
+            }
+        if stage.stage == "S5":
+            result["task"] = {
+                direction: {
+                    "queries": entry["queries"],
+                    "k": JUDGED_AT[direction],
+                    "reference": entry["recall_reference"][str(JUDGED_AT[direction])],
+                    "candidate": entry["recall_candidate"][str(JUDGED_AT[direction])],
+                    "loss_bound_95": entry["changes"][str(JUDGED_AT[direction])]["bound"],
+                    "top1_agreement": entry["top1_agreement"],
+                    "top10_overlap": entry["top10_overlap"],
+                }
+                for direction, entry in stage.details.items()
+                if direction in JUDGED_AT
+            }
+    return result

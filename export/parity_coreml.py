@@ -1,0 +1,205 @@
+"""What can be said about a Core ML package without a Mac: it is read back from disk and its structure is checked.
+
+Prediction needs macOS, so nothing here is a numeric result and nothing is reported as one. Checked are the declared
+inputs and outputs, the program's own output shape, that every stored constant is finite, and how many of the
+recorded weights are found among the constants (folding a batch normalisation changes a convolution's weights, so not
+all of them can be).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketvlm.edge.bundle import Bundle, BundleVariant
+from pocketvlm.edge.errors import IntegrityError, require
+from pocketvlm.export.budgets import PrecisionBudgets
+from pocketvlm.export.parity_stages import StageResult, judged
+from pocketvlm.export.reference_run import ReferenceRun
+from pocketvlm.export.reference_show import fp16_headroom
+
+NOT_RUN = "structure checked, numerics not run here (Core ML predicts on macOS only)"
+# smaller tensors (biases, norms, scalars) match by chance or are merged by every converter
+SMALLEST_WEIGHT = 256
+# a float16 copy keeps a norm to about 2^-11 / sqrt(n); 8-bit and palettised weights to about a hundredth
+_NORM_TOLERANCE = {"fp32": 1e-5, "fp16": 1e-3}
+_COARSE = 2e-2
+_INT32, _FLOATS = 131104, (65552, 65568, 65600)
+
+
+def stage_structure(
+    bundle: Bundle, variant: BundleVariant, reference: ReferenceRun, budgets: PrecisionBudgets
+) -> StageResult:
+    """The stage in place of S2/S3 for a package that cannot run here; its best status is "structure-only".
+
+    Raises:
+        MissingExtraError: coremltools is not installed.
+        IntegrityError: the package cannot be read or is not what the contract says.
+    """
+    stage = "S2" if variant.precision == "fp32" else "S3"
+    details: dict[str, Any] = {"note": NOT_RUN}
+    checks = []
+    for tower in ("image", "text"):
+        if tower not in variant.files:
+            raise IntegrityError(f"the Core ML {variant.precision} variant has no {tower} tower; export it again")
+        details[tower] = _tower(bundle.path(variant.files[tower]), tower, bundle, variant, reference)
+    if "fp16_headroom" in budgets.metrics:
+        for tower, (factor, tap) in fp16_headroom(reference).items():
+            checks.append(budgets.judge("fp16_headroom", factor, f"{tower} at {tap}"))
+    if checks:
+        result = judged(stage, checks, details)
+        if result.status == "fail":
+            return result
+    found = ", ".join(
+        f"{tower} {details[tower]['weights_found']} of {details[tower]['weights']} weight tensors found"
+        for tower in ("image", "text")
+    )
+    return StageResult(stage, "structure-only", f"{NOT_RUN}; {found}", checks, details)
+
+
+def _tower(
+    path: Path, tower: str, bundle: Bundle, variant: BundleVariant, reference: ReferenceRun
+) -> dict[str, Any]:
+    spec, program = _load(path)
+    kind = spec.WhichOneof("Type")
+    if kind != "mlProgram":
+        raise IntegrityError(f"{path.name} holds a {kind}, not an ML program; export it again")
+    details = {
+        "specification": spec.specificationVersion,
+        "inputs": [_input(entry, tower, path, bundle) for entry in spec.description.input],
+        "outputs": [entry.name for entry in spec.description.output],
+    }
+    if len(details["inputs"]) != 1 or len(details["outputs"]) != 1:
+        raise IntegrityError(
+            f"{path.name} has inputs {details['inputs']} and outputs {details['outputs']}, a tower has one of each; "
+            "applications would feed it wrongly, so export it again"
+        )
+    function = next(iter(program.functions.values()))
+    shape = [value if isinstance(value, int) else str(value) for value in function.outputs[0].shape]
+    dim = variant.dim or bundle.contract.embed_dim
+    if not shape or shape[-1] != dim:
+        raise IntegrityError(f"{path.name} gives embeddings of shape {shape}, the contract promises width {dim}")
+    constants = _constants(function)
+    bad = [name for name, value in constants.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
+    if bad:
+        raise IntegrityError(f"{path.name} stores NaN or Inf in {len(bad)} constants (first {bad[0]!r}); export it again")
+    expected = _weights(reference, tower)
+    found = _recognised(expected, constants, _NORM_TOLERANCE.get(variant.precision, _COARSE))
+    if not found:
+        raise IntegrityError(
+            f"{path.name} holds none of the {len(expected)} recorded {tower} weights; it was converted from another "
+            "model or before the weights were loaded, so export it again"
+        )
+    return details | {
+        "output_shape": shape,
+        "operations": sum(1 for _ in _walk(function)),
+        "constants": len(constants),
+        "weights": len(expected),
+        "weights_found": len(found),
+        "weights_not_found": sorted(set(expected) - set(found))[:10],
+    }
+
+
+def _load(path: Path) -> tuple[Any, Any]:
+    # coremltools announces at import, on every stream it has, that this is no Mac
+    quiet = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            utils = require("coremltools.models.utils", "coreml")
+            milproto = require("coremltools.converters.mil.frontend.milproto.load", "coreml")
+            spec = utils.load_spec(str(path))
+            folder = path / "Data" / "com.apple.CoreML" / "weights"
+            program = milproto.load(
+                spec, specification_version=spec.specificationVersion, file_weights_dir=str(folder)
+            )
+    except ImportError:
+        raise
+    except Exception as error:  # protobuf, file and loader errors share no base
+        raise IntegrityError(
+            f"{path.name} cannot be read back ({type(error).__name__}: {error}); no phone could load it, export it again"
+        ) from error
+    finally:
+        logging.disable(quiet)
+    return spec, program
+
+
+def _input(entry: Any, tower: str, path: Path, bundle: Bundle) -> str:
+    """Name and type of an input, refused where it does not fit the contract."""
+    contract, kind = bundle.contract, entry.type.WhichOneof("Type")
+    assert contract.image is not None and contract.text is not None  # S0 and S1 came before
+    size = contract.image.size
+    if tower == "image" and kind == "imageType":
+        found = (entry.type.imageType.height, entry.type.imageType.width)
+        if found != (size, size):
+            raise IntegrityError(f"{path.name} takes pictures of {found}, the contract says {size}; export it again")
+        return f"{entry.name}: image {size} x {size}"
+    if kind != "multiArrayType":
+        raise IntegrityError(f"input {entry.name!r} of {path.name} is a {kind}, which no backend of this kit feeds")
+    array = entry.type.multiArrayType
+    shape = list(array.shape)
+    wanted = [size, size, 3] if tower == "image" else [contract.text.context_length]
+    types = (_INT32, *_FLOATS) if tower == "image" else (_INT32,)
+    if shape[1:] != wanted or array.dataType not in types:
+        raise IntegrityError(
+            f"input {entry.name!r} of {path.name} has shape {shape} and type {array.dataType}, expected [batch, "
+            f"{', '.join(map(str, wanted))}] and one of {types}; applications would feed it wrongly, so export it again"
+        )
+    return f"{entry.name}: {shape} of type {array.dataType}"
+
+
+def _walk(function: Any) -> Any:
+    for operation in function.operations:
+        yield operation
+        for block in operation.blocks:
+            yield from _walk(block)
+
+
+def _constants(function: Any) -> dict[str, NDArray[Any]]:
+    """Every constant of the program, compressed ones expanded."""
+    result: dict[str, NDArray[Any]] = {}
+    for operation in _walk(function):
+        value = None
+        if operation.op_type == "const":
+            value = operation.outputs[0].val
+        elif operation.op_type.startswith("constexpr"):
+            value = operation.materialized_val_inference()
+        if value is not None and np.asarray(value).dtype.kind in "fiu":
+            result[operation.name] = np.asarray(value)
+    return result
+
+
+def _weights(reference: ReferenceRun, tower: str) -> dict[str, dict[str, Any]]:
+    return {
+        name: entry
+        for name, entry in reference.weights.items()
+        if name.startswith(f"{tower}_tower.")
+        and len(entry["shape"]) > 1
+        and int(np.prod(entry["shape"])) >= SMALLEST_WEIGHT
+    }
+
+
+def _recognised(
+    expected: dict[str, dict[str, Any]], constants: dict[str, NDArray[Any]], tolerance: float
+) -> list[str]:
+    """Recorded weights with a constant of the same size and norm (a converter may transpose, which keeps both)."""
+    norms: dict[int, list[float]] = {}
+    for value in constants.values():
+        if value.dtype.kind == "f" and value.size >= SMALLEST_WEIGHT:
+            norms.setdefault(value.size, []).append(float(np.linalg.norm(value.astype(np.float64))))
+    return [
+        name
+        for name, entry in expected.items()
+        if any(
+            abs(norm - entry["norm"]) <= tolerance * max(entry["norm"], 1e-12)
+            for norm in norms.get(int(np.prod(entry["shape"])), [])
+        )
+    ]

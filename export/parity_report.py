@@ -1,0 +1,176 @@
+"""A parity report for people: a terminal table and a self-contained HTML page."""
+
+from __future__ import annotations
+
+import math
+from importlib import resources
+from typing import Any
+
+from pocketvlm.edge.errors import require
+from pocketvlm.export.budgets import Check
+from pocketvlm.export.parity import ParityReport, VariantReport
+from pocketvlm.export.parity_stages import JUDGED_AT, TITLES, metric_name
+
+LIGHTS = {"pass": "●", "fail": "✕", "undecided": "◐", "structure-only": "◇", "not-run": "–"}
+WORDS = {
+    "pass": "pass",
+    "fail": "FAIL",
+    "undecided": "undecided",
+    "structure-only": "structure only",
+    "not-run": "not run",
+}
+_COLORS = {"pass": "green", "fail": "bold red", "undecided": "yellow", "structure-only": "cyan", "not-run": "dim"}
+_STAGES = ("S0", "S1", "S2", "S3", "S4", "S5")
+
+
+def number(metric: str, value: float | None) -> str:
+    """A metric's value with its unit."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    if metric == "sqnr_db":
+        return "identical" if value >= 300 else f"{value:.1f} dB"
+    if metric in ("top1_agreement", "top10_overlap"):
+        return f"{100 * value:.2f} %"
+    if metric == "task_loss":
+        return f"{100 * value:+.2f} points"
+    if metric == "fp16_headroom":
+        return f"{value:.3g} ×"
+    if metric in ("non_finite", "hard_changes", "different cases"):
+        return f"{value:.0f}"
+    return f"{value:.2e}"
+
+
+def used(check: Check) -> float | None:
+    """Share of the budget that is used up, in error units; None where the budget is zero or nothing was measured."""
+    if check.value is None:
+        return None
+    if check.metric == "sqnr_db":
+        return float(10 ** ((check.limit - check.value) / 20))
+    if check.metric == "fp16_headroom":
+        return check.limit / check.value
+    value, limit = (check.value, check.limit) if check.better == "lower" else (1 - check.value, 1 - check.limit)
+    return max(0.0, value / limit) if limit > 0 else None
+
+
+def print_report(report: ParityReport, console: Any = None) -> None:
+    """Print the verdict, one line per variant, and every stage that did not pass."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    for stage in report.preflight:
+        if stage.status == "fail":
+            console.print(Text(f"✕ {stage.title}: {stage.message}", style="bold red"))
+    if report.variants:
+        table = Table(title=f"Parity of {report.model}", title_justify="left", padding=(0, 1, 0, 0), box=SIMPLE_HEAD)
+        table.add_column("variant", no_wrap=True)
+        for column in (*_STAGES, "1-cos mean", "worst", "SQNR", "R@5 i→t"):
+            table.add_column(column, justify="center" if column in _STAGES else "right", no_wrap=True)
+        table.add_column("verdict", no_wrap=True)
+        for variant in report.variants:
+            lights = {stage.stage: stage.status for stage in variant.stages}
+            row: list[Any] = [variant.name]
+            for name in _STAGES:
+                status = lights.get(name)
+                row.append(Text(LIGHTS[status], style=_COLORS[status]) if status else "")
+            row += [*_headline(variant), Text(WORDS[variant.status], style=_COLORS[variant.status])]
+            table.add_row(*row)
+        console.print(table)
+        for variant in report.variants:
+            if variant.status != "pass":
+                console.print(Text(f"{LIGHTS[variant.status]} {variant.name}: {variant.message}", _COLORS[variant.status]))
+    console.print(Text(report.message, style=_COLORS[report.status]))
+
+
+def _headline(variant: VariantReport) -> list[str]:
+    """Worst tower's 1 - cosine (mean and worst) and SQNR, and the picture-to-text recall before and after."""
+    own = next((s for s in variant.stages if s.stage == ("S2" if variant.precision == "fp32" else "S3")), None)
+    towers = [own.details[t] for t in ("image", "text") if "rows" in own.details.get(t, {})] if own else []
+    cells = ["", "", ""]
+    if towers and all(tower["non_finite"] == 0 for tower in towers):
+        cells = [
+            f"{max(t['one_minus_cosine_mean'] for t in towers):.0e}",
+            f"{max(t['one_minus_cosine_max'] for t in towers):.0e}",
+            f"{min(t['sqnr_db'] for t in towers):.1f}",
+        ]
+    elif towers:
+        cells = ["NaN"] * 3
+    task = next((s.details.get("image-to-text") for s in variant.stages if s.stage == "S5"), None)
+    if not task:
+        return [*cells, ""]
+    before, after = task["recall_reference"]["5"], task["recall_candidate"]["5"]
+    return [*cells, f"{100 * before:.1f}→{100 * after:.1f}"]
+
+
+def render_html(report: ParityReport) -> str:
+    """The whole report as one HTML page without outside references."""
+    jinja2 = require("jinja2", "distill")
+    text = resources.files("pocketvlm.export").joinpath("templates/parity.html").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(
+        number=number, used=used, metric_name=metric_name, lights=LIGHTS, words=WORDS, titles=TITLES,
+        stage_names=_STAGES, judged_at=JUDGED_AT,
+    )  # fmt: skip
+    manifest = report.reference.get("manifest")
+    return str(
+        environment.from_string(text).render(
+            report=report,
+            manifest=manifest,
+            facts=_facts(manifest) if manifest else [],
+            noise=_noise_rows(report.reference.get("noise", {})),
+            licences=_licences(report),
+        )
+    )
+
+
+def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    numerics, machine = manifest["numerics"], manifest["environment"]
+    flags = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in numerics.items() if key != "dtype")
+    versions = ", ".join(f"{key} {machine[key]}" for key in ("torch", "cuda", "cudnn", "driver", "python") if machine[key])
+    return [
+        ("model", manifest["model_id"]),
+        ("arithmetic", f"{numerics['dtype']} on {machine['device_name']} ({machine['device']})"),
+        ("flags", flags),
+        ("versions", f"{versions}, kit {machine['kit']}, commit {machine['commit'] or 'unknown'}"),
+        ("processor", f"{machine['cpu']['model']} ({machine['cpu_capability']}), {machine['threads']} threads"),
+        ("data", f"{manifest['data']['name']}: " + ", ".join(f"{v} {k}" for k, v in manifest["counts"].items())),
+        ("seeds", ", ".join(f"{key} {value}" for key, value in manifest["seeds"].items())),
+        *((f"sha256 of {key}", value) for key, value in manifest["sha256"].items()),
+        ("command", manifest["command"]),
+        ("date", manifest["date"]),
+    ]
+
+
+_NOISE_NAMES = {
+    "rerun": "the same again",
+    "float32": "float32 against float64",
+    "batch": "batch of 1 against a full batch",
+    "tf32": "TF32 factors (emulated)",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+}
+
+
+def _noise_rows(noise: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    rows = []
+    for key, name in _NOISE_NAMES.items():
+        entry = noise.get(key)
+        if entry is None:
+            continue
+        if "unavailable" in entry:
+            rows.append((name, ["not available", "", "", ""]))
+            continue
+        cells = [number("", entry[tower]["one_minus_cosine_max"]) for tower in ("image", "text")]
+        scores = entry["scores"]
+        rows.append((name, [*cells, number("", scores["score_max_abs"]), number("", scores["score_rms"])]))
+    return rows
+
+
+def _licences(report: ParityReport) -> list[tuple[str, str, str]]:
+    """Whose pictures and weights the page shows; attribution has to travel with them."""
+    manifest = report.reference.get("manifest") or {}
+    rows = [tuple(row) for row in manifest.get("data", {}).get("licences", [])]
+    rows += [(row["what"], row["licence"], row["attribution"]) for row in report.bundle.get("licences", [])]
+    return list(dict.fromkeys(rows))  # type: ignore[arg-type]

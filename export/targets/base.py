@@ -1,0 +1,53 @@
+"""One interface for every export backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal, Protocol
+
+from numpy.typing import NDArray
+from torch import nn
+
+from pocketvlm.edge.contract import ModelContract
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+@dataclass(frozen=True)
+class Towers:
+    """The deployable graphs: uint8 [B, S, S, 3] -> [B, D] and int32 [B, L] -> [B, D], L2-normalised, eval mode."""
+
+    image: nn.Module | None
+    text: nn.Module | None
+    contract: ModelContract
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Real inputs for static quantization: uint8 [n, S, S, 3] pixels and int32 [n, L] ids."""
+
+    pixels: NDArray
+    ids: NDArray
+    description: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One target at one precision. files: tower name -> path relative to the bundle folder."""
+
+    target: str
+    precision: str
+    files: dict[str, str]
+    batch: Literal["dynamic", "fixed-1"]
+    dim: int | None = None
+    notes: dict[str, object] = field(default_factory=dict)
+
+
+class Target(Protocol):
+    """A backend that lowers towers into files under `folder` (the bundle root)."""
+
+    name: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]]
+
+    def lower(self, towers: Towers, *, precision: Precision, folder: Path, calibration: Calibration | None) -> Variant: ...

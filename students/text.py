@@ -1,0 +1,97 @@
+"""The text tower: a compact pre-norm transformer over token ids, written so that every exporter takes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pocketvlm.edge.contract import TextSpec
+from pocketvlm.students.config import TextConfig
+from pocketvlm.students.image import make_projection
+
+# finite and inside float16: -inf or finfo(float32).min turn into NaN in half-precision runtimes
+_MASKED = -1e4
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP. x: [B, L, W]; bias: additive, broadcast to [B, heads, L, L]."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        self.heads = config.heads
+        self.head_width = width // config.heads
+        self.length = config.context_length
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, width)
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm1(x)).reshape(-1, self.length, 3, self.heads, self.head_width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # written out instead of scaled_dot_product_attention: one arithmetic on every device and dtype
+        scores = torch.matmul(q * self.head_width**-0.5, k.transpose(-2, -1)) + bias
+        mixed = torch.matmul(scores.softmax(dim=-1), v).transpose(1, 2)
+        x = x + self.drop(self.out(mixed.reshape(-1, self.length, self.heads * self.head_width)))
+        return x + self.drop(self.fc2(self.act(self.fc1(self.norm2(x)))))
+
+
+class TextTower(nn.Module):
+    """int32 ids [B, context_length] -> (embedding [B, D], features [B, W]), both not normalised.
+
+    Padding is whatever equals `pad_id`: it takes no part in attention or pooling, so trailing padding never changes
+    a result. Pooling "mean" averages the real tokens after the last norm; "eot" takes the last real token.
+    """
+
+    positions: Tensor
+    causal: Tensor | None
+
+    def __init__(self, config: TextConfig, spec: TextSpec, embed_dim: int) -> None:
+        super().__init__()
+        self.pad_id = spec.pad_id
+        self.pool = config.pool
+        inner = config.embedding_width or config.width
+        self.token = nn.Embedding(spec.vocab_size, inner)
+        self.widen = nn.Linear(inner, config.width, bias=False) if inner != config.width else nn.Identity()
+        self.position = nn.Parameter(torch.empty(config.context_length, config.width))
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.projection = make_projection(config.projection, config.width, embed_dim)
+        self.register_buffer("positions", torch.arange(config.context_length), persistent=False)
+        mask = torch.full((config.context_length,) * 2, _MASKED).triu(1) if config.attention == "causal" else None
+        self.register_buffer("causal", mask, persistent=False)
+        self._initialise(config)
+
+    def _initialise(self, config: TextConfig) -> None:
+        nn.init.normal_(self.token.weight, std=0.02)
+        nn.init.normal_(self.position, std=0.01)
+        deep = (2 * max(config.layers, 1)) ** -0.5
+        for name, module in self.blocks.named_modules():
+            if isinstance(module, nn.Linear):
+                # residual branches start smaller with depth, as in GPT-2 and CLIP
+                residual = name.endswith(("out", "fc2"))
+                nn.init.normal_(module.weight, std=module.in_features**-0.5 * (deep if residual else 1.0))
+                nn.init.zeros_(module.bias)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.drop(self.widen(self.token(ids)) + self.position)
+        real = (ids != self.pad_id).to(x.dtype)
+        bias = (1.0 - real)[:, None, None, :] * _MASKED
+        if self.causal is not None:
+            bias = bias + self.causal
+        for block in self.blocks:
+            x = block(x, bias)
+        x = self.norm(x)
+        count = real.sum(dim=1, keepdim=True).clamp(min=1.0)
+        if self.pool == "mean":
+            weight = real / count
+        else:
+            weight = (self.positions == (count - 1.0)).to(x.dtype)
+        features = (x * weight[:, :, None]).sum(dim=1)
+        return self.projection(features), features

@@ -1,0 +1,531 @@
+"""The teacher cache: a teacher's outputs on disk, so that a student never waits for its teacher.
+
+A folder holds `cache.json` (who made it, from what, and the sha256 of every other file) and shards in the
+safetensors format:
+
+    shard-00000.safetensors   image [n, K, D], features [n, K, F] (if the teacher has them)
+    text-00000.safetensors    text [m, D], features [m, G] (if the teacher has them)
+
+Row order is in each shard's own metadata (uids or texts), so a shard explains itself. K counts the replayable
+views of an image (`data.augment`); view 0 is the teacher's plain preprocessing. Precomputed embeddings are this
+format with one view. `cache.json` is written last: a folder without it is an unfinished build, which
+`build_cache` continues; the finished files are the same bytes as those of an uninterrupted build.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from pocketvlm.data.sample import Sample
+from pocketvlm.edge.contract import ImageSpec
+from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError, VersionError
+from pocketvlm.teachers.base import Teacher, TeacherOutput
+from pocketvlm.teachers.files import Progress, sha256_file, write_atomic, write_json
+
+SCHEMA_VERSION = "1.0"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheInfo:
+    """What a cache was made from; two caches with equal fields hold the same numbers.
+
+    policy: the augmentation policy's fields, or None for plain preprocessing only. dim / feature_dim /
+    text_feature_dim: widths D, F and G (0 where the teacher has no such features).
+    samples / texts: digests of the uids and of the texts, in order.
+    """
+
+    name: str
+    fingerprint: str
+    space_id: str
+    dim: int
+    feature_dim: int
+    text_feature_dim: int
+    logit_scale: float
+    logit_bias: float
+    image: ImageSpec | None
+    views: int
+    policy: dict[str, Any] | None
+    seed: int
+    dtype: Literal["float32", "bfloat16"]
+    shard_size: int
+    samples: str
+    texts: str
+    licences: tuple[tuple[str, str, str], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> CacheInfo:
+        """Inverse of `to_dict`."""
+        value = dict(value)
+        if value["image"] is not None:
+            image = {k: tuple(v) if isinstance(v, list) else v for k, v in value["image"].items()}
+            value["image"] = ImageSpec(**image)
+        value["licences"] = tuple((row[0], row[1], row[2]) for row in value["licences"])
+        return cls(**value)
+
+
+class TeacherCache:
+    """A finished cache, read lazily: shards are mapped into memory on first use.
+
+    info: what it was made from. uids: images in storage order. texts: texts in storage order.
+    skipped: uid to reason, for images that could not be decoded when the cache was built.
+    """
+
+    def __init__(self, folder: Path, info: CacheInfo, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.info = info
+        self.skipped: dict[str, str] = manifest["skipped"]
+        self._files = [row["file"] for row in manifest["shards"]]
+        self._text_files = [row["file"] for row in manifest["text_shards"]]
+        self._open: dict[str, dict[str, Tensor]] = {}
+        self._rows: dict[str, tuple[int, int]] = {}
+        self._bytes: dict[str, str] = {}
+        self._text_rows: dict[str, tuple[int, int]] = {}
+        for number, file in enumerate(self._files):
+            meta = _read_meta(folder / file)
+            self._rows.update({uid: (number, row) for row, uid in enumerate(meta["uids"])})
+            self._bytes.update(zip(meta["uids"], meta["bytes_sha256"]))
+        for number, file in enumerate(self._text_files):
+            self._text_rows.update({t: (number, row) for row, t in enumerate(_read_meta(folder / file)["texts"])})
+        self.uids = tuple(self._rows)
+        self.texts = tuple(self._text_rows)
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, *, expect_fingerprint: str | None = None, verify: bool = True, **expect: Any
+    ) -> TeacherCache:
+        """Open a finished cache.
+
+        expect_fingerprint: the teacher's fingerprint. expect: further `CacheInfo` fields that must match
+        (`views=4, seed=0, policy={...}`). verify: hash every shard (reads the whole cache once).
+
+        Raises:
+            UsageError: no cache there, or an unfinished one. VersionError: written under another schema.
+            IntegrityError: a shard's bytes differ, or an expected field does; the message names it.
+        """
+        folder = Path(folder)
+        try:
+            manifest = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            state = "holds an unfinished build" if (folder / "build.json").exists() else "is not a teacher cache"
+            raise UsageError(f"{folder} {state} (no cache.json); build it with `build_cache` before reading it") from None
+        except json.JSONDecodeError as error:
+            raise IntegrityError(f"{folder / 'cache.json'} is not JSON ({error}); delete the folder, rebuild it") from error
+        _check_version(folder, manifest)
+        if verify:
+            for row in [*manifest["shards"], *manifest["text_shards"]]:
+                _check_shard(folder / row["file"], row["sha256"])
+        info = CacheInfo.from_dict(manifest["info"])
+        if expect_fingerprint is not None:
+            expect = {"fingerprint": expect_fingerprint, **expect}
+        _refuse_difference(folder, info.to_dict(), json.loads(json.dumps(expect)))
+        return cls(folder, info, manifest)
+
+    def image(self, uids: Sequence[str], views: int | Sequence[int] = 0) -> Tensor:
+        """[B, D] float32 image embeddings, L2-normalised; one view number for all, or one per uid."""
+        return self._gather("image", uids, views)
+
+    def features(self, uids: Sequence[str], views: int | Sequence[int] = 0) -> Tensor:
+        """[B, F] float32 pooled image features before the joint projection.
+
+        Raises:
+            UsageError: the teacher has no such features.
+        """
+        if not self.info.feature_dim:
+            raise UsageError(
+                f"teacher {self.info.name!r} gave no pooled features, so {self.folder} holds none; "
+                "leave feature objectives out of the recipe or use another teacher"
+            )
+        return self._gather("features", uids, views)
+
+    def text(self, texts: Sequence[str]) -> Tensor:
+        """[M, D] float32 text embeddings, L2-normalised, looked up by the exact string."""
+        return self._gather_text("text", texts)
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """[M, G] float32 pooled text features before the joint projection."""
+        if not self.info.text_feature_dim:
+            raise UsageError(
+                f"teacher {self.info.name!r} gave no pooled text features, so {self.folder} holds none; "
+                "leave feature objectives out of the recipe or use another teacher"
+            )
+        return self._gather_text("features", texts)
+
+    def changed(self, samples: Sequence[Sample]) -> list[str]:
+        """uids whose encoded image bytes are no longer those that the cache was made from (reads all images)."""
+        return [
+            s.uid
+            for s in samples
+            if self._bytes.get(s.uid) and hashlib.sha256(s.image.read()).hexdigest() != self._bytes[s.uid]
+        ]
+
+    def __contains__(self, uid: str) -> bool:
+        return uid in self._rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _gather(self, key: str, uids: Sequence[str], views: int | Sequence[int]) -> Tensor:
+        wanted = [views] * len(uids) if isinstance(views, int) else list(views)
+        if len(wanted) != len(uids):
+            raise UsageError(f"{len(uids)} uids came with {len(wanted)} view numbers; give one view, or one per uid")
+        if wanted and not (0 <= min(wanted) and max(wanted) < self.info.views):
+            raise UsageError(
+                f"view {max(wanted, key=abs)} was asked for, but {self.folder} holds views 0 to {self.info.views - 1}; "
+                "rebuild the cache with more views or draw fewer"
+            )
+        rows = []
+        for uid, view in zip(uids, wanted):
+            if uid not in self._rows:
+                raise UsageError(_absent(f"image {uid!r}", self.folder, len(self._rows), self.skipped.get(uid)))
+            shard, row = self._rows[uid]
+            rows.append(self._shard(self._files[shard])[key][row, view])
+        width = self.info.dim if key == "image" else self.info.feature_dim
+        return torch.stack(rows).float() if rows else torch.zeros(0, width)
+
+    def _gather_text(self, key: str, texts: Sequence[str]) -> Tensor:
+        rows = []
+        for text in texts:
+            if text not in self._text_rows:
+                raise UsageError(_absent(f"text {text!r}", self.folder, len(self._text_rows), None))
+            shard, row = self._text_rows[text]
+            rows.append(self._shard(self._text_files[shard])[key][row])
+        width = self.info.dim if key == "text" else self.info.text_feature_dim
+        return torch.stack(rows).float() if rows else torch.zeros(0, width)
+
+    def _shard(self, file: str) -> dict[str, Tensor]:
+        if file not in self._open:
+            with safe_open(self.folder / file, framework="pt") as handle:
+                self._open[file] = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        return self._open[file]
+
+
+def build_cache(
+    teacher: Teacher,
+    samples: Sequence[Sample],
+    texts: Sequence[str],
+    folder: str | Path,
+    *,
+    views: int = 1,
+    policy: Any = None,
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    batch_size: int = 32,
+    shard_size: int = 512,
+    on_bad_sample: Literal["refuse", "skip"] = "refuse",
+    progress: Progress | None = None,
+) -> TeacherCache:
+    """Run `teacher` over every view of every image and every distinct text, once, into `folder`.
+
+    views: K; view 0 is plain preprocessing, views 1..K-1 are drawn by `data.augment.view_params(uid, view, seed,
+    policy)`, so a student can replay them at its own size. dtype: storage only; the teacher computes in float32.
+    on_bad_sample: "skip" leaves undecodable images out and lists them in `TeacherCache.skipped`.
+    progress: called as (done, total, "teacher images" | "teacher texts").
+
+    A finished cache of the same teacher and inputs is opened and returned; an unfinished one is continued.
+
+    Raises:
+        UsageError: nothing to cache, a duplicate uid, or more views without a policy.
+        IntegrityError: `folder` was begun with something else; the message names what differs.
+        BadSampleError: an image cannot be decoded and `on_bad_sample` is "refuse".
+    """
+    folder = Path(folder)
+    texts = list(dict.fromkeys(texts))
+    uids = [s.uid for s in samples]
+    _check_request(uids, texts, views, policy, dtype)
+    info = _describe(teacher, samples, texts, views=views, policy=policy, seed=seed, dtype=dtype, size=shard_size)
+    if (folder / "cache.json").exists():
+        cache = TeacherCache.open(folder, verify=True)
+        _refuse_difference(folder, cache.info.to_dict(), info.to_dict())
+        return cache
+    plan = {"schema_version": SCHEMA_VERSION, "info": info.to_dict(), "batch_size": batch_size}
+    if (folder / "build.json").exists():
+        started = json.loads((folder / "build.json").read_text(encoding="utf-8"))
+        _check_version(folder, started)
+        _refuse_difference(folder, {**started["info"], "batch_size": started["batch_size"]},
+                           {**info.to_dict(), "batch_size": batch_size})
+    write_json(folder / "build.json", plan)
+
+    report = progress or (lambda done, total, what: None)
+    skipped: dict[str, str] = {}
+    shards, text_shards = [], []
+    for number, start in enumerate(range(0, len(samples), shard_size)):
+        path = folder / f"shard-{number:05d}.safetensors"
+        part = samples[start : start + shard_size]
+        tell = _offset(report, "teacher images", start, len(samples))
+        if not _complete(path, "uids", [s.uid for s in part]):
+            _write_image_shard(teacher, part, path, info, policy, batch_size, on_bad_sample, tell)
+        tell(len(part))
+        meta = _read_meta(path)
+        skipped |= meta["skipped"]
+        shards.append({"file": path.name, "sha256": sha256_file(path), "count": len(meta["uids"])})
+    text_size = max(shard_size, 4096)
+    for number, start in enumerate(range(0, len(texts), text_size)):
+        path = folder / f"text-{number:05d}.safetensors"
+        block = texts[start : start + text_size]
+        tell = _offset(report, "teacher texts", start, len(texts))
+        if not _complete(path, "texts", block):
+            _write_text_shard(teacher, block, path, info, batch_size, tell)
+        tell(len(block))
+        text_shards.append({"file": path.name, "sha256": sha256_file(path), "count": len(block)})
+    write_manifest(folder, info, shards=shards, text_shards=text_shards, skipped=skipped)
+    (folder / "build.json").unlink(missing_ok=True)
+    return TeacherCache.open(folder, verify=False)
+
+
+def write_manifest(
+    folder: Path,
+    info: CacheInfo,
+    *,
+    shards: list[dict[str, Any]],
+    text_shards: list[dict[str, Any]],
+    skipped: dict[str, str],
+) -> None:
+    """Write `cache.json`, which makes the folder a finished cache."""
+    value = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "teacher-cache",
+        "info": info.to_dict(),
+        "shards": shards,
+        "text_shards": text_shards,
+        "skipped": skipped,
+    }
+    write_json(folder / "cache.json", value)
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
+    """Write one shard atomically; returns its sha256. Equal inputs give equal bytes."""
+    # one metadata key: the safetensors writer does not keep the order of several
+    text = json.dumps(meta, sort_keys=True, ensure_ascii=False)
+    return write_atomic(path, save_tensors({k: v.contiguous() for k, v in tensors.items()}, {"pocketvlm": text}))
+
+
+def digest_names(names: Sequence[str]) -> str:
+    """Order-sensitive digest of uids or texts."""
+    return hashlib.sha256(json.dumps(list(names), ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _check_request(uids: list[str], texts: list[str], views: int, policy: Any, dtype: str) -> None:
+    if not uids and not texts:
+        raise UsageError("a teacher cache of no images and no texts was asked for; give at least one of them")
+    if len(set(uids)) != len(uids):
+        twice = next(u for u in uids if uids.count(u) > 1)
+        raise UsageError(f"uid {twice!r} occurs more than once, so one image would overwrite another; make uids unique")
+    if views < 1 or (views > 1 and policy is None):
+        raise UsageError(
+            f"views={views} with policy={policy!r} cannot be drawn; use views=1, or give an AugmentPolicy with views >= 1"
+        )
+    if dtype not in _DTYPES:
+        raise UsageError(f"cache dtype {dtype!r} is not one of {sorted(_DTYPES)}; bfloat16 halves the disk space")
+
+
+def _describe(
+    teacher: Teacher,
+    samples: Sequence[Sample],
+    texts: Sequence[str],
+    *,
+    views: int,
+    policy: Any,
+    seed: int,
+    dtype: Literal["float32", "bfloat16"],
+    size: int,
+) -> CacheInfo:
+    # widths are asked of the teacher itself, on one gray picture and one word
+    image = teacher.encode_images(torch.full((1, teacher.image.size, teacher.image.size, 3), 128, dtype=torch.uint8))
+    text = teacher.encode_texts(["a"]) if texts else None
+    if image.embedding.shape[-1] != teacher.dim or (text is not None and text.embedding.shape[-1] != teacher.dim):
+        widths = [image.embedding.shape[-1], text.embedding.shape[-1] if text is not None else teacher.dim]
+        raise UsageError(
+            f"teacher {teacher.name!r} says dim {teacher.dim} but gives image and text widths {widths}; "
+            "cosines between them would be meaningless, so fix the teacher's projection"
+        )
+    info = CacheInfo(
+        name=teacher.name,
+        fingerprint=teacher.fingerprint,
+        space_id=teacher.space_id,
+        dim=teacher.dim,
+        feature_dim=0 if image.features is None else image.features.shape[-1],
+        text_feature_dim=0 if text is None or text.features is None else text.features.shape[-1],
+        logit_scale=teacher.logit_scale,
+        logit_bias=teacher.logit_bias,
+        image=teacher.image,
+        views=views,
+        policy=None if policy is None else dataclasses.asdict(policy),
+        seed=seed,
+        dtype=dtype,
+        shard_size=size,
+        samples=digest_names([s.uid for s in samples]),
+        texts=digest_names(texts),
+        licences=teacher.licences,
+    )
+    return info
+
+
+def _write_image_shard(
+    teacher: Teacher,
+    part: Sequence[Sample],
+    path: Path,
+    info: CacheInfo,
+    policy: Any,
+    batch_size: int,
+    on_bad_sample: str,
+    tell: Callable[[int], None],
+) -> None:
+    rows: list[TeacherOutput] = []
+    kept: list[str] = []
+    hashes: list[str] = []
+    skipped: dict[str, str] = {}
+    # whole images per batch, so that a batch holds at most about batch_size pictures
+    step = max(1, batch_size // info.views)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(part), step):
+            group = part[start : start + step]
+            loaded = list(pool.map(lambda s: _load_views(s, teacher.image, info, policy), group))
+            good = []
+            for sample, item in zip(group, loaded):
+                if isinstance(item, BadSampleError):
+                    if on_bad_sample == "refuse":
+                        raise item
+                    skipped[sample.uid] = item.reason
+                    continue
+                good.append(item[0])
+                kept.append(sample.uid)
+                hashes.append(item[1])
+            if good:
+                pixels = torch.from_numpy(np.concatenate(good))
+                rows.append(_to_cpu(teacher.encode_images(pixels), teacher.name))
+            tell(start + len(group))
+    tensors = _stack(rows, info, "image", info.dim, info.feature_dim)
+    tensors = {key: value.view(len(kept), info.views, value.shape[-1]) for key, value in tensors.items()}
+    write_shard(path, tensors, {"uids": kept, "bytes_sha256": hashes, "skipped": skipped})
+
+
+def _write_text_shard(
+    teacher: Teacher, block: Sequence[str], path: Path, info: CacheInfo, batch_size: int, tell: Callable[[int], None]
+) -> None:
+    rows = []
+    step = batch_size * 8
+    for start in range(0, len(block), step):
+        rows.append(_to_cpu(teacher.encode_texts(block[start : start + step]), teacher.name))
+        tell(min(start + step, len(block)))
+    write_shard(path, _stack(rows, info, "text", info.dim, info.text_feature_dim), {"texts": list(block)})
+
+
+def _load_views(sample: Sample, spec: ImageSpec, info: CacheInfo, policy: Any) -> tuple[np.ndarray, str] | BadSampleError:
+    """([K, S, S, 3] uint8, sha256 of the encoded bytes), or the error, which the caller counts in order."""
+    from pocketvlm.edge.preprocess import decode_image, resize_image
+
+    try:
+        data = sample.image.read()
+        pixels = decode_image(data, background=spec.background)
+        stack = [resize_image(pixels, spec)]
+        if info.views > 1:
+            from pocketvlm.data.augment import apply_view, view_params
+
+            for view in range(1, info.views):
+                params = view_params(sample.uid, view, info.seed, policy)
+                stack.append(apply_view(pixels, params, spec.size, spec.background))
+    except BadSampleError as error:
+        return error
+    return np.stack(stack), hashlib.sha256(data).hexdigest()
+
+
+def _to_cpu(output: TeacherOutput, name: str) -> TeacherOutput:
+    embedding = output.embedding.float().cpu()
+    features = None if output.features is None else output.features.float().cpu()
+    if not bool(torch.isfinite(embedding).all()) or (features is not None and not bool(torch.isfinite(features).all())):
+        raise IntegrityError(
+            f"teacher {name!r} gave a non-finite output, which would poison every student made from the cache; "
+            "check its weights and run it in float32"
+        )
+    return TeacherOutput(embedding, features)
+
+
+def _stack(rows: list[TeacherOutput], info: CacheInfo, key: str, dim: int, feature_dim: int) -> dict[str, Tensor]:
+    dtype = _DTYPES[info.dtype]
+    out = {key: torch.cat([r.embedding for r in rows]) if rows else torch.zeros(0, dim)}
+    if feature_dim:
+        out["features"] = torch.cat([r.features for r in rows if r.features is not None]) if rows else torch.zeros(0, feature_dim)
+    return {k: v.to(dtype) for k, v in out.items()}
+
+
+def _complete(path: Path, key: str, expected: list[str]) -> bool:
+    """Whether an earlier run finished this shard (shards are written atomically, so existing means whole)."""
+    if not path.exists():
+        return False
+    try:
+        meta = _read_meta(path)
+    except IntegrityError:
+        return False
+    names = set(meta[key]) | set(meta.get("skipped", {}))
+    return [n for n in expected if n in names] == expected and len(names) == len(expected)
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return json.loads(handle.metadata()["pocketvlm"])
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise IntegrityError(f"cache shard {path} cannot be read ({error}); delete its folder and rebuild it") from error
+
+
+def _check_shard(path: Path, expected: str) -> None:
+    if not path.exists():
+        raise IntegrityError(f"cache shard {path} is missing although cache.json lists it; delete the folder and rebuild it")
+    found = sha256_file(path)
+    if found != expected:
+        raise IntegrityError(
+            f"cache shard {path} has sha256 {found[:16]}… but cache.json says {expected[:16]}…, so its rows cannot be "
+            "trusted; delete the folder and rebuild it"
+        )
+
+
+def _check_version(folder: Path, manifest: dict[str, Any]) -> None:
+    found = str(manifest.get("schema_version", "none"))
+    major, _, minor = found.partition(".")
+    ours = SCHEMA_VERSION.split(".")
+    if major != ours[0] or not minor.isdigit() or int(minor) > int(ours[1]):
+        raise VersionError(
+            f"{folder} is a teacher cache of schema {found} and this release reads {SCHEMA_VERSION}; "
+            "upgrade pocketvlm or rebuild the cache"
+        )
+
+
+def _refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    names = {"samples": "set of images", "texts": "set of texts", "fingerprint": "teacher fingerprint"}
+    differing = [k for k in wanted if found.get(k) != wanted[k]]
+    if differing:
+        # the fingerprint first: it is the difference that matters most
+        key = min(differing, key=lambda k: (k != "fingerprint", differing.index(k)))
+        others = f" (also: {', '.join(k for k in differing if k != key)})" if len(differing) > 1 else ""
+        raise IntegrityError(
+            f"cache {folder} has {names.get(key, key)} {found.get(key)!r} but {wanted[key]!r} was expected{others}; "
+            "its rows would be wrong here, so use another folder or delete this one"
+        )
+
+
+def _absent(what: str, folder: Path, count: int, reason: str | None) -> str:
+    why = f"it was left out when the cache was built: {reason}" if reason else f"it holds {count} others"
+    return f"{what} is not in the cache {folder} ({why}); rebuild the cache with it included"
+
+
+def _offset(report: Progress, what: str, start: int, total: int) -> Callable[[int], None]:
+    return lambda done: report(start + done, total, what)
