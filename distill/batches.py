@@ -3,6 +3,7 @@ at any step without replaying the ones before, and an order can be checked witho
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -160,6 +161,14 @@ class Pictures:
             found = apply_view(self.source(index), params, self.spec.size, spec=self.spec)
             self._keep(self._views, (index, view), found)
         return found
+
+    def digest(self) -> str:
+        """sha256 over the uids and the encoded bytes of all pictures, in order (reads them all)."""
+        found = hashlib.sha256()
+        for sample in self.samples:
+            found.update(f"{sample.uid}|".encode())
+            found.update(hashlib.sha256(sample.image.read()).digest())
+        return found.hexdigest()
 
     def batch(self, rows: Sequence[int], views: Sequence[int]) -> Pixels:
         """uint8 [B, S, S, 3]."""

@@ -154,7 +154,7 @@ class Evaluation:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{stem}.json"
         path.write_text(json.dumps(self.values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        np.savez_compressed(folder / f"{stem}_queries.npz", **{k: v for k, v in self.queries.items()})  # type: ignore[arg-type]
+        np.savez_compressed(folder / f"{stem}_queries.npz", **self.queries)  # type: ignore[arg-type]
         return path
 
     @classmethod
@@ -189,7 +189,7 @@ class Evaluation:
             table.add_column("retention", justify="right")
         for part, metric, own, other, kept in rows_of(self.values):
             cells = [part, metric, own]
-            table.add_row(*(cells + [other, kept] if teacher else cells))
+            table.add_row(*([*cells, other, kept] if teacher else cells))
         return table
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from pocketvlm.data import cache_dir
 from pocketvlm.distill.batches import Order, Plan
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective
 from pocketvlm.distill.prepare import Prepared
-from pocketvlm.students import Student
+from pocketvlm.students import Student, TowerOutput, fit_projection
+from pocketvlm.students.student import weights_digest
+from pocketvlm.teachers.files import write_atomic
 
 Pair = tuple[Outputs, Outputs | None]
 
@@ -22,7 +29,8 @@ class Step:
     """One step on the CPU, made in the background.
 
     phase: "pairs", or "texts" while the text tower is trained alone. size: pictures (texts in the text phase).
-    pixels: uint8 [B, S, S, 3]. ids: int32 [C + T, L], captions of the C rows in `with_text`, then T texts.
+    pixels: uint8 [B, S, S, 3], or, under `train.cut_after_block`, float32 [B, C, H, W] from below the cut.
+    ids: int32 [C + T, L], captions of the C rows in `with_text`, then T texts.
     The teacher's embeddings and features for the same rows, or None.
     """
 
@@ -52,6 +60,8 @@ class Feed:
         if texts:
             self._ids = dict(zip(texts, prepared.tokenizer.encode(list(texts))))
         self.bank = self._fixed_bank()
+        self.cut = prepared.recipe.train.cut_after_block
+        self.lower = lower_outputs(prepared, device) if self.cut is not None else None
 
     def _fixed_bank(self) -> Tensor | None:
         """[N, D] teacher embeddings of the same N texts all along (`train.bank: N`), or None."""
@@ -72,7 +82,7 @@ class Feed:
             return batch
         plan = self.order.plan(step - self.pretrain)
         batch = Step("pairs", len(plan.rows))
-        batch.pixels = torch.from_numpy(self.prepared.pictures.batch(plan.rows, plan.views))
+        batch.pixels = self._below(plan.rows, plan.views)
         batch.group = torch.from_numpy(plan.group)
         batch.with_text = torch.tensor(
             [i for i, text in enumerate(plan.captions) if text is not None], dtype=torch.long
@@ -98,13 +108,77 @@ class Feed:
         if cache is None:
             return
         uids = [self.prepared.samples[row].uid for row in plan.rows]
-        batch.teacher_image = cache.image(uids, plan.views)
+        batch.teacher_image = self.targets(plan.rows, plan.views, plan.captions)
         if cache.info.feature_dim:
             batch.teacher_features = cache.features(uids, plan.views)
         if captions:
             batch.teacher_captions = cache.text(captions)
             if cache.info.text_feature_dim:
                 batch.teacher_caption_features = cache.text_features(captions)
+
+    def targets(self, rows: Sequence[int], views: Sequence[int], captions: Sequence[str | None]) -> Tensor:
+        """[B, D] unit vectors that the teacher wants for these views (`TeacherSection`: smooth, caption_mix)."""
+        cache, section = self.prepared.images, self.prepared.recipe.teacher
+        assert cache is not None, "only a run with a teacher asks for targets"
+        assert section is not None, "only a run with a teacher asks for targets"
+        uids = [self.prepared.samples[row].uid for row in rows]
+        target = cache.image(uids, list(views))
+        if section.smooth:
+            count = self.prepared.recipe.views.count
+            mean = torch.stack([cache.image(uids, view) for view in range(count)]).mean(dim=0)
+            target = nn.functional.normalize((1 - section.smooth) * target + section.smooth * mean, dim=-1)
+        if section.caption_mix and any(text is not None for text in captions):
+            places = [place for place, text in enumerate(captions) if text is not None]
+            named = section.caption_mix * cache.text([text for text in captions if text is not None])
+            target[places] = nn.functional.normalize(target[places] + named, dim=-1)
+        return target
+
+    def fit_projection(self, student: Student) -> None:
+        """Start the image projection at its ridge solution (`student.fit_projection`); see `students.ridge`."""
+        section, samples = self.prepared.recipe.student, self.prepared.samples
+        assert section.fit_projection is not None, "only a recipe that asks for it comes here"
+        rows = list(range(len(samples)))
+        captions = [sample.captions[0].text if sample.captions else None for sample in samples]
+        features, targets = [], []
+        student.eval()
+        with torch.no_grad():
+            for view in range(section.fit_views):
+                for start in range(0, len(rows), 64):
+                    part = rows[start : start + 64]
+                    features.append(self._image(student, self._below(part, [view] * len(part))).features.cpu())
+                targets.append(self.targets(rows, [view] * len(rows), captions))
+        widths = student.image_tower.widths
+        _fit(student.image_tower.projection, features, targets, section.fit_projection, widths)
+
+    def fit_text_projection(self, student: Student) -> None:
+        """The same for the text projection, over the whole text pool (`student.fit_text_projection`)."""
+        strength, words, texts = (
+            self.prepared.recipe.student.fit_text_projection,
+            self.prepared.words,
+            self.prepared.texts,
+        )
+        assert strength is not None, "only a recipe that asks for it comes here"
+        assert words is not None, "the recipe was checked to have the teacher's answers to the texts"
+        features = []
+        student.eval()
+        with torch.no_grad():
+            for start in range(0, len(texts), 256):
+                ids = torch.from_numpy(np.stack([self._ids[text] for text in texts[start : start + 256]]))
+                features.append(student.encode_text(ids.to(self.device)).features.cpu())
+        _fit(student.text_tower.projection, features, [words.text(texts)], strength, ())
+
+    def _below(self, rows: Sequence[int], views: Sequence[int]) -> Tensor:
+        """What the trained part of the image tower takes: pixels, or the outputs of the part below the cut."""
+        if self.lower is not None:
+            return self.lower[list(rows), list(views)].float()
+        return torch.from_numpy(self.prepared.pictures.batch(rows, views))
+
+    def _image(self, student: Student, x: Tensor) -> TowerOutput:
+        x = x.to(self.device)
+        if self.cut is None:
+            return student.encode_image(x)
+        embedding, features = student.image_tower.from_block(x, self.cut)
+        return TowerOutput(embedding, features, {})
 
     def forward(self, student: Student, batch: Step) -> dict[str, Pair]:
         """{"pairs": (student, teacher), "texts": (student, teacher)}, whichever the step has; float32."""
@@ -116,7 +190,8 @@ class Feed:
         captioned = 0 if batch.with_text is None else len(batch.with_text)
         scale, bias = student.logit_scale.float(), torch.zeros((), device=self.device)
         if batch.texts:
-            assert text is not None and text_features is not None
+            assert text is not None
+            assert text_features is not None
             found["texts"] = (
                 Outputs(
                     image=text[captioned:], image_features=text_features[captioned:], logit_scale=scale, logit_bias=bias
@@ -124,7 +199,7 @@ class Feed:
                 self._teacher(image=batch.teacher_texts, image_features=batch.teacher_text_features),
             )
         if batch.pixels is not None:
-            pictures = student.encode_image(batch.pixels.to(self.device))
+            pictures = self._image(student, batch.pixels)
             image, features = pictures.embedding.float(), pictures.features.float()
             found["pairs"] = self._pairs(batch, image, features, text, text_features, captioned, scale, bias)
         return found
@@ -193,6 +268,54 @@ class Feed:
         )
 
 
+def lower_outputs(prepared: Prepared, device: torch.device) -> Tensor:
+    """What the frozen part below `train.cut_after_block` gives for every picture and view, [N, K, C, H, W] float16.
+
+    Kept in the cache folder under a name made from that part's weights, the pictures and the views, so that runs that
+    differ in seed, captions or objectives compute it once.
+    """
+    recipe, student, block = prepared.recipe, prepared.student, prepared.recipe.train.cut_after_block
+    assert block is not None, "only a recipe with a cut comes here"
+    trunk: Any = student.image_tower.trunk
+    student.image_tower.until_block(_gray(student), block)
+    lower = nn.ModuleList([trunk.conv_stem, trunk.bn1, *trunk.blocks[: block + 1]])
+    pictures = prepared.pictures
+    facts = [weights_digest(lower), str(student.image_spec), str(block), str(recipe.views.seed)]
+    facts += [pictures.policy.digest(), str(recipe.views.count), str(recipe.data.source_px), prepared.pictures_digest]
+    key = hashlib.sha256("|".join(facts).encode()).hexdigest()
+    path = (
+        cache_dir()
+        / "lower"
+        / f"{student.config.name.replace('/', '-').replace(':', '-')}-{block}-{key[:16]}.safetensors"
+    )
+    if path.exists():
+        return load_tensors(path.read_bytes())["lower"]
+    rows, found = range(len(prepared.samples)), []
+    student.eval()
+    with torch.no_grad(), prepared.report.stage("image tower, lower part", len(rows)) as update:
+        for start in range(0, len(rows), 16):
+            part = [row for row in rows[start : start + 16] for _ in range(recipe.views.count)]
+            views = list(range(recipe.views.count)) * (len(part) // recipe.views.count)
+            pixels = torch.from_numpy(pictures.batch(part, views)).to(device)
+            out = student.image_tower.until_block(pixels, block).half().cpu()
+            found.append(out.reshape(-1, recipe.views.count, *out.shape[1:]))
+            update(min(start + 16, len(rows)), "")
+    result = torch.cat(found).contiguous()
+    write_atomic(path, save_tensors({"lower": result}))
+    return result
+
+
+def _gray(student: Student) -> Tensor:
+    size = student.image_spec.size
+    return torch.full((1, size, size, 3), 128, dtype=torch.uint8, device=student.log_scale.device)
+
+
+def _fit(head: Any, features: list[Tensor], targets: list[Tensor], strength: float, widths: Sequence[int]) -> None:
+    device = next(head.parameters()).device
+    fit_projection(head.cpu(), torch.cat(features), torch.cat(targets), ridge=strength, widths=widths)
+    head.to(device)
+
+
 def build_objectives(prepared: Prepared) -> nn.ModuleList:
     """The recipe's objectives in order, projectors included, seeded by the run's seed and their place."""
     student, (pictures, texts) = prepared.student, _feature_widths(prepared)
@@ -217,12 +340,12 @@ def build_objectives(prepared: Prepared) -> nn.ModuleList:
 
 def _feature_widths(prepared: Prepared) -> tuple[int, int]:
     """(image, text) widths of the student's pooled features, asked of the student itself."""
-    student, size = prepared.student, prepared.student.image_spec.size
+    student = prepared.student
     training = student.training
     student.eval()
     with torch.no_grad():
         device = student.log_scale.device
-        pictures = student.encode_image(torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device))
+        pictures = student.encode_image(_gray(student))
         texts = student.encode_text(torch.ones(1, student.text_spec.context_length, dtype=torch.int32, device=device))
     student.train(training)
     return pictures.features.shape[-1], texts.features.shape[-1]

@@ -76,7 +76,9 @@ def distill_run(
     if checkpoint is None:
         write_text_atomically(out / ENVIRONMENT, _environment(prepared, device))
     trainer = Trainer(prepared, device)
-    if checkpoint is not None:
+    if checkpoint is None:
+        trainer.start()
+    else:
         trainer.restore(load_checkpoint(checkpoint), checkpoint)
         report.line(f"continuing after step {trainer.step} from {checkpoint.name}")
     report.line(trainer.summary())
@@ -86,6 +88,9 @@ def distill_run(
         evaluation = trainer.evaluate()
     if evaluation is not None:
         evaluation.save(out)
+        log = MetricsLog(out / METRICS, trainer.step)
+        log.write({"step": trainer.step, "final": True, **_scores(evaluation)})
+        log.close()
     from pocketvlm.distill.report import write_report
 
     write_report(out, prepared.questions, evaluation, licences=prepared.licences)
@@ -134,6 +139,16 @@ class Trainer:
         self.step = 0
         self.total = self.config.text_pretrain_steps + self.config.steps
         self.last: dict[str, Any] = {}
+
+    def start(self) -> None:
+        """What happens once, before the first step of a fresh run."""
+        section = self.recipe.student
+        if section.fit_projection is not None:
+            self.feed.fit_projection(self.student)
+        if section.fit_text_projection is not None:
+            self.feed.fit_text_projection(self.student)
+        if self.average is not None:
+            self.average = optim.Average(self.student, self.config.ema_decay)
 
     def summary(self) -> str:
         """One line for people: what is trained, on what, for how long."""
@@ -251,8 +266,9 @@ class Trainer:
         bad = [name for name, value in terms.items() if not math.isfinite(value)]
         where = f" (in {', '.join(bad)})" if bad else ""
         raise DivergedError(
-            f"the {what} is not finite at step {self.step + 1}{where}, so every later step would be noise; lower train.lr, "
-            "raise train.warmup_steps or use train.precision fp32, and start again (earlier checkpoints are intact)"
+            f"the {what} is not finite at step {self.step + 1}{where}, so every later step would be noise; lower "
+            "train.lr, raise train.warmup_steps or use train.precision fp32, and start again (earlier checkpoints are "
+            "intact)"
         )
 
     def _sometimes(self, out: Path, log: MetricsLog, report: Reporter) -> None:
@@ -262,12 +278,9 @@ class Trainer:
             with self.averaged():
                 evaluation = self.evaluate()
             assert evaluation is not None
-            own = evaluation.values["model"]
-            row = {
-                f"eval/{part}/{key}": own[part][key] for part in own for key in own[part] if "@" in key or "top" in key
-            }
+            row = _scores(evaluation)
             log.write({"step": self.step, **row})
-            shown = own.get("image_to_text", {}).get("R@5")
+            shown = row.get("eval/image_to_text/R@5")
             if shown is not None:
                 report.line(f"step {self.step}: image to text R@5 {100 * shown:.1f} %")
         if ends or self.step % self.recipe.checkpoint.every == 0:
@@ -317,8 +330,8 @@ class Trainer:
             if state.get("schema") != CHECKPOINT_SCHEMA or state[key] != own:
                 what = {"recipe": "recipe", "inputs": "data, texts, tokenizer or teacher"}[key]
                 raise IntegrityError(
-                    f"checkpoint {path} was made with another {what}, so continuing would mix two runs; restore what it "
-                    "was made with, or start anew with --overwrite"
+                    f"checkpoint {path} was made with another {what}, so continuing would mix two runs; restore what "
+                    "it was made with, or start anew with --overwrite"
                 )
         self.student.load_state_dict(state["student"])
         self.objectives.load_state_dict(state["objectives"])
@@ -329,3 +342,9 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         optim.set_rng_state(state["rng"])
         self.step, self.last = int(state["step"]), dict(state["last"])
+
+
+def _scores(evaluation: Evaluation) -> dict[str, float]:
+    """The shares of an evaluation as one flat row of metrics.jsonl."""
+    own = evaluation.values["model"]
+    return {f"eval/{part}/{key}": own[part][key] for part in own for key in own[part] if "@" in key or "top" in key}

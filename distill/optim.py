@@ -24,14 +24,14 @@ def parameter_groups(student: nn.Module, objectives: nn.Module, train: TrainSect
         UnknownNameError: a prefix of `lr_scale` or `freeze` that fits no parameter.
     """
     names = [name for name, _ in student.named_parameters()]
-    for prefix in [*train.lr_scale, *train.freeze]:
+    for prefix in [*train.lr_scale, *train.freeze, *train.hold_statistics]:
         if not any(_under(name, prefix) for name in names):
             parts = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2, 3)}
             raise unknown_name("parameter prefix", prefix, parts)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         scale = _scale(name, train)
-        if scale == 0:
+        if scale == 0 or _below_cut(name, train):
             parameter.requires_grad_(False)
         else:
             groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
@@ -54,18 +54,29 @@ def _scale(name: str, train: TrainSection) -> float:
     return train.lr_scale[max(fitting, key=len)] if fitting else 1.0
 
 
+def _below_cut(name: str, train: TrainSection) -> bool:
+    if train.cut_after_block is None:
+        return False
+    trunk = "image_tower.trunk"
+    blocks = [f"{trunk}.blocks.{index}" for index in range(train.cut_after_block + 1)]
+    return any(_under(name, prefix) for prefix in (f"{trunk}.conv_stem", f"{trunk}.bn1", *blocks))
+
+
 def is_frozen(name: str, train: TrainSection, step: int) -> bool:
     """Whether the parameter or module of this name stands still at a 0-based step of the main phase."""
-    return _scale(name, train) == 0 or any(_under(name, p) and step < steps for p, steps in train.freeze.items())
+    waiting = any(_under(name, prefix) and step < steps for prefix, steps in train.freeze.items())
+    return waiting or _scale(name, train) == 0 or _below_cut(name, train)
 
 
 def apply_freezing(student: nn.Module, train: TrainSection, step: int) -> None:
     """Put the student into training mode with the parts that are frozen at `step` held still.
 
-    Frozen modules are in eval mode as well, so that their batch-norm statistics do not drift.
+    Frozen modules are in eval mode as well, so that their batch-norm statistics do not drift; modules under
+    `hold_statistics` are in eval mode while their parameters are trained.
     """
     for name, module in student.named_modules():
-        module.training = not is_frozen(name, train, step)
+        held = any(_under(name, prefix) for prefix in train.hold_statistics)
+        module.training = not (held or is_frozen(name, train, step))
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(not is_frozen(name, train, step))
 

@@ -22,7 +22,14 @@ from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.tokenizer import Tokenizer
-from pocketvlm.students import Student, build_student, load_config, load_student, train_tokenizer
+from pocketvlm.students import (
+    Student,
+    build_student,
+    inherit_tokenizer,
+    load_config,
+    load_student,
+    train_tokenizer,
+)
 from pocketvlm.teachers.cache import TeacherCache, build_cache, digest_names
 
 DEFAULT_DIM = 256
@@ -47,6 +54,7 @@ class Prepared:
 
     images / words: teacher caches of pictures with captions, and of `texts`; None without a teacher.
     digest: over everything that decides the run's arithmetic besides the recipe; a resumed run must match it.
+    pictures_digest: over uids and sources of the pictures. report: where progress is told.
     """
 
     recipe: Recipe
@@ -62,12 +70,19 @@ class Prepared:
     questions: Questions | None
     teacher_answers: Embedded | None
     digest: str
+    pictures_digest: str
+    report: Reporter
 
     @property
     def licences(self) -> tuple[tuple[str, str, str], ...]:
-        """(what, licence, attribution) of data, teacher and initial weights, each once."""
+        """(what, licence, attribution) of data, teacher, initial weights and word lists, each once."""
+        words = self.recipe.data.words
         rows = [*self.source.licences, *(self.teacher.licences if self.teacher else ()), *self.student.licences]
-        return tuple(dict.fromkeys(tuple(row) for row in rows))
+        if words is not None:
+            from pocketvlm.data.wordlist import word_list_licences
+
+            rows += word_list_licences(words.name)
+        return tuple(dict.fromkeys((what, licence, by) for what, licence, by in rows))
 
 
 def prepare(recipe: Recipe, report: Reporter) -> Prepared:
@@ -88,9 +103,13 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
     if recipe.teacher is not None:
         from pocketvlm.teachers import load_teacher
 
-        teacher = load_teacher(
-            recipe.teacher.spec, device=recipe.train.device, allow_download=recipe.teacher.allow_download
-        )
+        with _one_by_one(report, "teacher") as progress:
+            teacher = load_teacher(
+                recipe.teacher.spec,
+                device=recipe.train.device,
+                allow_download=recipe.teacher.allow_download,
+                progress=progress,
+            )
         check_width(recipe, teacher.dim, teacher.name)
     student = _student(recipe, source, texts, teacher)
     tokenizer = Tokenizer(student.tokenizer_json, student.text_spec)
@@ -118,6 +137,8 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         questions=questions,
         teacher_answers=answers,
         digest=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
+        pictures_digest=pictures.digest(),
+        report=report,
     )
 
 
@@ -173,13 +194,18 @@ def _text_pool(recipe: Recipe, source: DataSource, questions: Questions | None) 
 def _student(recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: Any) -> Student:
     section = recipe.student
     config = load_config(section.name, section.overrides)
-    if recipe.tokenizer.source == "texts":
+    makers: dict[str, Callable[[Sequence[str], int], bytes]] = {
+        "texts": train_tokenizer,
+        "minilm-l6": inherit_tokenizer,
+    }
+    if recipe.tokenizer.source in makers:
         if not texts:
             raise UsageError(
                 f"{source.name} has no captions to make a tokenizer from; add data.words (name, size), or set "
                 "tokenizer.source to a tokenizer.json"
             )
-        tokenizer: bytes | Path = train_tokenizer(texts, recipe.tokenizer.vocab_size or config.text.vocab_size)
+        make = makers[recipe.tokenizer.source]
+        tokenizer: bytes | Path = make(texts, recipe.tokenizer.vocab_size or config.text.vocab_size)
     else:
         tokenizer = Path(recipe.tokenizer.source)
     student = build_student(
@@ -203,17 +229,17 @@ def _start_from(student: Student, folder: Path, parts: Sequence[str]) -> None:
         for name, value in other.state_dict().items()
         if not parts or any(name == part or name.startswith(part + ".") for part in parts)
     }
+    if any(name.startswith("text_tower.") for name in wanted) and other.tokenizer_json != student.tokenizer_json:
+        raise UsageError(
+            f"student.init {folder} reads its text through another tokenizer, so its token embeddings would mean other "
+            f"words; set tokenizer.source to {folder / 'tokenizer.json'}"
+        )
     own = student.state_dict()
     odd = [name for name, value in wanted.items() if name not in own or own[name].shape != value.shape]
     if odd or not wanted:
         raise UsageError(
             f"student.init {folder} does not fit the student of this recipe (first at {odd[0] if odd else parts}); use "
             "the same student, overrides and embedding width, or name fitting student.init_parts"
-        )
-    if any(name.startswith("text_tower.") for name in wanted) and other.tokenizer_json != student.tokenizer_json:
-        raise UsageError(
-            f"student.init {folder} reads its text through another tokenizer, so its token embeddings would mean other "
-            f"words; set tokenizer.source to {folder / 'tokenizer.json'}"
         )
     student.load_state_dict({**own, **wanted})
 
@@ -295,21 +321,27 @@ def _teacher_outputs(
             )  # fmt: skip
         if found and (changed := cache.changed(pictures)):
             raise IntegrityError(
-                f"{len(changed)} pictures (first {changed[0]!r}) are not the ones that the teacher cache {folder} was made "
-                "from, so the student would be taught about other pictures; delete that folder and run again"
+                f"{len(changed)} pictures (first {changed[0]!r}) are not the ones that the teacher cache {folder} was "
+                "made from, so the student would be taught about other pictures; delete that folder and run again"
             )
         return cache
 
-    if getattr(teacher, "cache", None) is not None:
+    if isinstance(ready := getattr(teacher, "cache", None), TeacherCache):
         # precomputed embeddings are a cache already; there is no model that could fill another one
-        images = words_cache = teacher.cache
-        _check_precomputed(recipe, images, samples, texts if recipe.train.text_batch else [])
+        images: TeacherCache | None = ready
+        words_cache: TeacherCache | None = ready
+        _check_precomputed(recipe, ready, samples, texts if recipe.train.text_batch else [])
     else:
         images = cached(
             "views", samples, captions, views=views, policy=policy if views > 1 else None, seed=recipe.views.seed
         )
         words_cache = cached("texts", (), texts) if _wants_texts(recipe) and texts else None
-    answers = _answers(teacher, questions, root, recipe, report) if questions else None
+    answers = None
+    if questions is not None:
+        if isinstance(ready, TeacherCache):
+            answers = _answers_on_disk(ready, questions, report)
+        else:
+            answers = _answers(teacher, questions, root, recipe, report)
     return images, words_cache, answers
 
 
@@ -338,7 +370,18 @@ def _check_precomputed(recipe: Recipe, cache: TeacherCache, samples: Sequence[Sa
         )
 
 
-def _answers(teacher: Any, questions: Questions, root: Path, recipe: Recipe, report: Reporter) -> Embedded | None:
+def _answers_on_disk(cache: TeacherCache, questions: Questions, report: Reporter) -> Embedded | None:
+    """Precomputed embeddings of the evaluation data, where they cover it."""
+    uids = [sample.uid for sample in questions.samples]
+    known = set(cache.texts)
+    if not all(uid in cache for uid in uids) or not known.issuperset(questions.texts):
+        report.line("teacher: the embeddings on disk do not cover the evaluation data, so it is scored without them")
+        return None
+    info = cache.info
+    return Embedded(info.name, info.space_id, uids, cache.image(uids).numpy(), cache.text(questions.texts).numpy())
+
+
+def _answers(teacher: Any, questions: Questions, root: Path, recipe: Recipe, report: Reporter) -> Embedded:
     """The teacher's answers to the evaluation, made once for all runs that ask the same."""
     from pocketvlm.distill.encoders import TeacherEncoder
 
@@ -358,15 +401,7 @@ def _answers(teacher: Any, questions: Questions, root: Path, recipe: Recipe, rep
             uids = [str(uid) for uid in found["uids"]]
             return Embedded(teacher.name, teacher.space_id, uids, found["images"], found["texts"], bad)
     report.line(f"teacher: answering {len(questions.samples)} evaluation pictures and {len(questions.texts)} texts")
-    try:
-        answers = embed_questions(
-            TeacherEncoder(teacher), questions, name=teacher.name, batch_size=recipe.eval.batch_size
-        )
-    except UsageError:
-        if getattr(teacher, "cache", None) is None:
-            raise
-        report.line("teacher: the embeddings on disk do not cover the evaluation data, so it is scored without them")
-        return None
+    answers = embed_questions(TeacherEncoder(teacher), questions, name=teacher.name, batch_size=recipe.eval.batch_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.npz")
     np.savez(
@@ -380,7 +415,7 @@ def _answers(teacher: Any, questions: Questions, root: Path, recipe: Recipe, rep
     return answers
 
 
-class _one_by_one:  # noqa: N801 - reads as a function at its only use
+class _one_by_one:
     """Turns (done, total, what) calls into one stage per `what`, opened when first heard of."""
 
     def __init__(self, report: Reporter, title: str) -> None:

@@ -32,8 +32,8 @@ class Reporter:
         """Yields `update(done, note)`. Elsewhere than on a terminal a line appears every `every` units (0: at
         the end, and at most every ten seconds before it)."""
         if self._console is not None:
-            with self._bar(title, total, done) as update:
-                yield update
+            with self._bar(title, total, done) as bar:
+                yield bar
             return
         started = last = time.monotonic()
         said = done

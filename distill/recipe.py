@@ -74,9 +74,13 @@ class TeacherSection(_Section):
     """spec: of `teachers.load_teacher`. cache: folder of its outputs (null: in the user's cache folder).
 
     allow_download lets a spec that names a hub id reach the network. batch_size: of the teacher's forward.
+    The target of a picture's view is unit(unit((1 - smooth) * view + smooth * mean of its views) + caption_mix *
+    caption), the caption part only where the student may see the caption; 0 and 0 is the teacher's own embedding.
     """
 
     spec: str
+    smooth: Fraction = 0.0
+    caption_mix: NonNegative = 0.0
     cache: str | None = None
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Count = 32
@@ -89,6 +93,9 @@ class StudentSection(_Section):
     overrides: changes to the named student's configuration (image size, text tower, ...).
     init: a folder of `students.save_student` to start from. init_parts: parameter-name prefixes to copy from it
     ("text_tower"); empty means everything.
+    fit_projection: start the image projection at the ridge solution towards the teacher's embeddings, with this
+    strength; null starts it at random. fit_views: how many views of each picture that regression sees.
+    fit_text_projection: the same for the text projection, over the text pool.
     """
 
     name: str
@@ -96,12 +103,16 @@ class StudentSection(_Section):
     overrides: dict[str, Any] = Field(default_factory=dict)
     init: str | None = None
     init_parts: tuple[str, ...] = ()
+    fit_projection: Positive | None = None
+    fit_views: Count = 1
+    fit_text_projection: Positive | None = None
 
 
 class TokenizerSection(_Section):
-    """source: "texts" trains a tokenizer on the training captions and words; else a `tokenizer.json` file.
+    """source: "texts" trains a tokenizer on the training captions and words; "minilm-l6" prunes MiniLM's to the pieces
+    that these use (for a student with text.weights minilm-l6); else a `tokenizer.json` file.
 
-    vocab_size: of a trained one; null takes the student's configuration.
+    vocab_size: of a trained or pruned one; null takes the student's configuration.
     """
 
     source: str = "texts"
@@ -134,6 +145,9 @@ class TrainSection(_Section):
     bank: "student" makes the bank from the text-only batch through the student's text tower; a number uses
     that many fixed texts in the teacher's own embedding for both models (no cost, image tower only).
     lr_scale: parameter-name prefix -> factor on `lr` (0 freezes). freeze: prefix -> steps to keep it frozen.
+    hold_statistics: prefixes whose batch norms keep their running statistics while their weights are trained.
+    cut_after_block: freeze the image trunk up to this block and compute what it gives once (EfficientNet and
+    MobileNet families); a step then costs only what lies above.
     precision: "auto" is bf16 or fp16 on CUDA and fp32 elsewhere. clip_norm 0: no clipping. ema_decay 0: off.
     """
 
@@ -147,6 +161,8 @@ class TrainSection(_Section):
     min_lr_ratio: Fraction = 0.01
     lr_scale: dict[str, NonNegative] = Field(default_factory=dict)
     freeze: dict[str, Count] = Field(default_factory=dict)
+    hold_statistics: tuple[str, ...] = ()
+    cut_after_block: CountOrZero | None = None
     weight_decay: NonNegative = 0.05
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     warmup_steps: CountOrZero = 50
@@ -430,6 +446,13 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
         yield "train.bank asks for texts in the teacher's embedding and the recipe has no teacher; use 'student'"
     if train.text_batch and recipe.data.words is None:
         yield "train.text_batch draws from data.words, which is not given; add data.words (name, size)"
+    for key in ("fit_projection", "fit_text_projection"):
+        if getattr(recipe.student, key) is not None and recipe.teacher is None:
+            yield f"student.{key} regresses to a teacher's embeddings and the recipe has no teacher; leave it out"
+    if recipe.student.fit_text_projection is not None and train.text_batch == 0 and isinstance(train.bank, str):
+        yield "student.fit_text_projection needs the teacher's answers to the texts; set train.text_batch"
+    if recipe.student.fit_views > recipe.views.count:
+        yield f"student.fit_views is {recipe.student.fit_views} but views.count is {recipe.views.count}; lower it"
     if train.warmup_steps > train.steps:
         yield (
             f"train.warmup_steps {train.warmup_steps} is more than train.steps {train.steps}, so the learning rate "

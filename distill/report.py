@@ -127,7 +127,10 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
     charts = [
         line_chart("Loss", {"loss": series(trained, "loss")}, smooth=True),
         line_chart("Terms, weighted", {key[5:]: series(trained, key) for key in terms}, smooth=True),
-        line_chart("On unseen data", {key[5:].replace("_", " "): series(scored, key) for key in recalls}),
+        line_chart(
+            "Scores while training",
+            {key[5:].replace("_", " ").replace("/", ", "): series(scored, key) for key in recalls},
+        ),
         line_chart("Learning rate", {"lr": series(trained, "lr")}),
         line_chart("Gradient norm", {"gradient norm": series(trained, "grad_norm")}, smooth=True),
         line_chart("Logit scale", {"logit scale": series(trained, "logit_scale")}),

@@ -37,8 +37,8 @@ def open_run_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise UsageError(
-                f"output folder {out} is not empty, and a run would mix its files with those there; name another folder, "
-                "or pass --overwrite to replace it, or --resume to continue the run in it"
+                f"output folder {out} is not empty, and a run would mix its files with those there; name another "
+                "folder, or pass --overwrite to replace it, or --resume to continue the run in it"
             )
         if not (out / RECIPE).is_file():
             raise UsageError(
@@ -58,8 +58,8 @@ def _resume(out: Path, recipe: Recipe) -> Path | None:
     if before.digest() != recipe.digest():
         changed = sorted(_differences(before.to_dict(), recipe.to_dict()))
         raise UsageError(
-            f"the run in {out} was started with another recipe (differs in {', '.join(changed)}), so a resumed run would "
-            "be neither of the two; resume with the same recipe and overrides, or start anew elsewhere"
+            f"the run in {out} was started with another recipe (differs in {', '.join(changed)}), so a resumed run "
+            "would be neither of the two; resume with the same recipe and overrides, or start anew elsewhere"
         )
     return latest_checkpoint(out / CHECKPOINTS)
 
@@ -77,9 +77,13 @@ class MetricsLog:
     """metrics.jsonl: one JSON object a line. Opening it at a step drops later lines, which a resumed run rewrites."""
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
+        kept = (
+            [row for row in read_metrics(path) if row["step"] <= step and "final" not in row]
+            if step and path.exists()
+            else []
+        )
         write_text_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")

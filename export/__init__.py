@@ -5,4 +5,6 @@ recorded reference. Submodules are imported on first use, because each needs ano
 """
 
 if __name__ != "pocketvlm.export":
-    raise ImportError("import this package as pocketvlm.export; a second copy under 'export' would duplicate every class")
+    raise ImportError(
+        "import this package as pocketvlm.export; a second copy under 'export' would duplicate every class"
+    )

@@ -185,7 +185,9 @@ def _parse(text: str, name: str, shipped: Budgets | None) -> Budgets:
                 precision, entry["title"], entry["noise"], entry["rows"], entry["tie"], metrics
             )
         except (KeyError, TypeError) as error:
-            raise UsageError(f"budgets file {name}, precision {precision!r} is incomplete or has a stray field ({error})") from error
+            raise UsageError(
+                f"budgets file {name}, precision {precision!r} is incomplete or has a stray field ({error})"
+            ) from error
         base = shipped.precisions.get(precision) if shipped else None
         _refuse_silent_loosening(name, precisions[precision], base)
     return Budgets(str(value.get("version", "unnamed")), name, precisions)

@@ -117,6 +117,7 @@ def nasty_images(seed: int = 0) -> list[ImageCase]:
     noise = rng.integers(0, 256, (72, 96, 3), dtype=np.uint8)
     large = Image.new("RGB", (3200, 2400), (240, 240, 235))
     large.paste(_bars(1500, 1200), (850, 600))
+    progressive = _encode(Image.fromarray(_waves(150, 110, seed + 2)), "JPEG", quality=85, progressive=True)
     jpeg = _encode(Image.fromarray(_waves(160, 120, seed)), "JPEG", quality=90)
     good = [
         ("exif-6", _rotated(6), "jpg", "EXIF orientation 6: rotate by 90 degrees"),
@@ -129,7 +130,7 @@ def nasty_images(seed: int = 0) -> list[ImageCase]:
         ("palette", _palette(), "png", "eight colours, one of them transparent"),
         ("bilevel", _encode(Image.fromarray(checks).convert("1"), "PNG"), "png", "one bit a pixel"),
         ("animated", _animated(), "gif", "two frames: the first counts"),
-        ("progressive", _encode(Image.fromarray(_waves(150, 110, seed + 2)), "JPEG", quality=85, progressive=True), "jpg", "progressive JPEG"),
+        ("progressive", progressive, "jpg", "progressive JPEG"),
         ("1xN", _encode(Image.fromarray(_waves(1, 220, seed + 3)), "PNG"), "png", "one pixel wide"),
         ("Nx1", _encode(Image.fromarray(_waves(220, 1, seed + 4)), "PNG"), "png", "one pixel high"),
         ("1x1", _encode(Image.new("RGB", (1, 1), (200, 40, 90)), "PNG"), "png", "a single pixel"),

@@ -11,7 +11,7 @@ Error units: where a larger value is better (dB, agreement) the docstring says s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,6 +69,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def finite(value: Any) -> Any:
+    """`plain`, through nested mappings and lists: the result is valid JSON."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return plain(value)
 
 
 def _pair(reference: NDArray[Any], candidate: NDArray[Any]) -> tuple[Array, Array]:

@@ -36,7 +36,7 @@ _FACTORS = {
 
 
 def reference_device(name: str | torch.device) -> torch.device:
-    """"auto" is CUDA where there is one, else the CPU; other accelerators have no deterministic full-precision mode.
+    """ "auto" is CUDA where there is one, else the CPU; other accelerators have no deterministic full-precision mode.
 
     Raises:
         UsageError: a device that is absent or cannot hold a reference.
@@ -44,7 +44,7 @@ def reference_device(name: str | torch.device) -> torch.device:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type not in ("cpu", "cuda"):
         raise UsageError(
-            f"device {str(device)!r} was given for the reference, which runs on 'cpu' (float64) or 'cuda' (float32) only; "
+            f"device {str(device)!r} was given for the reference, which runs on 'cpu' or 'cuda' only; "
             "elsewhere deterministic full precision is not promised, so choose one of them"
         )
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -55,6 +55,8 @@ def reference_device(name: str | torch.device) -> torch.device:
 @contextlib.contextmanager
 def strict_numerics(device: torch.device) -> Iterator[None]:
     """Deterministic algorithms, TF32 off, cudnn.benchmark off, math attention, autocast off; all restored afterwards.
+
+    On the CPU also a single thread: a sum split over threads depends in its last bits on how many cores there are.
 
     Raises:
         UsageError: on CUDA, when CUBLAS_WORKSPACE_CONFIG holds a value that cuBLAS does not treat as deterministic.
@@ -70,7 +72,10 @@ def strict_numerics(device: torch.device) -> Iterator[None]:
     saved = (matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic)
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    threads = torch.get_num_threads()
     try:
+        if device.type == "cpu":
+            torch.set_num_threads(1)
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = False, False, False, True
         torch.use_deterministic_algorithms(True)
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False), torch.inference_mode():
@@ -78,6 +83,7 @@ def strict_numerics(device: torch.device) -> Iterator[None]:
     finally:
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = saved
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_num_threads(threads)
 
 
 def round_mantissa(x: Tensor, bits: int = 10) -> Tensor:
@@ -119,7 +125,6 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "driver": _driver() if cuda else None,
         "compute_capability": list(torch.cuda.get_device_capability(device)) if cuda else None,
-        "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
 

@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
-import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import pocketvlm
-from pocketvlm.distill.metrics import paired_bootstrap
-from pocketvlm.edge.bundle import MANIFEST, Bundle, BundleVariant
+from pocketvlm.edge.bundle import Bundle, BundleVariant
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
 from pocketvlm.export.budgets import Budgets, PrecisionBudgets, Status, load_budgets
-from pocketvlm.export.compare import PairedChange, paired_change, plain
+from pocketvlm.export.compare import finite
 from pocketvlm.export.parity_coreml import stage_structure
+from pocketvlm.export.parity_pool import PooledTask, pooled_task_bound
 from pocketvlm.export.parity_stages import (
-    JUDGED_AT,
     RUNTIMES,
     Outputs,
     StageResult,
@@ -39,8 +34,19 @@ from pocketvlm.export.parity_stages import (
     stage_task,
     stage_towers,
 )
+from pocketvlm.export.parity_summary import parity_summary, write_parity_summary
 from pocketvlm.export.parity_worst import Worst, worst_cases
 from pocketvlm.export.reference_run import ReferenceRun, load_reference
+
+__all__ = [
+    "ParityReport",
+    "PooledTask",
+    "VariantReport",
+    "check_parity",
+    "parity_summary",
+    "pooled_task_bound",
+    "write_parity_summary",
+]
 
 SCHEMA_VERSION = "1.0"
 
@@ -194,7 +200,7 @@ class ParityReport:
 
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_finite(self.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(self.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
         (folder / "parity.json").write_text(text + "\n", "utf-8")
         page = folder / "parity.html"
         page.write_text(render_html(self), "utf-8")
@@ -264,7 +270,9 @@ def _open_reference(folder: str | Path, report: ParityReport) -> ReferenceRun | 
         report.preflight.append(StageResult("reference", "fail", str(error)))
         return None
     report.reference |= {"sha256": reference.digest, "manifest": reference.manifest, "noise": reference.noise}
-    report.preflight.append(StageResult("reference", "pass", f"{len(reference.manifest['files'])} files are as recorded"))
+    report.preflight.append(
+        StageResult("reference", "pass", f"{len(reference.manifest['files'])} files are as recorded")
+    )
     return reference
 
 
@@ -283,7 +291,9 @@ def _open_bundle(folder: Path, report: ParityReport) -> Bundle | None:
         "licences": [asdict(row) for row in bundle.licences],
     }
     if not bundle.variants:
-        report.preflight.append(StageResult("bundle", "fail", "the bundle has no variant, so there is nothing to check"))
+        report.preflight.append(
+            StageResult("bundle", "fail", "the bundle has no variant, so there is nothing to check")
+        )
         return None
     report.preflight.append(StageResult("bundle", "pass", f"{len(bundle.raw['files'])} files match their sha256"))
     return bundle
@@ -296,8 +306,8 @@ def _same_model(bundle: Bundle, reference: ReferenceRun, report: ParityReport) -
     for key in keys:
         if ours[key] != theirs[key]:
             message = (
-                f"{key} of the bundle is {ours[key]!r} and of the reference {theirs[key]!r}; they are different models, so "
-                "record a reference of this bundle's student or give the right folder"
+                f"{key} of the bundle is {ours[key]!r} and of the reference {theirs[key]!r}; they are different "
+                "models, so record a reference of this bundle's student or give the right folder"
             )
             report.preflight.append(StageResult("identity", "fail", message))
             return False
@@ -404,201 +414,3 @@ def _borrow_full_precision(report: ParityReport) -> None:
             status: Status = "not-run" if stage.status == "fail" else stage.status
             shown = StageResult("S2", status, f"of {twin.name if twin else ''}: {stage.message}")
         variant.stages.insert(2, shown)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return plain(value)
-
-
-# --- pooled over folds --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PooledTask:
-    """The task loss of one variant over several reports. distinct: different queries among `change.queries`.
-
-    method: "tango" (all queries differ) or "cluster bootstrap" (several seeds answered the same query).
-    status: "pass", "fail" or "undecided" against the budget.
-    """
-
-    target: str
-    precision: str
-    direction: str
-    k: int
-    change: PairedChange
-    distinct: int
-    reports: int
-    method: str
-    limit: float
-    status: Status
-    note: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def pooled_task_bound(
-    reports: Sequence[ParityReport | Mapping[str, Any]], *, budgets: str | Path | None = None
-) -> list[PooledTask]:
-    """One-sided 95 % bound of the task loss over all queries of several reports, per variant and direction.
-
-    Args:
-        reports: `ParityReport`s or their parsed parity.json, one per fold (and seed). The same query may occur in
-            several of them; such repeats are resampled together and are not counted as further evidence.
-
-    Returns:
-        One row per variant, direction and k; `status` judges the k of the budget (R@5, top-1 for zero-shot) and the
-        others alike. Precisions without a task budget (fp32, where nothing but ties may change) take the verdict of
-        their S5 stages.
-
-    Raises:
-        UsageError: no report, or one without task results (it failed earlier and would silently drop out).
-    """
-    if not reports:
-        raise UsageError("no parity report was given, so there is nothing to pool")
-    limits = load_budgets(budgets)
-    pool: dict[tuple[str, str, str, int], list[tuple[str, int]]] = {}
-    seen: dict[tuple[str, str, str, int], list[Status]] = {}
-    for report in reports:
-        value = report.to_dict() if isinstance(report, ParityReport) else report
-        for variant in value["variants"]:
-            name = f"{variant['target']} {variant['precision']}"
-            stage = next((s for s in variant["stages"] if s["stage"] == "S5"), None)
-            if variant["target"] not in RUNTIMES:
-                continue
-            if stage is None or not stage["details"]:
-                raise UsageError(
-                    f"the report of {name} has no task result ({variant['message']}); pooling the others would hide it, so "
-                    "repair that run first"
-                )
-            for direction, keys in value["queries"].items():
-                for k, outcomes in stage["details"][direction]["outcomes"].items():
-                    key = (variant["target"], variant["precision"], direction, int(k))
-                    pool.setdefault(key, []).extend(zip(keys, ({"-": 1, "+": -1, ".": 0}[c] for c in outcomes)))
-                    seen.setdefault(key, []).append(stage["status"])
-    short = sorted({f"{t} {p}" for (t, p, _, _), found in seen.items() if len(found) != len(reports)})
-    if short:
-        raise UsageError(f"{', '.join(short)} is not in all {len(reports)} reports, so the pool would be lopsided")
-    return [_pooled(*key, rows, seen[key], limits) for key, rows in pool.items()]
-
-
-def _pooled(
-    target: str, precision: str, direction: str, k: int, rows: list[tuple[str, int]], found: list[Status], limits: Budgets
-) -> PooledTask:
-    outcome = np.array([value for _, value in rows])
-    distinct = len({key for key, _ in rows})
-    change = paired_change(int((outcome > 0).sum()), int((outcome < 0).sum()), len(rows))
-    method = "tango"
-    if distinct < len(rows):
-        method = "cluster bootstrap"
-        interval = paired_bootstrap(outcome, np.zeros(len(rows)), clusters=[key for key, _ in rows])
-        # with hardly any change a bootstrap has no width; Tango's bound over the distinct queries is its floor
-        lowest = paired_change(0, 0, distinct)
-        change = PairedChange(
-            change.queries, change.lost, change.gained, change.loss,
-            max(interval.upper_bound, change.loss + (lowest.bound if not outcome.any() else 0.0)),
-            min(interval.lower_bound, change.loss), (interval.low, interval.high), math.nan,
-        )  # fmt: skip
-    precise = limits.for_precision(precision)
-    if "task_loss" in precise.metrics:
-        check = precise.judge_task(change, direction)
-        return PooledTask(
-            target, precision, direction, k, change, distinct, len(found), method, check.limit, check.status, check.note
-        )
-    status: Status = "pass" if set(found) == {"pass"} else "fail"
-    note = f"{change.lost} lost, {change.gained} gained of {change.queries}; only near ties may change at full precision"
-    return PooledTask(target, precision, direction, k, change, distinct, len(found), method, 0.0, status, note)
-
-
-# --- into the bundle ----------------------------------------------------------------------------------------------
-
-
-def write_parity_summary(bundle_folder: str | Path, report: ParityReport) -> None:
-    """Replace the `parity` field of bundle.json by this report's summary, atomically.
-
-    bundle.json is not among the files that it hashes, so the bundle stays valid. The summary names the sha256 of the
-    model files that were checked.
-
-    Raises:
-        UsageError: not a bundle folder, or the report is about another model or about other files.
-    """
-    path = Path(bundle_folder) / MANIFEST
-    if not path.is_file():
-        raise UsageError(f"folder {str(bundle_folder)!r} holds no {MANIFEST}; unzip the bundle before writing into it")
-    raw = json.loads(path.read_text("utf-8"))
-    if raw["contract"]["model_id"] != report.model:
-        raise UsageError(
-            f"the parity report is about {report.model!r} and the bundle holds {raw['contract']['model_id']!r}; its "
-            "verdict would be a false promise, so check this bundle itself"
-        )
-    for variant in report.variants:
-        for name, digest in variant.files.items():
-            if raw["files"].get(name, {}).get("sha256") != digest:
-                raise UsageError(f"{name} changed since it was checked; run parity again before writing its verdict")
-    raw["parity"] = parity_summary(report)
-    part = path.with_name(MANIFEST + ".part")
-    try:
-        part.write_text(json.dumps(_finite(raw), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def parity_summary(report: ParityReport) -> list[dict[str, Any]]:
-    """One short entry per variant for bundle.json: the verdict, the main numbers, and what they were held to."""
-    manifest = report.reference.get("manifest", {})
-    about = {
-        "reference": {
-            "sha256": report.reference.get("sha256"),
-            "dtype": manifest.get("numerics", {}).get("dtype"),
-            "device": manifest.get("environment", {}).get("device"),
-        },
-        "budgets": report.budgets["version"],
-        "date": report.date,
-    }
-    return [
-        {
-            "target": variant.target,
-            "precision": variant.precision,
-            "status": variant.status,
-            "failed_stage": variant.failed_stage,
-            "message": variant.message,
-            "stages": {stage.stage: stage.status for stage in variant.stages},
-            **_numbers(variant),
-            **about,
-        }
-        for variant in report.variants
-    ]
-
-
-def _numbers(variant: VariantReport) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for stage in variant.stages:
-        own = "S2" if variant.precision == "fp32" else "S3"
-        if stage.stage == own and "rows" in stage.details.get("image", {}):
-            result |= {
-                tower: {
-                    key: stage.details[tower][key]
-                    for key in ("rows", "cosine_mean", "cosine_p1", "cosine_min", "sqnr_db", "non_finite")
-                }
-                for tower in ("image", "text")
-            }
-        if stage.stage == "S5":
-            result["task"] = {
-                direction: {
-                    "queries": entry["queries"],
-                    "k": JUDGED_AT[direction],
-                    "reference": entry["recall_reference"][str(JUDGED_AT[direction])],
-                    "candidate": entry["recall_candidate"][str(JUDGED_AT[direction])],
-                    "loss_bound_95": entry["changes"][str(JUDGED_AT[direction])]["bound"],
-                    "top1_agreement": entry["top1_agreement"],
-                    "top10_overlap": entry["top10_overlap"],
-                }
-                for direction, entry in stage.details.items()
-                if direction in JUDGED_AT
-            }
-    return result

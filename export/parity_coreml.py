@@ -28,7 +28,7 @@ from pocketvlm.export.reference_show import fp16_headroom
 NOT_RUN = "structure checked, numerics not run here (Core ML predicts on macOS only)"
 # smaller tensors (biases, norms, scalars) match by chance or are merged by every converter
 SMALLEST_WEIGHT = 256
-# a float16 copy keeps a norm to about 2^-11 / sqrt(n); 8-bit and palettised weights to about a hundredth
+# a float16 copy keeps values to 2^-11; 8-bit and palettised weights to about a hundredth of their span
 _NORM_TOLERANCE = {"fp32": 1e-5, "fp16": 1e-3}
 _COARSE = 2e-2
 _INT32, _FLOATS = 131104, (65552, 65568, 65600)
@@ -64,9 +64,7 @@ def stage_structure(
     return StageResult(stage, "structure-only", f"{NOT_RUN}; {found}", checks, details)
 
 
-def _tower(
-    path: Path, tower: str, bundle: Bundle, variant: BundleVariant, reference: ReferenceRun
-) -> dict[str, Any]:
+def _tower(path: Path, tower: str, bundle: Bundle, variant: BundleVariant, reference: ReferenceRun) -> dict[str, Any]:
     spec, program = _load(path)
     kind = spec.WhichOneof("Type")
     if kind != "mlProgram":
@@ -87,9 +85,11 @@ def _tower(
     if not shape or shape[-1] != dim:
         raise IntegrityError(f"{path.name} gives embeddings of shape {shape}, the contract promises width {dim}")
     constants = _constants(function)
-    bad = [name for name, value in constants.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
+    bad = _non_finite(function, constants)
     if bad:
-        raise IntegrityError(f"{path.name} stores NaN or Inf in {len(bad)} constants (first {bad[0]!r}); export it again")
+        raise IntegrityError(
+            f"{path.name} stores NaN or Inf in {len(bad)} constants (first {bad[0]!r}); export it again"
+        )
     expected = _weights(reference, tower)
     found = _recognised(expected, constants, _NORM_TOLERANCE.get(variant.precision, _COARSE))
     if not found:
@@ -118,14 +118,12 @@ def _load(path: Path) -> tuple[Any, Any]:
             milproto = require("coremltools.converters.mil.frontend.milproto.load", "coreml")
             spec = utils.load_spec(str(path))
             folder = path / "Data" / "com.apple.CoreML" / "weights"
-            program = milproto.load(
-                spec, specification_version=spec.specificationVersion, file_weights_dir=str(folder)
-            )
+            program = milproto.load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(folder))
     except ImportError:
         raise
     except Exception as error:  # protobuf, file and loader errors share no base
         raise IntegrityError(
-            f"{path.name} cannot be read back ({type(error).__name__}: {error}); no phone could load it, export it again"
+            f"{path.name} cannot be read back ({type(error).__name__}: {error}); no phone could load it"
         ) from error
     finally:
         logging.disable(quiet)
@@ -135,7 +133,9 @@ def _load(path: Path) -> tuple[Any, Any]:
 def _input(entry: Any, tower: str, path: Path, bundle: Bundle) -> str:
     """Name and type of an input, refused where it does not fit the contract."""
     contract, kind = bundle.contract, entry.type.WhichOneof("Type")
-    assert contract.image is not None and contract.text is not None  # S0 and S1 came before
+    # S0 and S1 came before
+    assert contract.image is not None
+    assert contract.text is not None
     size = contract.image.size
     if tower == "image" and kind == "imageType":
         found = (entry.type.imageType.height, entry.type.imageType.width)
@@ -177,6 +177,23 @@ def _constants(function: Any) -> dict[str, NDArray[Any]]:
     return result
 
 
+def _non_finite(function: Any, constants: dict[str, NDArray[Any]]) -> list[str]:
+    """Constants with NaN or Inf; an infinite bound of a clip is how "no upper limit" is written, and is fine."""
+    bounds = {
+        operation.name
+        for operation in _walk(function)
+        if operation.op_type == "const"
+        and np.ndim(operation.outputs[0].val) == 0
+        and operation.outputs[0].child_ops
+        and all(child.op_type == "clip" for child in operation.outputs[0].child_ops)
+    }
+    return [
+        name
+        for name, value in constants.items()
+        if value.dtype.kind == "f" and not np.isfinite(value).all() and (name not in bounds or np.isnan(value).any())
+    ]
+
+
 def _weights(reference: ReferenceRun, tower: str) -> dict[str, dict[str, Any]]:
     return {
         name: entry
@@ -187,19 +204,26 @@ def _weights(reference: ReferenceRun, tower: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def _recognised(
-    expected: dict[str, dict[str, Any]], constants: dict[str, NDArray[Any]], tolerance: float
-) -> list[str]:
-    """Recorded weights with a constant of the same size and norm (a converter may transpose, which keeps both)."""
-    norms: dict[int, list[float]] = {}
+def _recognised(expected: dict[str, dict[str, Any]], constants: dict[str, NDArray[Any]], tolerance: float) -> list[str]:
+    """Recorded weights with a constant of the same size, norm and extremes (a converter may transpose: all stay)."""
+    stored: dict[int, list[tuple[float, float, float]]] = {}
     for value in constants.values():
         if value.dtype.kind == "f" and value.size >= SMALLEST_WEIGHT:
-            norms.setdefault(value.size, []).append(float(np.linalg.norm(value.astype(np.float64))))
+            wide = value.astype(np.float64)
+            facts = (float(np.linalg.norm(wide)), float(wide.min()), float(wide.max()))
+            stored.setdefault(value.size, []).append(facts)
+
+    def same(entry: dict[str, Any], facts: tuple[float, float, float]) -> bool:
+        norm, low, high = facts
+        span = max(abs(entry["min"]), abs(entry["max"]))
+        return (
+            abs(norm - entry["norm"]) <= tolerance * entry["norm"]
+            and abs(low - entry["min"]) <= tolerance * span
+            and abs(high - entry["max"]) <= tolerance * span
+        )
+
     return [
         name
         for name, entry in expected.items()
-        if any(
-            abs(norm - entry["norm"]) <= tolerance * max(entry["norm"], 1e-12)
-            for norm in norms.get(int(np.prod(entry["shape"])), [])
-        )
+        if any(same(entry, facts) for facts in stored.get(int(np.prod(entry["shape"])), []))
     ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from importlib import resources
 from typing import Any
 
 from pocketvlm.edge.errors import require
 from pocketvlm.export.budgets import Check
 from pocketvlm.export.parity import ParityReport, VariantReport
-from pocketvlm.export.parity_stages import JUDGED_AT, TITLES, metric_name
+from pocketvlm.export.parity_stages import JUDGED_AT, TITLES, metric_name, number
 
 LIGHTS = {"pass": "●", "fail": "✕", "undecided": "◐", "structure-only": "◇", "not-run": "–"}
 WORDS = {
@@ -21,23 +20,6 @@ WORDS = {
 }
 _COLORS = {"pass": "green", "fail": "bold red", "undecided": "yellow", "structure-only": "cyan", "not-run": "dim"}
 _STAGES = ("S0", "S1", "S2", "S3", "S4", "S5")
-
-
-def number(metric: str, value: float | None) -> str:
-    """A metric's value with its unit."""
-    if value is None or not math.isfinite(value):
-        return "not finite"
-    if metric == "sqnr_db":
-        return "identical" if value >= 300 else f"{value:.1f} dB"
-    if metric in ("top1_agreement", "top10_overlap"):
-        return f"{100 * value:.2f} %"
-    if metric == "task_loss":
-        return f"{100 * value:+.2f} points"
-    if metric == "fp16_headroom":
-        return f"{value:.3g} ×"
-    if metric in ("non_finite", "hard_changes", "different cases"):
-        return f"{value:.0f}"
-    return f"{value:.2e}"
 
 
 def used(check: Check) -> float | None:
@@ -66,8 +48,8 @@ def print_report(report: ParityReport, console: Any = None) -> None:
     if report.variants:
         table = Table(title=f"Parity of {report.model}", title_justify="left", padding=(0, 1, 0, 0), box=SIMPLE_HEAD)
         table.add_column("variant", no_wrap=True)
-        for column in (*_STAGES, "1-cos mean", "worst", "SQNR", "R@5 i→t"):
-            table.add_column(column, justify="center" if column in _STAGES else "right", no_wrap=True)
+        for column in (*_STAGES, "1-cos", "SQNR", "R@5"):
+            table.add_column(column, justify="center" if column in _STAGES else "right", min_width=2, no_wrap=True)
         table.add_column("verdict", no_wrap=True)
         for variant in report.variants:
             lights = {stage.stage: stage.status for stage in variant.stages}
@@ -80,23 +62,24 @@ def print_report(report: ParityReport, console: Any = None) -> None:
         console.print(table)
         for variant in report.variants:
             if variant.status != "pass":
-                console.print(Text(f"{LIGHTS[variant.status]} {variant.name}: {variant.message}", _COLORS[variant.status]))
+                console.print(
+                    Text(f"{LIGHTS[variant.status]} {variant.name}: {variant.message}", _COLORS[variant.status])
+                )
     console.print(Text(report.message, style=_COLORS[report.status]))
 
 
 def _headline(variant: VariantReport) -> list[str]:
-    """Worst tower's 1 - cosine (mean and worst) and SQNR, and the picture-to-text recall before and after."""
+    """Worst tower's mean 1 - cosine and SQNR, and the picture-to-text recall before and after."""
     own = next((s for s in variant.stages if s.stage == ("S2" if variant.precision == "fp32" else "S3")), None)
     towers = [own.details[t] for t in ("image", "text") if "rows" in own.details.get(t, {})] if own else []
-    cells = ["", "", ""]
+    cells = ["", ""]
     if towers and all(tower["non_finite"] == 0 for tower in towers):
         cells = [
-            f"{max(t['one_minus_cosine_mean'] for t in towers):.0e}",
-            f"{max(t['one_minus_cosine_max'] for t in towers):.0e}",
+            f"{max(t['one_minus_cosine_mean'] for t in towers):.1e}",
             f"{min(t['sqnr_db'] for t in towers):.1f}",
         ]
     elif towers:
-        cells = ["NaN"] * 3
+        cells = ["NaN"] * 2
     task = next((s.details.get("image-to-text") for s in variant.stages if s.stage == "S5"), None)
     if not task:
         return [*cells, ""]
@@ -128,13 +111,15 @@ def render_html(report: ParityReport) -> str:
 def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     numerics, machine = manifest["numerics"], manifest["environment"]
     flags = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in numerics.items() if key != "dtype")
-    versions = ", ".join(f"{key} {machine[key]}" for key in ("torch", "cuda", "cudnn", "driver", "python") if machine[key])
+    versions = ", ".join(
+        f"{key} {machine[key]}" for key in ("torch", "cuda", "cudnn", "driver", "python") if machine[key]
+    )
     return [
         ("model", manifest["model_id"]),
         ("arithmetic", f"{numerics['dtype']} on {machine['device_name']} ({machine['device']})"),
         ("flags", flags),
         ("versions", f"{versions}, kit {machine['kit']}, commit {machine['commit'] or 'unknown'}"),
-        ("processor", f"{machine['cpu']['model']} ({machine['cpu_capability']}), {machine['threads']} threads"),
+        ("processor", f"{machine['cpu']['model']} ({machine['cpu_capability']})"),
         ("data", f"{manifest['data']['name']}: " + ", ".join(f"{v} {k}" for k, v in manifest["counts"].items())),
         ("seeds", ", ".join(f"{key} {value}" for key, value in manifest["seeds"].items())),
         *((f"sha256 of {key}", value) for key, value in manifest["sha256"].items()),

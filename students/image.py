@@ -6,6 +6,8 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
 from pocketvlm.edge.contract import ImageSpec
@@ -13,36 +15,117 @@ from pocketvlm.edge.errors import UsageError, unknown_name
 from pocketvlm.students.config import ImageConfig, Projection
 
 
-def make_projection(config: Projection, width: int, embed_dim: int) -> nn.Module:
-    """[B, width] -> [B, embed_dim], not normalised."""
-    if config.kind == "linear":
-        return nn.Linear(width, embed_dim, bias=config.bias)
-    hidden = config.hidden or width
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, embed_dim, bias=config.bias))
+class ProjectionHead(nn.Module):
+    """[B, width] -> [B, embed_dim], not normalised: optional standardisation, then Linear or an MLP."""
+
+    def __init__(self, config: Projection, width: int, embed_dim: int) -> None:
+        super().__init__()
+        norms = {"none": nn.Identity, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+        self.norm = norms[config.norm](width)
+        hidden = config.hidden or width
+        self.first = nn.Linear(
+            width, hidden if config.kind == "mlp" else embed_dim, bias=config.kind == "mlp" or config.bias
+        )
+        self.act = nn.GELU() if config.kind == "mlp" else nn.Identity()
+        self.second = nn.Linear(hidden, embed_dim, bias=config.bias) if config.kind == "mlp" else nn.Identity()
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.second(self.act(self.first(self.norm(features))))
 
 
 class ImageTower(nn.Module):
     """uint8 [B, S, S, 3] (RGB) -> (embedding [B, D], features [B, F]), both not normalised, in the weights' dtype.
 
     The pixels are divided by 255 and standardised here, so that a graph takes what a decoder gives. The channel-last
-    input also makes the convolutions run channel-last without a copy.
+    input also makes the convolutions run channel-last without a copy. widths: of the features' parts, in order.
     """
 
     shift: Tensor
     spread: Tensor
 
-    def __init__(self, trunk: nn.Module, projection: nn.Module, spec: ImageSpec) -> None:
+    def __init__(self, trunk: nn.Module, levels: tuple[int, ...], spec: ImageSpec) -> None:
         super().__init__()
         self.trunk = trunk
-        self.projection = projection
+        self.levels = levels
+        self.widths: tuple[int, ...] = ()
+        self.projection: nn.Module = nn.Identity()
         # in units of 0..255, because (x - 255 mean) / (255 std) is one subtraction and one division
         self.register_buffer("shift", torch.tensor(spec.mean).mul(255).reshape(3, 1, 1), persistent=False)
         self.register_buffer("spread", torch.tensor(spec.std).mul(255).reshape(3, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        x = (pixels.permute(0, 3, 1, 2).to(self.shift.dtype) - self.shift) / self.spread
-        features = self.trunk(x)
+        features = self.features(pixels)
         return self.projection(features), features
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Pooled features [B, F]: the levels, lowest first, then the trunk's own."""
+        return torch.cat(self.parts(pixels), dim=1)
+
+    def parts(self, pixels: Tensor) -> list[Tensor]:
+        """`features` before they are joined, [B, F_k] each."""
+        x, trunk = self.standardised(pixels), cast(Any, self.trunk)
+        if not self.levels:
+            return [trunk(x)]
+        if self.has_blocks:
+            return self._rest(trunk.bn1(trunk.conv_stem(x)), 0)
+        last, inner = trunk.forward_intermediates(x, indices=list(self.levels))
+        return [*(level.mean(dim=(2, 3)) for level in inner), trunk.forward_head(last)]
+
+    def standardised(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, S, S, 3] -> [B, 3, S, S] with the contract's mean and std taken out."""
+        return (pixels.permute(0, 3, 1, 2).to(self.shift.dtype) - self.shift) / self.spread
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the trunk can be cut after `trunk.blocks.K` (EfficientNet and MobileNet families)."""
+        return isinstance(self.trunk, (EfficientNet, MobileNetV3))
+
+    def until_block(self, pixels: Tensor, block: int) -> Tensor:
+        """Activations [B, C, H, W] after `trunk.blocks[block]`, to cache what a frozen lower part gives.
+
+        Raises:
+            UsageError: the trunk has no such cut.
+        """
+        self._check_cut(block)
+        x = self.trunk.bn1(self.trunk.conv_stem(self.standardised(pixels)))  # type: ignore[operator]
+        for module in self.trunk.blocks[: block + 1]:  # type: ignore[index]
+            x = module(x)
+        return x
+
+    def from_block(self, x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """(embedding, features) from the activations of `until_block`; levels up to `block` are then out of reach.
+
+        Raises:
+            UsageError: the trunk has no such cut, or a level lies before it.
+        """
+        self._check_cut(block)
+        if any(level < block for level in self.levels):
+            raise UsageError(
+                f"a tower with levels {self.levels} was cut after block {block}; the lower ones could not be computed, "
+                f"so cut after block {min(self.levels)} or earlier"
+            )
+        features = torch.cat(self._rest(x, block + 1), dim=1)
+        return self.projection(features), features
+
+    def _rest(self, x: Tensor, start: int) -> list[Tensor]:
+        trunk: Any = self.trunk
+        pooled = {start - 1: x.mean(dim=(2, 3))} if start - 1 in self.levels else {}
+        for index, module in enumerate(trunk.blocks):
+            if index >= start:
+                x = module(x)
+                if index in self.levels:
+                    pooled[index] = x.mean(dim=(2, 3))
+        if isinstance(trunk, EfficientNet):
+            x = trunk.bn2(trunk.conv_head(x))
+        return [*(pooled[level] for level in self.levels), trunk.forward_head(x)]
+
+    def _check_cut(self, block: int) -> None:
+        count = len(self.trunk.blocks) if self.has_blocks else 0  # type: ignore[arg-type]
+        if not 0 <= block < count:
+            raise UsageError(
+                f"an image tower was to be cut after block {block} but its trunk has {count} blocks to cut after; "
+                "choose 0 to the last of an EfficientNet or MobileNet trunk, or train from pixels"
+            )
 
 
 def image_spec(config: ImageConfig) -> ImageSpec:
@@ -87,8 +170,14 @@ def build_image_tower(config: ImageConfig, embed_dim: int, *, load_weights: bool
         from pocketvlm.students.pretrained import load_backbone_weights
 
         load_backbone_weights(trunk, config.backbone, config.weights)
-    width = _feature_width(trunk, config)
-    return ImageTower(trunk, make_projection(config.projection, width, embed_dim), spec)
+    if len(set(config.levels)) != len(config.levels):
+        raise UsageError(
+            f"image.levels {config.levels} names a level twice; its features would count double, so name it once"
+        )
+    tower = ImageTower(trunk, tuple(sorted(config.levels)), spec)
+    tower.widths = _part_widths(tower, config)
+    tower.projection = ProjectionHead(config.projection, sum(tower.widths), embed_dim)
+    return tower
 
 
 def _pretrained_cfg(backbone: str) -> Any:
@@ -99,23 +188,24 @@ def _pretrained_cfg(backbone: str) -> Any:
     return cfg if cfg is not None else timm.models.PretrainedCfg()
 
 
-def _feature_width(trunk: nn.Module, config: ImageConfig) -> int:
+def _part_widths(tower: ImageTower, config: ImageConfig) -> tuple[int, ...]:
     """Asked by running it: timm's num_features is the width before some heads' last layer."""
-    training = trunk.training
-    trunk.eval()
+    training = tower.training
+    tower.eval()
     try:
         with torch.no_grad():
-            features = trunk(torch.zeros(1, 3, config.size, config.size))
-    except (RuntimeError, AssertionError, ValueError) as error:
+            parts = tower.parts(torch.zeros(1, config.size, config.size, 3, dtype=torch.uint8))
+    except (RuntimeError, AssertionError, ValueError, KeyError, AttributeError) as error:
         raise UsageError(
-            f"timm model {config.backbone!r} does not run on {config.size} x {config.size} pixels "
-            f"({str(error).splitlines()[0]}); choose another image.size, often a multiple of 32"
+            f"timm model {config.backbone!r} does not run on {config.size} x {config.size} pixels with levels "
+            f"{list(config.levels)} ({type(error).__name__}: {(str(error).splitlines() or ['?'])[0]}); choose another "
+            "image.size (often a multiple of 32) or other levels"
         ) from error
     finally:
-        trunk.train(training)
-    if not isinstance(features, Tensor) or features.ndim != 2:
+        tower.train(training)
+    if not all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
         raise UsageError(
             f"timm model {config.backbone!r} gives no pooled [batch, width] feature, which the projection needs; "
             "choose a classification model or set image.backbone_args.global_pool"
         )
-    return features.shape[1]
+    return tuple(part.shape[1] for part in parts)

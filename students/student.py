@@ -15,6 +15,7 @@ from pocketvlm.edge.contract import ImageSpec, ModelContract, TextSpec, identity
 from pocketvlm.edge.errors import UsageError, unknown_name
 from pocketvlm.students.config import StudentConfig
 from pocketvlm.students.image import ImageTower
+from pocketvlm.students.inherit import text_licences
 from pocketvlm.students.pretrained import weights_licences
 from pocketvlm.students.text import TextTower
 
@@ -91,7 +92,7 @@ class Student(nn.Module):
     @property
     def licences(self) -> tuple[tuple[str, str, str], ...]:
         """(what, licence, attribution) rows of the weights that this student started from."""
-        return weights_licences(self.config.image.weights)
+        return (*weights_licences(self.config.image.weights), *text_licences(self.config.text.weights))
 
     def encode_image(self, pixels: Tensor, *, taps: Sequence[str] = ()) -> TowerOutput:
         """pixels: uint8 [B, S, S, 3] RGB, made by `edge.preprocess` under `image_spec`.

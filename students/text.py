@@ -1,4 +1,4 @@
-"""The text tower: a compact pre-norm transformer over token ids, written so that every exporter takes it."""
+"""The text tower: a compact transformer over token ids, written so that every exporter takes it."""
 
 from __future__ import annotations
 
@@ -7,38 +7,56 @@ from torch import Tensor, nn
 
 from pocketvlm.edge.contract import TextSpec
 from pocketvlm.students.config import TextConfig
-from pocketvlm.students.image import make_projection
+from pocketvlm.students.image import ProjectionHead
 
 # finite and inside float16: -inf or finfo(float32).min turn into NaN in half-precision runtimes
 _MASKED = -1e4
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP. x: [B, L, W]; bias: additive, broadcast to [B, heads, L, L]."""
+    """Attention and MLP, each with its norm before it or (BERT) after its residual sum.
+
+    x: [B, L, W]; bias: additive, broadcast to [B, heads, L, L].
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
+        self.norm_last = config.block == "bert"
         width, hidden = config.width, int(config.width * config.mlp_ratio)
         self.heads = config.heads
         self.head_width = width // config.heads
         self.length = config.context_length
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = _norm(config)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = _norm(config)
         self.fc1 = nn.Linear(width, hidden)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, width)
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm1(x)).reshape(-1, self.length, 3, self.heads, self.head_width)
+        if self.norm_last:
+            x = self.norm1(x + self._attend(x, bias))
+            return self.norm2(x + self._mlp(x))
+        x = x + self._attend(self.norm1(x), bias)
+        return x + self._mlp(self.norm2(x))
+
+    def _attend(self, x: Tensor, bias: Tensor) -> Tensor:
+        qkv = self.qkv(x).reshape(-1, self.length, 3, self.heads, self.head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         # written out instead of scaled_dot_product_attention: one arithmetic on every device and dtype
         scores = torch.matmul(q * self.head_width**-0.5, k.transpose(-2, -1)) + bias
         mixed = torch.matmul(scores.softmax(dim=-1), v).transpose(1, 2)
-        x = x + self.drop(self.out(mixed.reshape(-1, self.length, self.heads * self.head_width)))
-        return x + self.drop(self.fc2(self.act(self.fc1(self.norm2(x)))))
+        return self.drop(self.out(mixed.reshape(-1, self.length, self.heads * self.head_width)))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.act(self.fc1(x))))
+
+
+def _norm(config: TextConfig) -> nn.LayerNorm:
+    # BERT's epsilon is far below LayerNorm's usual one, and its embeddings are small enough to notice
+    return nn.LayerNorm(config.width, eps=1e-12 if config.block == "bert" else 1e-5)
 
 
 class TextTower(nn.Module):
@@ -46,6 +64,7 @@ class TextTower(nn.Module):
 
     Padding is whatever equals `pad_id`: it takes no part in attention or pooling, so trailing padding never changes
     a result. Pooling "mean" averages the real tokens after the last norm; "eot" takes the last real token.
+    embed_norm and norm: after the embedding ("bert" only) and after the last block ("pre-norm" only).
     """
 
     positions: Tensor
@@ -60,9 +79,11 @@ class TextTower(nn.Module):
         self.widen = nn.Linear(inner, config.width, bias=False) if inner != config.width else nn.Identity()
         self.position = nn.Parameter(torch.empty(config.context_length, config.width))
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        bert = config.block == "bert"
+        self.embed_norm = _norm(config) if bert else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        self.projection = make_projection(config.projection, config.width, embed_dim)
+        self.norm = nn.Identity() if bert else _norm(config)
+        self.projection = ProjectionHead(config.projection, config.width, embed_dim)
         self.register_buffer("positions", torch.arange(config.context_length), persistent=False)
         mask = torch.full((config.context_length,) * 2, _MASKED).triu(1) if config.attention == "causal" else None
         self.register_buffer("causal", mask, persistent=False)
@@ -80,7 +101,7 @@ class TextTower(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.drop(self.widen(self.token(ids)) + self.position)
+        x = self.drop(self.embed_norm(self.widen(self.token(ids)) + self.position))
         real = (ids != self.pad_id).to(x.dtype)
         bias = (1.0 - real)[:, None, None, :] * _MASKED
         if self.causal is not None:

@@ -14,72 +14,38 @@ format with one view. `cache.json` is written last: a folder without it is an un
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_tensors
+from safetensors import safe_open
 from torch import Tensor
 
+from pocketvlm.data.augment import VIEW_VERSION, AugmentPolicy, apply_view, view_params
 from pocketvlm.data.sample import Sample
 from pocketvlm.edge.contract import ImageSpec
-from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError, VersionError
+from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
+from pocketvlm.edge.preprocess import decode_image, resize_image
 from pocketvlm.teachers.base import Teacher, TeacherOutput
-from pocketvlm.teachers.files import Progress, sha256_file, write_atomic, write_json
-
-SCHEMA_VERSION = "1.0"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheInfo:
-    """What a cache was made from; two caches with equal fields hold the same numbers.
-
-    policy: the augmentation policy's fields, or None for plain preprocessing only. dim / feature_dim /
-    text_feature_dim: widths D, F and G (0 where the teacher has no such features).
-    samples / texts: digests of the uids and of the texts, in order.
-    """
-
-    name: str
-    fingerprint: str
-    space_id: str
-    dim: int
-    feature_dim: int
-    text_feature_dim: int
-    logit_scale: float
-    logit_bias: float
-    image: ImageSpec | None
-    views: int
-    policy: dict[str, Any] | None
-    seed: int
-    dtype: Literal["float32", "bfloat16"]
-    shard_size: int
-    samples: str
-    texts: str
-    licences: tuple[tuple[str, str, str], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> CacheInfo:
-        """Inverse of `to_dict`."""
-        value = dict(value)
-        if value["image"] is not None:
-            image = {k: tuple(v) if isinstance(v, list) else v for k, v in value["image"].items()}
-            value["image"] = ImageSpec(**image)
-        value["licences"] = tuple((row[0], row[1], row[2]) for row in value["licences"])
-        return cls(**value)
+from pocketvlm.teachers.cache_format import (
+    DTYPES,
+    SCHEMA_VERSION,
+    CacheInfo,
+    check_shard,
+    check_version,
+    digest_names,
+    read_meta,
+    refuse_difference,
+    write_manifest,
+    write_shard,
+)
+from pocketvlm.teachers.files import Progress, sha256_file, write_json
 
 
 class TeacherCache:
@@ -100,11 +66,11 @@ class TeacherCache:
         self._bytes: dict[str, str] = {}
         self._text_rows: dict[str, tuple[int, int]] = {}
         for number, file in enumerate(self._files):
-            meta = _read_meta(folder / file)
+            meta = read_meta(folder / file)
             self._rows.update({uid: (number, row) for row, uid in enumerate(meta["uids"])})
             self._bytes.update(zip(meta["uids"], meta["bytes_sha256"]))
         for number, file in enumerate(self._text_files):
-            self._text_rows.update({t: (number, row) for row, t in enumerate(_read_meta(folder / file)["texts"])})
+            self._text_rows.update({t: (number, row) for row, t in enumerate(read_meta(folder / file)["texts"])})
         self.uids = tuple(self._rows)
         self.texts = tuple(self._text_rows)
 
@@ -126,17 +92,17 @@ class TeacherCache:
             manifest = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             state = "holds an unfinished build" if (folder / "build.json").exists() else "is not a teacher cache"
-            raise UsageError(f"{folder} {state} (no cache.json); build it with `build_cache` before reading it") from None
+            raise UsageError(f"{folder} {state} (no cache.json); finish it with `build_cache` before reading") from None
         except json.JSONDecodeError as error:
-            raise IntegrityError(f"{folder / 'cache.json'} is not JSON ({error}); delete the folder, rebuild it") from error
-        _check_version(folder, manifest)
+            raise IntegrityError(f"{folder}/cache.json is not JSON ({error}); delete the folder, rebuild it") from error
+        check_version(folder, manifest)
         if verify:
             for row in [*manifest["shards"], *manifest["text_shards"]]:
-                _check_shard(folder / row["file"], row["sha256"])
+                check_shard(folder / row["file"], row["sha256"])
         info = CacheInfo.from_dict(manifest["info"])
         if expect_fingerprint is not None:
             expect = {"fingerprint": expect_fingerprint, **expect}
-        _refuse_difference(folder, info.to_dict(), json.loads(json.dumps(expect)))
+        refuse_difference(folder, info.to_dict(), json.loads(json.dumps(expect)))
         return cls(folder, info, manifest)
 
     def image(self, uids: Sequence[str], views: int | Sequence[int] = 0) -> Tensor:
@@ -187,7 +153,7 @@ class TeacherCache:
         wanted = [views] * len(uids) if isinstance(views, int) else list(views)
         if len(wanted) != len(uids):
             raise UsageError(f"{len(uids)} uids came with {len(wanted)} view numbers; give one view, or one per uid")
-        if wanted and not (0 <= min(wanted) and max(wanted) < self.info.views):
+        if wanted and not (min(wanted) >= 0 and max(wanted) < self.info.views):
             raise UsageError(
                 f"view {max(wanted, key=abs)} was asked for, but {self.folder} holds views 0 to {self.info.views - 1}; "
                 "rebuild the cache with more views or draw fewer"
@@ -225,7 +191,7 @@ def build_cache(
     folder: str | Path,
     *,
     views: int = 1,
-    policy: Any = None,
+    policy: AugmentPolicy | None = None,
     seed: int = 0,
     dtype: Literal["float32", "bfloat16"] = "float32",
     batch_size: int = 32,
@@ -251,17 +217,22 @@ def build_cache(
     texts = list(dict.fromkeys(texts))
     uids = [s.uid for s in samples]
     _check_request(uids, texts, views, policy, dtype)
+    # one view needs no policy, and two caches of plain pictures are the same cache
+    policy = policy if views > 1 else None
     info = _describe(teacher, samples, texts, views=views, policy=policy, seed=seed, dtype=dtype, size=shard_size)
     if (folder / "cache.json").exists():
         cache = TeacherCache.open(folder, verify=True)
-        _refuse_difference(folder, cache.info.to_dict(), info.to_dict())
+        refuse_difference(folder, cache.info.to_dict(), info.to_dict())
         return cache
     plan = {"schema_version": SCHEMA_VERSION, "info": info.to_dict(), "batch_size": batch_size}
     if (folder / "build.json").exists():
         started = json.loads((folder / "build.json").read_text(encoding="utf-8"))
-        _check_version(folder, started)
-        _refuse_difference(folder, {**started["info"], "batch_size": started["batch_size"]},
-                           {**info.to_dict(), "batch_size": batch_size})
+        check_version(folder, started)
+        refuse_difference(
+            folder,
+            {**started["info"], "batch_size": started["batch_size"]},
+            {**info.to_dict(), "batch_size": batch_size},
+        )
     write_json(folder / "build.json", plan)
 
     report = progress or (lambda done, total, what: None)
@@ -274,7 +245,7 @@ def build_cache(
         if not _complete(path, "uids", [s.uid for s in part]):
             _write_image_shard(teacher, part, path, info, policy, batch_size, on_bad_sample, tell)
         tell(len(part))
-        meta = _read_meta(path)
+        meta = read_meta(path)
         skipped |= meta["skipped"]
         shards.append({"file": path.name, "sha256": sha256_file(path), "count": len(meta["uids"])})
     text_size = max(shard_size, 4096)
@@ -291,39 +262,7 @@ def build_cache(
     return TeacherCache.open(folder, verify=False)
 
 
-def write_manifest(
-    folder: Path,
-    info: CacheInfo,
-    *,
-    shards: list[dict[str, Any]],
-    text_shards: list[dict[str, Any]],
-    skipped: dict[str, str],
-) -> None:
-    """Write `cache.json`, which makes the folder a finished cache."""
-    value = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "teacher-cache",
-        "info": info.to_dict(),
-        "shards": shards,
-        "text_shards": text_shards,
-        "skipped": skipped,
-    }
-    write_json(folder / "cache.json", value)
-
-
-def write_shard(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
-    """Write one shard atomically; returns its sha256. Equal inputs give equal bytes."""
-    # one metadata key: the safetensors writer does not keep the order of several
-    text = json.dumps(meta, sort_keys=True, ensure_ascii=False)
-    return write_atomic(path, save_tensors({k: v.contiguous() for k, v in tensors.items()}, {"pocketvlm": text}))
-
-
-def digest_names(names: Sequence[str]) -> str:
-    """Order-sensitive digest of uids or texts."""
-    return hashlib.sha256(json.dumps(list(names), ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _check_request(uids: list[str], texts: list[str], views: int, policy: Any, dtype: str) -> None:
+def _check_request(uids: list[str], texts: list[str], views: int, policy: AugmentPolicy | None, dtype: str) -> None:
     if not uids and not texts:
         raise UsageError("a teacher cache of no images and no texts was asked for; give at least one of them")
     if len(set(uids)) != len(uids):
@@ -331,10 +270,10 @@ def _check_request(uids: list[str], texts: list[str], views: int, policy: Any, d
         raise UsageError(f"uid {twice!r} occurs more than once, so one image would overwrite another; make uids unique")
     if views < 1 or (views > 1 and policy is None):
         raise UsageError(
-            f"views={views} with policy={policy!r} cannot be drawn; use views=1, or give an AugmentPolicy with views >= 1"
+            f"views={views} with policy={policy!r} cannot be drawn; use views=1, or give an AugmentPolicy too"
         )
-    if dtype not in _DTYPES:
-        raise UsageError(f"cache dtype {dtype!r} is not one of {sorted(_DTYPES)}; bfloat16 halves the disk space")
+    if dtype not in DTYPES:
+        raise UsageError(f"cache dtype {dtype!r} is not one of {sorted(DTYPES)}; bfloat16 halves the disk space")
 
 
 def _describe(
@@ -343,7 +282,7 @@ def _describe(
     texts: Sequence[str],
     *,
     views: int,
-    policy: Any,
+    policy: AugmentPolicy | None,
     seed: int,
     dtype: Literal["float32", "bfloat16"],
     size: int,
@@ -368,7 +307,7 @@ def _describe(
         logit_bias=teacher.logit_bias,
         image=teacher.image,
         views=views,
-        policy=None if policy is None else dataclasses.asdict(policy),
+        policy=None if policy is None else {**policy.to_dict(), "view_version": VIEW_VERSION},
         seed=seed,
         dtype=dtype,
         shard_size=size,
@@ -384,7 +323,7 @@ def _write_image_shard(
     part: Sequence[Sample],
     path: Path,
     info: CacheInfo,
-    policy: Any,
+    policy: AugmentPolicy | None,
     batch_size: int,
     on_bad_sample: str,
     tell: Callable[[int], None],
@@ -429,17 +368,15 @@ def _write_text_shard(
     write_shard(path, _stack(rows, info, "text", info.dim, info.text_feature_dim), {"texts": list(block)})
 
 
-def _load_views(sample: Sample, spec: ImageSpec, info: CacheInfo, policy: Any) -> tuple[np.ndarray, str] | BadSampleError:
+def _load_views(
+    sample: Sample, spec: ImageSpec, info: CacheInfo, policy: AugmentPolicy | None
+) -> tuple[np.ndarray, str] | BadSampleError:
     """([K, S, S, 3] uint8, sha256 of the encoded bytes), or the error, which the caller counts in order."""
-    from pocketvlm.edge.preprocess import decode_image, resize_image
-
     try:
         data = sample.image.read()
         pixels = decode_image(data, background=spec.background)
         stack = [resize_image(pixels, spec)]
-        if info.views > 1:
-            from pocketvlm.data.augment import apply_view, view_params
-
+        if policy is not None:
             for view in range(1, info.views):
                 params = view_params(sample.uid, view, info.seed, policy)
                 stack.append(apply_view(pixels, params, spec.size, spec.background))
@@ -460,10 +397,12 @@ def _to_cpu(output: TeacherOutput, name: str) -> TeacherOutput:
 
 
 def _stack(rows: list[TeacherOutput], info: CacheInfo, key: str, dim: int, feature_dim: int) -> dict[str, Tensor]:
-    dtype = _DTYPES[info.dtype]
-    out = {key: torch.cat([r.embedding for r in rows]) if rows else torch.zeros(0, dim)}
+    dtype = DTYPES[info.dtype]
+    # a shard of which every picture was skipped still has its (empty) tensors
+    out = {key: torch.cat([torch.zeros(0, dim), *(r.embedding for r in rows)])}
     if feature_dim:
-        out["features"] = torch.cat([r.features for r in rows if r.features is not None]) if rows else torch.zeros(0, feature_dim)
+        features = [r.features for r in rows if r.features is not None]
+        out["features"] = torch.cat([torch.zeros(0, feature_dim), *features])
     return {k: v.to(dtype) for k, v in out.items()}
 
 
@@ -472,54 +411,11 @@ def _complete(path: Path, key: str, expected: list[str]) -> bool:
     if not path.exists():
         return False
     try:
-        meta = _read_meta(path)
+        meta = read_meta(path)
     except IntegrityError:
         return False
     names = set(meta[key]) | set(meta.get("skipped", {}))
     return [n for n in expected if n in names] == expected and len(names) == len(expected)
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return json.loads(handle.metadata()["pocketvlm"])
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise IntegrityError(f"cache shard {path} cannot be read ({error}); delete its folder and rebuild it") from error
-
-
-def _check_shard(path: Path, expected: str) -> None:
-    if not path.exists():
-        raise IntegrityError(f"cache shard {path} is missing although cache.json lists it; delete the folder and rebuild it")
-    found = sha256_file(path)
-    if found != expected:
-        raise IntegrityError(
-            f"cache shard {path} has sha256 {found[:16]}… but cache.json says {expected[:16]}…, so its rows cannot be "
-            "trusted; delete the folder and rebuild it"
-        )
-
-
-def _check_version(folder: Path, manifest: dict[str, Any]) -> None:
-    found = str(manifest.get("schema_version", "none"))
-    major, _, minor = found.partition(".")
-    ours = SCHEMA_VERSION.split(".")
-    if major != ours[0] or not minor.isdigit() or int(minor) > int(ours[1]):
-        raise VersionError(
-            f"{folder} is a teacher cache of schema {found} and this release reads {SCHEMA_VERSION}; "
-            "upgrade pocketvlm or rebuild the cache"
-        )
-
-
-def _refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    names = {"samples": "set of images", "texts": "set of texts", "fingerprint": "teacher fingerprint"}
-    differing = [k for k in wanted if found.get(k) != wanted[k]]
-    if differing:
-        # the fingerprint first: it is the difference that matters most
-        key = min(differing, key=lambda k: (k != "fingerprint", differing.index(k)))
-        others = f" (also: {', '.join(k for k in differing if k != key)})" if len(differing) > 1 else ""
-        raise IntegrityError(
-            f"cache {folder} has {names.get(key, key)} {found.get(key)!r} but {wanted[key]!r} was expected{others}; "
-            "its rows would be wrong here, so use another folder or delete this one"
-        )
 
 
 def _absent(what: str, folder: Path, count: int, reason: str | None) -> str:

@@ -16,13 +16,13 @@ from pocketvlm.edge.contract import TextSpec
 from pocketvlm.edge.errors import UsageError, require, unknown_name
 
 KNOWN_DIFFERENCES = (
-    "mojibake ('Ã©' for 'é') is repaired by ftfy and left as it is here",
+    "mojibake ('Ã©' for 'é', or C1 control characters) is repaired by ftfy and left as it is here",
     "HTML entities other than &amp; &lt; &gt; &quot; &apos; &#39; and &nbsp; are kept as written, "
     "and entities without their semicolon are not unescaped",
     "ANSI terminal escapes are removed by ftfy and lose only their control character here",
     "a special token written inside a longer run of punctuation ('<<end_of_text>') is recognised here "
     "and split as punctuation there",
-    "letters newer than the Unicode version of the tokenizers package count as punctuation",
+    "letters and combining marks newer than the Unicode version of the tokenizers package count as punctuation",
     "texts past the context are always cut at the end (open_clip's optional random reduction is not reproduced)",
 )
 

@@ -27,14 +27,23 @@ IMAGE = ImageSpec(
 )
 _SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
 _BLOCK = re.compile(r"_blocks\.(\d+)\.(_expand_conv|_depthwise_conv|_project_conv|_bn0|_bn1|_bn2)\.(.+)")
-_EXPANDED = {"_expand_conv": "conv_pw", "_depthwise_conv": "conv_dw", "_project_conv": "conv_pwl",
-             "_bn0": "bn1", "_bn1": "bn2", "_bn2": "bn3"}
+_EXPANDED = {
+    "_expand_conv": "conv_pw",
+    "_depthwise_conv": "conv_dw",
+    "_project_conv": "conv_pwl",
+    "_bn0": "bn1",
+    "_bn1": "bn2",
+    "_bn2": "bn3",
+}
 _PLAIN = {"_depthwise_conv": "conv_dw", "_project_conv": "conv_pw", "_bn1": "bn1", "_bn2": "bn2"}
 _OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 
 
 class Lite2(nn.Module):
     """Frozen EfficientNet-Lite2. sha256: digest of the weights file."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,14 +83,15 @@ class Lite2(nn.Module):
         """Pooled activations of normalised pixels [B, 3, S, S].
 
         Returns "pool" [B, 1280] (mean of the last map), "logits" [B, 1000] (ImageNet-1k) and, for each asked
-        stage i in 0..6, "stage{i}" [B, channels] (mean over positions of that stage's output).
+        stage i in 0..6, "mean{i}" and "std{i}" [B, channels] over the positions of that stage's output.
         """
         out = {}
         x = self.net.bn1(self.net.conv_stem(x))
         for i, block in enumerate(self.net.blocks):
             x = block(x)
             if i in stages:
-                out[f"stage{i}"] = x.mean((2, 3))
+                std, mean = torch.std_mean(x.float(), dim=(2, 3))
+                out[f"mean{i}"], out[f"std{i}"] = mean, std
         x = self.net.bn2(self.net.conv_head(x))
         out["pool"] = x.mean((2, 3))
         out["logits"] = self.net.classifier(out["pool"])

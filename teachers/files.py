@@ -73,4 +73,3 @@ def make_fingerprint(*, weights: str, image: ImageSpec, tokenizer: str, extra: M
         "extra": dict(extra or {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-

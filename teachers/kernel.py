@@ -70,7 +70,7 @@ def fit_kernel_ridge(features: Tensor, targets: Tensor, widths: Sequence[int], o
     against all n targets: with G = (K + ridge I)^-1 and the rows g of one picture, the prediction without them
     is Y_g - (G_gg)^-1 (G Y)_g.
     """
-    n, views, width = features.shape
+    n, views, _ = features.shape
     rows = features.double().flatten(0, 1)
     y = targets.double().repeat_interleave(views, 0)
     mean, std = rows.mean(0), rows.std(0) + 1e-3

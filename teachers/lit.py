@@ -4,7 +4,7 @@ It is a *composed* teacher, not CLIP: nothing here saw image-text pairs at scale
 its text side knows sentences, and about 660 named pictures teach the one where the other lies. It is real,
 small, licensed for redistribution and needs no download, and that is its purpose.
 
-    image: EfficientNet-Lite2 at 160 px -> pooled maps of four depths [1960] -> kernel ridge -> unit vector [384]
+    image: EfficientNet-Lite2 at 160 px -> pooled maps of six depths [2912] -> kernel ridge -> unit vector [384]
     text:  MiniLM sentence vector - mean over the teacher pool's captions -> unit vector [384]
 
 "Locked" towers as in Zhai et al., LiT (arXiv:2111.07991), here both of them.
@@ -19,6 +19,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,16 +45,19 @@ NAME = "openmoji-lit"
 PRECISIONS = ("float32", "bfloat16")
 # the recipe of the map; raise VERSION when anything below changes, so that no stale file is picked up
 VERSION = 1
-OPTIONS = KernelOptions(degree=4, ridge=1.0)
-STAGES = (6, 5, 4)
-WIDTHS = (1280, 352, 208, 120)
+OPTIONS = KernelOptions(degree=4, ridge=0.5)
+STAGES = (2, 3, 4, 5, 6)
+_CHANNELS = {2: 48, 3: 88, 4: 120, 5: 208, 6: 352}
+# the last map's mean first (it is also the teacher's `features`), then mean and spread of each stage
+BLOCKS = ("pool", *(f"mean{i}" for i in STAGES), *(f"std{i}" for i in STAGES))
+WIDTHS = (1280, *_CHANNELS.values(), *_CHANNELS.values())
 _CHUNK = 128
 
 
 class LitTeacher:
     """A composed image-text teacher; see the module's docstring. Build it with `load_lit_teacher`.
 
-    images, texts: the frozen encoders. project: [B, 1960] to [B, 384]. text_mean: [384].
+    images, texts: the frozen encoders. project: [B, 2912] to [B, 384]. text_mean: [384].
     held_out_recall5: image-to-text R@5 over the teacher pool, each picture predicted without itself.
     """
 
@@ -95,14 +99,14 @@ class LitTeacher:
         self._images, self._texts = images.to(device), texts.to(device)
         self._project, self._text_mean = project.to(device), text_mean.to(device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> TeacherOutput:
         """pixels: uint8 [B, 160, 160, 3]. embedding [B, 384]; features [B, 1280] (Lite2's pooled last map)."""
         features = lite2_features(self._images, pixels, self.precision)
         embedding = F.normalize(self._project(features), dim=-1)
         return TeacherOutput(embedding, features[:, : WIDTHS[0]])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> TeacherOutput:
         """embedding [N, 384]: centred MiniLM; features [N, 384]: MiniLM's own unit vectors.
 
@@ -144,7 +148,7 @@ def load_lit_teacher(
     recipe = {
         "version": VERSION,
         "options": dataclasses.asdict(OPTIONS),
-        "image": [images.sha256, dataclasses.asdict(IMAGE), STAGES, precision],
+        "image": [images.sha256, dataclasses.asdict(IMAGE), BLOCKS, precision],
         "text": texts.sha256,
         "pairs": [[s.uid, hashes[s.uid], s.captions[0].text] for s in pool],
     }
@@ -153,7 +157,8 @@ def load_lit_teacher(
     if not path.exists():
         images.to(torch_device)
         # every fold's teacher pool lies in the same half of the concepts: extract that half once for all folds
-        half = [s for s in samples if any(s in part for part in _pools(samples))]
+        taught = {s.uid for f in range(FOLDS) for s in in_pool(samples, "teacher", f)}
+        half = [s for s in samples if s.uid in taught]
         table = _cached_features(images, half, hashes, precision, progress)
         _fit(texts, pool, table, path)
     state, meta = _read(path)
@@ -171,16 +176,16 @@ def load_lit_teacher(
 
 
 def lite2_features(model: Lite2, pixels: Tensor, precision: str) -> Tensor:
-    """[B, 1960] float32: means of the last map (1280) and of the outputs of stages 6, 5 and 4 (352, 208, 120)."""
+    """[B, 2912] float32: the blocks of `BLOCKS`, joined."""
     x = model.normalise(pixels)
     half = torch.autocast(x.device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
-    with torch.inference_mode(), full_float32(), half:
+    with torch.no_grad(), full_float32(), half:
         out = model(x, STAGES)
-    return torch.cat([out["pool"], *(out[f"stage{i}"] for i in STAGES)], dim=1).float()
+    return torch.cat([out[name].float() for name in BLOCKS], dim=1)
 
 
 def _fit(texts: MiniLM, pool: Sequence[Sample], table: dict[str, Tensor], path: Path) -> None:
-    sentence = texts.embed([s.captions[0].text for s in pool]).clone()
+    sentence = texts.embed([s.captions[0].text for s in pool])
     text_mean = sentence.mean(0)
     features = torch.stack([table[s.uid] for s in pool])
     fit = fit_kernel_ridge(features, F.normalize(sentence - text_mean, dim=-1), WIDTHS, OPTIONS)
@@ -194,19 +199,15 @@ def _fit(texts: MiniLM, pool: Sequence[Sample], table: dict[str, Tensor], path: 
     write_atomic(path, _serialise(tensors, meta))
 
 
-def _pools(samples: Sequence[Sample]) -> list[list[Sample]]:
-    return [in_pool(samples, "teacher", fold) for fold in range(FOLDS)]
-
-
 def _cached_features(
     model: Lite2, samples: Sequence[Sample], hashes: dict[str, str], precision: str, progress: Progress | None
 ) -> dict[str, Tensor]:
-    """uid to [2, 1960]: the picture and its mirror image. Kept on disk in parts named after their content."""
+    """uid to [2, 2912]: the picture and its mirror image. Kept on disk in parts named after their content."""
     table: dict[str, Tensor] = {}
     folder = cache_dir() / "teachers" / "lite2-features"
     for start in range(0, len(samples), _CHUNK):
         part = samples[start : start + _CHUNK]
-        content = [model.sha256, dataclasses.asdict(IMAGE), STAGES, precision, [[s.uid, hashes[s.uid]] for s in part]]
+        content = [model.sha256, dataclasses.asdict(IMAGE), BLOCKS, precision, [[s.uid, hashes[s.uid]] for s in part]]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         path = folder / f"{key[:32]}.safetensors"
         if not path.exists():
@@ -227,7 +228,7 @@ def _extract(model: Lite2, part: Sequence[Sample], precision: str) -> Tensor:
         clean = torch.from_numpy(pixels[start : start + 32])
         both = [lite2_features(model, view, precision).cpu() for view in (clean, clean.flip(2))]
         rows.append(torch.stack(both, dim=1))
-    return torch.cat(rows).clone()
+    return torch.cat(rows)
 
 
 def _serialise(tensors: dict[str, Tensor], meta: dict[str, object]) -> bytes:
@@ -236,7 +237,7 @@ def _serialise(tensors: dict[str, Tensor], meta: dict[str, object]) -> bytes:
     return save({k: v.contiguous() for k, v in tensors.items()}, {"pocketvlm": json.dumps(meta, sort_keys=True)})
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -62,9 +62,7 @@ class MiniLM(nn.Module):
         self.types = nn.Embedding(int(config["type_vocab_size"]), width)
         self.norm = nn.LayerNorm(width, eps=eps)
         heads, hidden = int(config["num_attention_heads"]), int(config["intermediate_size"])
-        self.layers = nn.ModuleList(
-            _Layer(width, heads, hidden, eps) for _ in range(int(config["num_hidden_layers"]))
-        )
+        self.layers = nn.ModuleList(_Layer(width, heads, hidden, eps) for _ in range(int(config["num_hidden_layers"])))
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(MAX_TOKENS)
@@ -100,7 +98,7 @@ class MiniLM(nn.Module):
         weights = keep.unsqueeze(-1).to(x.dtype)
         return (x * weights).sum(1) / weights.sum(1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, texts: Sequence[str], *, batch_size: int = 128) -> Tensor:
         """[N, 384] float32 unit vectors. Texts past 64 tokens are cut.
 

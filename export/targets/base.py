@@ -50,4 +50,6 @@ class Target(Protocol):
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
 
-    def lower(self, towers: Towers, *, precision: Precision, folder: Path, calibration: Calibration | None) -> Variant: ...
+    def lower(
+        self, towers: Towers, *, precision: Precision, folder: Path, calibration: Calibration | None
+    ) -> Variant: ...

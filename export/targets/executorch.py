@@ -19,12 +19,13 @@ from pocketvlm.export.prepare import (
     correct_bias,
     fidelity,
     fold_batchnorm,
+    prune,
     quantize_tables,
     run_module,
     split_calibration,
 )
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant
-from pocketvlm.export.targets.onnx import Tower, check_precision, example_rows, present_towers, quiet
+from pocketvlm.export.targets.onnx import Tower, calibration_rows, check_precision, example_rows, present_towers, quiet
 
 METHODS: dict[Tower, str] = {"image": "encode_image", "text": "encode_text"}
 _CORRECTION_ROWS = 48
@@ -59,11 +60,12 @@ class ExecuTorchTarget:
         notes: dict[str, object] = {"backend": "xnnpack"}
         with quiet():
             for tower, module in present_towers(towers):
-                lowered, scheme = module, "fp32"
                 if precision == "int8":
-                    assert calibration is not None
-                    inputs = calibration.pixels if tower == "image" else calibration.ids
+                    inputs = calibration_rows(calibration, tower)
                     lowered, scheme, notes[tower] = _quantize(module, inputs, tower)
+                else:
+                    lowered, scheme = capture(module, example_rows(towers, tower)), "fp32"
+                    prune(lowered)
                 example = torch.from_numpy(example_rows(towers, tower)[:1])
                 programs[METHODS[tower]] = torch.export.export(lowered, (example,))
                 partitioners[METHODS[tower]] = _partitioners(scheme)
@@ -94,9 +96,7 @@ def _partitioners(scheme: str) -> list[Any]:
     return ([XnnpackDynamicallyQuantizedPartitioner()] if scheme == "dynamic" else []) + [XnnpackPartitioner()]
 
 
-def _write(
-    programs: dict[str, Any], partitioners: dict[str, list[Any]], constants: dict[str, Any], path: Path
-) -> None:
+def _write(programs: dict[str, Any], partitioners: dict[str, list[Any]], constants: dict[str, Any], path: Path) -> None:
     from executorch.exir import to_edge_transform_and_lower
 
     manager = to_edge_transform_and_lower(programs, partitioner=partitioners, constant_methods=constants)

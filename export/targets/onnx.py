@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -74,16 +76,13 @@ class OnnxTarget:
                 if precision == "fp32":
                     export_graph(module, rows, tower, path, contract_digest=towers.contract.digest())
                 else:
-                    assert calibration is not None
-                    inputs = calibration.pixels if tower == "image" else calibration.ids
+                    inputs = calibration_rows(calibration, tower)
                     notes[tower] = _export_int8(module, inputs, tower, path, towers.contract.digest())
             files[tower] = relative
         return Variant(self.name, precision, files, "dynamic", towers.contract.embed_dim, notes)
 
 
-def check_precision(
-    target: str, known: tuple[str, ...], precision: str, calibration: Calibration | None, needs: str = "int8"
-) -> None:
+def check_precision(target: str, known: tuple[str, ...], precision: str, calibration: Calibration | None) -> None:
     """Refuse what a backend cannot write.
 
     Raises:
@@ -94,11 +93,26 @@ def check_precision(
             f"target {target!r} cannot write precision {precision!r}, only {', '.join(known)}; "
             "nothing was exported, so choose one of those"
         )
-    if precision == needs and (calibration is None or not (len(calibration.pixels) or len(calibration.ids))):
+    if precision == "int8" and calibration is None:
         raise UsageError(
-            f"target {target!r} was asked for {needs} without calibration data; ranges guessed from noise lose accuracy, "
+            f"target {target!r} was asked for int8 without calibration data; ranges guessed from noise lose accuracy, "
             "so pass real data (calibration_data=..., on the command line --calibration-data)"
         )
+
+
+def calibration_rows(calibration: Calibration | None, tower: Tower) -> NDArray[Any]:
+    """The inputs of one tower.
+
+    Raises:
+        UsageError: fewer than four, of which one has to judge the result.
+    """
+    rows = np.zeros(0) if calibration is None else calibration.pixels if tower == "image" else calibration.ids
+    if len(rows) < 4:
+        raise UsageError(
+            f"int8 calibration of the {tower} tower was given {len(rows)} inputs and needs at least 4 (better 100 or "
+            "more); nothing could be measured, so pass a data set that has them"
+        )
+    return np.ascontiguousarray(rows)
 
 
 def present_towers(towers: Towers) -> Iterator[tuple[Tower, nn.Module]]:
@@ -129,7 +143,8 @@ def quiet() -> Iterator[None]:
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+        # their progress bars too; what they raise still passes
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -199,7 +214,7 @@ def _schemes(
 ) -> list[tuple[str, Callable[[Path], None]]]:
     """(name, writer) in the order to try: dynamic first for transformers, static first for convolutional towers."""
     plain = folder / "plain.onnx"
-    export_graph(quantize_tables(module), fit[:2] if len(fit) > 1 else np.repeat(fit, 2, 0), tower, plain, contract_digest=digest)
+    export_graph(quantize_tables(module), fit[:2], tower, plain, contract_digest=digest)
     kinds = {node.op_type for node in require("onnx", "onnx").load(str(plain), load_external_data=False).graph.node}
     attention = "Softmax" in kinds
 
@@ -211,7 +226,7 @@ def _schemes(
         fold_batchnorm(graph)
         correct_bias(graph, fit[:_CORRECTION_ROWS])
         corrected = folder / "corrected.onnx"
-        export_graph(graph, fit[:2] if len(fit) > 1 else np.repeat(fit, 2, 0), tower, corrected, contract_digest=digest)
+        export_graph(graph, fit[:2], tower, corrected, contract_digest=digest)
         _quantize_static(corrected, target, fit, tower, attention)
 
     named = [("static-qdq", static), ("dynamic", dynamic)]
@@ -272,7 +287,7 @@ class _Reader:
 
 
 def _forget_initializer_shapes(model: Any) -> None:
-    """The exporter lists initializers among inferred shapes, which onnxruntime's quantizer takes for a contradiction."""
+    """The exporter lists initializers among inferred shapes; onnxruntime's quantizer sees a contradiction there."""
     weights = {entry.name for entry in model.graph.initializer}
     kept = [entry for entry in model.graph.value_info if entry.name not in weights]
     del model.graph.value_info[:]

@@ -40,7 +40,7 @@ _WEIGHT = QuantizationSpec(
 
 
 class StaticQuantizer(Quantizer):
-    """Static int8: activations per tensor, weights per output channel, biases in float (XNNPACK rounds them to int32)."""
+    """Static int8: activations per tensor, weights per output channel, biases float (int32 in XNNPACK)."""
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         nodes = [node for node in model.graph.nodes if node.op == "call_function"]
@@ -49,7 +49,7 @@ class StaticQuantizer(Quantizer):
             if node.target in (*CONVOLUTIONS, *LINEARS) and _is_constant(node.args[1]):
                 _annotate(node, {node.args[0]: _ACTIVATION, node.args[1]: _WEIGHT})
             elif node.target in _SUMS and not attention and _is_residual(node):
-                _annotate(node, {argument: _ACTIVATION for argument in node.args})
+                _annotate(node, dict.fromkeys(node.args, _ACTIVATION))
         return model
 
     def validate(self, model: fx.GraphModule) -> None:

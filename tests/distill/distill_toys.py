@@ -15,11 +15,12 @@ from PIL import Image
 from pocketvlm.edge.contract import ImageSpec, identity
 from pocketvlm.teachers.base import TeacherOutput
 
-NAMES = (
+_WORDS = (
     "amber azure beige black blue bronze brown coral crimson cyan gold gray green indigo ivory jade khaki lemon "
     "lilac lime magenta maroon mint navy ochre olive orange peach pink plum purple red rose ruby rust salmon sand "
     "scarlet silver teal"
-).split()
+)
+NAMES = _WORDS.split()
 DIM, FEATURES = 16, 12
 
 
@@ -103,7 +104,7 @@ def toy_recipe(world: Path, cache: Path, **changes: Any) -> dict[str, Any]:
             {"name": "bank", "weight": 0.5},
             {"name": "feature", "batch": "texts", "options": {"text": 0}},
         ],
-        "train": {"steps": 12, "batch_size": 8, "text_batch": 16, "warmup_steps": 2, "log_every": 4, "threads": 1},
+        "train": {"steps": 8, "batch_size": 8, "text_batch": 16, "warmup_steps": 2, "log_every": 4, "threads": 1},
         "checkpoint": {"every": 4},
     }
     return value | changes

@@ -64,7 +64,7 @@ def test_nothing_but_data_is_loaded(tmp_path: Path) -> None:
             return os.system, ("true",)
 
     path = save_checkpoint(tmp_path, 1, {"x": Code()})
-    with pytest.raises(Exception, match="weights_only|Weights only|Unsupported"):
+    with pytest.raises(Exception, match=r"weights_only|Weights only|Unsupported"):
         load_checkpoint(path)
 
 

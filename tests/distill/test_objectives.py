@@ -130,7 +130,7 @@ def clip_oracle(o, s, t):
 def icl_oracle(o, s, t):
     image, text, groups = captioned(s)
     t_image, t_text, _ = captioned(t)
-    c = math.exp(float(o.log_scale))
+    c = math.exp(float(o.log_scale.detach()))
     first = contrast(project(o.image_projector, image), t_text, groups, c, o.duplicates)
     second = contrast(project(o.text_projector, text), t_image, groups, c, o.duplicates)
     return (first + second) / 2
@@ -299,7 +299,8 @@ def test_every_objective_has_an_oracle():
 @every_case
 def test_value_equals_the_loop_oracle(name, oracle, options):
     objective, student, teacher = build(name, **options).double(), outputs(1), outputs(2)
-    assert float(total(objective, student, teacher)) == pytest.approx(oracle(objective, student, teacher), rel=1e-10)
+    wanted = oracle(objective, student, teacher)
+    assert float(total(objective, student, teacher).detach()) == pytest.approx(wanted, rel=1e-10)
 
 
 @every_case
@@ -332,7 +333,7 @@ def test_float32_and_bfloat16_are_close(name, oracle, options):
 def test_teacher_and_student_are_not_interchangeable(name, oracle, options):
     objective, a, b = build(name, **options), outputs(1), outputs(2)
     forward, backward = float(total(objective, a, b)), float(total(objective, b, a))
-    symmetric = name in SYMMETRIC or options.get("variant", "cosine") in ("cosine", "spkd") and name == "gram"
+    symmetric = name in SYMMETRIC or (name == "gram" and options.get("variant") != "softmax")
     assert (forward == pytest.approx(backward, rel=1e-9)) == symmetric
 
 
@@ -371,7 +372,7 @@ def test_gradients_are_right_and_reach_only_the_student(name, oracle, options):
         )
         return total(objective, given, teacher)
 
-    assert torch.autograd.gradcheck(value, tuple(leaves), eps=1e-6, atol=1e-6)
+    assert torch.autograd.gradcheck(value, tuple(leaves), eps=1e-6, atol=1e-6, fast_mode=True)
     value(*leaves).backward()
     for part in (teacher.image, teacher.text, teacher.image_features, teacher.bank, teacher.logit_scale):
         assert part.grad is None
@@ -456,25 +457,19 @@ def test_batch_of_one_is_refused_where_rows_are_compared():
             cut[key] = cut[key][:n]
         return Outputs(**cut)
 
-    least = {}
-    for name in list_objectives():
-        objective = build(name)
-        for n in range(1, 5):
-            try:
-                value = total(objective, short(outputs(1), n), short(outputs(2), n))
-            except UsageError as error:
-                assert "identically zero" in str(error)
-                assert f"at least {objective.minimum_rows}" in str(error)
-                continue
-            assert float(value) > 0, (name, n)
-            least[name] = n
-            break
-    assert least == {n: 2 for n in ("clip", "crd", "affinity", "icl", "gram")} | {
+    least = dict.fromkeys(("clip", "crd", "affinity", "icl", "gram"), 2) | {
         "rkd": 3,
         "feature": 1,
         "hint": 1,
         "bank": 1,
     }
+    assert set(least) == set(list_objectives())
+    for name, enough in least.items():
+        objective = build(name)
+        assert float(total(objective, short(outputs(1), enough), short(outputs(2), enough))) > 0, name
+        for n in range(1, enough):
+            with pytest.raises(UsageError, match=f"batch of {n} .*identically zero.*at least {enough}"):
+                total(objective, short(outputs(1), n), short(outputs(2), n))
     with pytest.raises(UsageError, match="at least 3"):
         total(build("gram", variant="softmax"), short(outputs(1), 2), short(outputs(2), 2))
 

@@ -91,7 +91,7 @@ def test_overrides_are_typed_and_reach_lists(raw: dict[str, Any]) -> None:
     assert load_recipe(raw).digest() != recipe.digest()
     with pytest.raises(UsageError, match="'feature' more than once; use a number from 0 to 4"):
         load_recipe(raw, ["objectives.feature.weight=1"])
-    with pytest.raises(UsageError, match="enters 'train.steps', which has no keys"):
+    with pytest.raises(UsageError, match=r"enters 'train\.steps', which has no keys"):
         load_recipe(raw, ["train.steps.more=1"])
 
 
@@ -120,7 +120,7 @@ def test_a_recipe_without_a_teacher_is_legal_but_not_with_objectives_that_need_o
         (["train.warmup_steps=13"], "the learning rate would never be reached"),
         (["objectives.crd.name=crdd"], "unknown objective 'crdd'; did you mean 'crd'"),
         (["student.name=mnv4-005"], "unknown student 'mnv4-005'; did you mean 'mnv4-"),
-        (["objectives.crd.schedule_steps=99"], "schedule_steps 99 but only 12 steps are trained"),
+        (["objectives.crd.schedule_steps=99"], "schedule_steps 99 but only 8 steps are trained"),
         (["objectives=[]"], "at least 1 item"),
         (["objectives=[{name: clip, weight: 0}]"], "every objective has weight 0"),
         (["objectives=[{name: clip}]", "train.text_pretrain_steps=3"], "no objective with batch: texts to train by"),

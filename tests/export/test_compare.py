@@ -222,6 +222,16 @@ def test_every_budget_says_where_it_came_from() -> None:
             assert len(budget.source) > 10, (precision.precision, budget.metric)
 
 
+def test_ties_come_from_the_same_precision_or_from_float32() -> None:
+    """A tie width from coarser arithmetic excuses every flip, and the agreement budgets can no longer fail."""
+    noise = {name: {"scores": {"score_max_abs": 1e-7, "score_rms": 1e-7}} for name in ("float32", "float16")}
+    noise["bfloat16"] = {"scores": {"score_max_abs": 0.1, "score_rms": 0.02}}
+    for precision in load_budgets().precisions.values():
+        assert precision.tie["noise"] in ("float32", precision.noise)
+        assert precision.tie_width(noise) <= 5e-4
+    assert load_budgets().for_precision("int8").tie_width(noise) == 1e-6
+
+
 def test_nan_never_passes() -> None:
     fp32 = load_budgets().for_precision("fp32")
     for metric in fp32.metrics:

@@ -1,0 +1,389 @@
+"""The bundle writer: every variant, what it takes to run and to check them, in one folder that appears at once.
+
+`edge.bundle` reads what this writes and documents the layout. Nothing is dropped silently: a target that cannot be
+written, or a full-precision file that does not compute what the model computes, stops the export.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import pocketvlm
+from pocketvlm.data.sample import Sample
+from pocketvlm.data.source import DataSource
+from pocketvlm.edge.bundle import MANIFEST, SCHEMA_VERSION, describe_files
+from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError
+from pocketvlm.export.calibration import DEFAULT_SIZE, open_calibration
+from pocketvlm.export.cases import ImageCase, golden_images
+from pocketvlm.export.conformance import VECTORS, Vectors, widen_tolerance, write_vectors
+from pocketvlm.export.probe import Probe, probe_variants
+from pocketvlm.export.source import Exportable, Source, open_source
+from pocketvlm.export.targets import Calibration, Target, Variant, get_target
+
+DEFAULT_TARGETS = ("onnx", "executorch", "coreml")
+# the issue's floor for full precision against float64; int8 is judged by the parity check on real data
+_FP32_LIMIT = 1e-6
+_EXAMPLES = 3
+# data sets whose pictures may be published, so that a few of them travel in the conformance vectors
+_PUBLISHABLE = ("openmoji",)
+_PACKAGES = (
+    *("torch", "timm", "numpy", "Pillow", "tokenizers", "onnx", "onnxscript", "onnxruntime"),
+    *("executorch", "torchao", "coremltools", "open_clip_torch", "transformers"),
+)
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class VariantRow:
+    """One line of the summary. mb: 1e6 bytes of its files. ratio: to fp32 of the same target (to four bytes per
+    parameter where that was not written). latency_ms: tower -> batch 1, one thread, on the exporting machine."""
+
+    target: str
+    precision: str
+    files: tuple[str, ...]
+    mb: float
+    ratio: float
+    latency_ms: dict[str, float]
+    meets_floor: bool | None
+
+
+def export_bundle(
+    student_or_run: Source,
+    out: str | Path,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    precisions: Sequence[str] | None = None,
+    calibration_data: str | Path | DataSource | Sequence[Sample] | Calibration | None = None,
+    overwrite: bool = False,
+    *,
+    calibration_size: int = DEFAULT_SIZE,
+    examples: Sequence[ImageCase] | None = None,
+    allow_download: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Export a model to every target at every precision and write the bundle.
+
+    Args:
+        student_or_run: a `Student`, a run or student folder, "open_clip:..." or "hf:...", or an `Exportable`.
+        out: the bundle folder; it appears complete or not at all.
+        targets: of "onnx", "executorch", "coreml"; "onnx:int8" asks for one precision of one target.
+        precisions: of "fp32", "fp16", "int8"; each target writes those that it knows. None: all that it knows.
+        calibration_data: for int8: a `--data` spec, a data source, samples, or a ready `Calibration`.
+        overwrite: replace an existing bundle.
+        calibration_size: pictures and texts to calibrate and judge with.
+        examples: real pictures for the conformance vectors, which must be free to publish. None: three of the
+            calibration source where that is the built-in set, else none.
+        allow_download: permit the network for a hub id.
+        progress: called with one line per step.
+
+    Returns:
+        The bundle folder. `summarize` gives its table.
+
+    Raises:
+        UsageError: `out` is not empty, nothing to export, a precision that no chosen target writes, int8 without
+            calibration data. UnknownNameError: no such target.
+        MissingExtraError: a target's converter is not installed; names the extra.
+        IntegrityError: a written file does not run or does not compute what the model computes.
+    """
+    out, say = Path(out), progress or (lambda line: None)
+    _check_out(out, overwrite)
+    plan = _plan(targets, precisions)
+    model = open_source(student_or_run, allow_download=allow_download)
+    tokenizer = model.tokenizer()
+    calibration, source = None, None
+    if any(precision == "int8" for _, precision in plan):
+        say("reading calibration data")
+        calibration, source = open_calibration(
+            calibration_data, model.towers.contract, tokenizer, size=calibration_size
+        )
+    if examples is None:
+        examples = _examples(source)
+    with _staged(out, overwrite) as folder:
+        if model.tokenizer_json is not None:
+            assert model.towers.contract.text is not None
+            (folder / model.towers.contract.text.tokenizer).write_bytes(model.tokenizer_json)
+        say("computing conformance vectors in float64")
+        vectors = write_vectors(folder, model.towers, tokenizer, examples=examples)
+        variants = []
+        for target, precision in plan:
+            say(f"lowering to {target.name} {precision}")
+            variants.append(_lower(target, precision, model, folder, calibration))
+        say("running the files")
+        variants = _with_measurements(folder, model, variants, vectors)
+        manifest = _manifest(folder, model, variants, calibration, source, bool(examples))
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return out
+
+
+def summarize(bundle_folder: str | Path) -> list[VariantRow]:
+    """The variants of a written bundle, for a table.
+
+    Raises:
+        UsageError, IntegrityError, VersionError: as `edge.bundle.Bundle.load`.
+    """
+    from pocketvlm.edge.bundle import Bundle
+
+    bundle = Bundle.load(bundle_folder, verify=False)
+    rows = []
+    for variant in bundle.variants:
+        notes = variant.notes
+        floors = [notes[t]["meets_floor"] for t in ("image", "text") if "meets_floor" in (notes.get(t) or {})]
+        rows.append(
+            VariantRow(
+                variant.target,
+                variant.precision,
+                tuple(dict.fromkeys(variant.files.values())),
+                float(notes["bytes"]) / 1e6,
+                float(notes["ratio_to_fp32"]),
+                dict(notes.get("latency_ms_batch1_1thread") or {}),
+                all(floors) if floors else None,
+            )
+        )
+    return rows
+
+
+def format_table(rows: Sequence[VariantRow]) -> str:
+    """`summarize` as lines of text: target, precision, file, MB, ratio to fp32, milliseconds of both towers."""
+    lines = [("target", "precision", "file", "MB", "of fp32", "image ms", "text ms", "")]
+    for row in rows:
+        times = [f"{row.latency_ms[t]:.2f}" if t in row.latency_ms else "-" for t in ("image", "text")]
+        warning = "below the int8 floor" if row.meets_floor is False else ""
+        lines.append(
+            (row.target, row.precision, ", ".join(row.files), f"{row.mb:.2f}", f"{row.ratio:.3f}", *times, warning)
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+# --- plan and folder ------------------------------------------------------------------------------------------------
+
+
+def _plan(targets: Sequence[str], precisions: Sequence[str] | None) -> list[tuple[Target, str]]:
+    """(backend, precision) pairs; every backend is opened here, so that a missing extra shows before any work."""
+    if isinstance(targets, str):
+        targets = (targets,)
+    plan: list[tuple[Target, str]] = []
+    for entry in targets:
+        name, _, only = entry.partition(":")
+        target = get_target(name)
+        if only:
+            wanted = (only,)
+        else:
+            wanted = tuple(p for p in target.precisions if precisions is None or p in precisions)
+        if not wanted or not set(wanted) <= set(target.precisions):
+            asked = only or ", ".join(precisions or ())
+            raise UsageError(
+                f"target {name!r} writes {', '.join(target.precisions)} and {asked!r} was asked for; it would be "
+                "missing from the bundle, so choose another precision or leave the target out"
+            )
+        plan += [(target, precision) for precision in wanted]
+    unknown = set(precisions or ()) - {precision for _, precision in plan}
+    if unknown or not plan:
+        raise UsageError(
+            f"no chosen target writes precision {', '.join(sorted(unknown)) or '(none)'}; the bundle would lack it, "
+            "so add a target that does (fp32: all, fp16: coreml, int8: onnx, executorch)"
+        )
+    return list({(target.name, precision): (target, precision) for target, precision in plan}.values())
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.is_file():
+        raise UsageError(f"output {str(out)!r} is a file and a bundle is a folder; name another path")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise UsageError(
+                f"output folder {str(out)!r} is not empty; its files would be replaced, "
+                "so pass overwrite (--overwrite) or choose another folder"
+            )
+        if not (out / MANIFEST).is_file():
+            raise UsageError(
+                f"output folder {str(out)!r} holds files but no {MANIFEST}, so it is not a bundle and is not deleted; "
+                "choose another folder"
+            )
+
+
+@contextlib.contextmanager
+def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A scratch folder beside `out` that takes its place on success and vanishes on failure."""
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=".partial", dir=parent))
+    try:
+        staged = scratch / "bundle"
+        staged.mkdir()
+        yield staged
+        _check_out(out, overwrite)  # somebody may have written there meanwhile
+        if out.exists():
+            os.replace(out, scratch / "previous")
+        try:
+            os.replace(staged, out)
+        except OSError:
+            if (scratch / "previous").exists():
+                os.replace(scratch / "previous", out)
+            raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UsageError(
+            f"the bundle could not be written to {str(out)!r} ({error.strerror}); nothing was left behind, "
+            "so free space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _examples(source: DataSource | None) -> list[ImageCase]:
+    if source is None or not source.name.startswith(_PUBLISHABLE):
+        return []
+    return [case for case in golden_images(source.samples, count=_EXAMPLES) if case.real]
+
+
+def _lower(
+    target: Target, precision: str, model: Exportable, folder: Path, calibration: Calibration | None
+) -> Variant:
+    try:
+        return target.lower(model.towers, precision=precision, folder=folder, calibration=calibration)  # type: ignore[arg-type]
+    except PocketvlmError:
+        raise
+    except Exception as error:  # converters raise whatever they like, often for one unknown operator
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UsageError(
+            f"{target.name} {precision} cannot express {model.towers.contract.name!r} ({type(error).__name__}: {reason}); "
+            f"no bundle was written, so leave the target {target.name!r} out or choose another backbone"
+        ) from error
+
+
+# --- measurements ---------------------------------------------------------------------------------------------------
+
+
+def _with_measurements(folder: Path, model: Exportable, variants: list[Variant], vectors: Vectors) -> list[Variant]:
+    probes = _probe(folder, model, variants, vectors)
+    sizes = [_bytes(folder, variant) for variant in variants]
+    full = {v.target: size for v, size in zip(variants, sizes) if v.precision == "fp32"}
+    measured: dict[str, float] = {}
+    finished = []
+    for variant, size in zip(variants, sizes):
+        notes: dict[str, object] = {
+            "bytes": size,
+            "ratio_to_fp32": round(size / full.get(variant.target, _parameter_bytes(model)), 4),
+        }
+        probe = probes.get((variant.target, variant.precision))
+        if probe is not None:
+            _check_probe(variant, probe)
+            worst = max(probe.worst.values())
+            measured[variant.precision] = max(worst, measured.get(variant.precision, 0.0))
+            notes["vectors_worst_1_minus_cosine"] = {tower: float(f"{v:.3g}") for tower, v in probe.worst.items()}
+            notes["latency_ms_batch1_1thread"] = {tower: round(v, 3) for tower, v in probe.latency_ms.items()}
+        finished.append(replace(variant, notes={**variant.notes, **notes}))
+    widen_tolerance(folder, measured)
+    return finished
+
+
+def _probe(folder: Path, model: Exportable, variants: list[Variant], vectors: Vectors) -> dict[tuple[str, str], Probe]:
+    found: dict[tuple[str, str], Probe] = {}
+    inputs: dict[str, Any] = {}
+    expected: dict[str, Any] = {}
+    if model.towers.image is not None:
+        inputs["image"], expected["image"] = vectors.pixels, vectors.image
+    if model.towers.text is not None:
+        inputs["text"], expected["text"] = vectors.ids, vectors.text
+    for target in dict.fromkeys(v.target for v in variants):
+        if target == "coreml" and platform.system() != "Darwin":
+            continue  # its interface was read back and checked; prediction exists on macOS only
+        mine = [v for v in variants if v.target == target]
+        for variant, probe in zip(mine, probe_variants(folder, mine, inputs, expected)):
+            found[target, variant.precision] = probe
+    return found
+
+
+def _check_probe(variant: Variant, probe: Probe) -> None:
+    for tower, worst in probe.worst.items():
+        limit = _FP32_LIMIT if variant.precision == "fp32" else 1.0
+        if not (np.isfinite(worst) and worst <= limit):
+            raise IntegrityError(
+                f"the {tower} tower of {variant.target} {variant.precision}, run from its file, is {worst:.3g} (1 - "
+                f"cosine) away from the model and at most {limit:.0e} is allowed; no bundle was written, "
+                "so leave this target out and report it with the student's name"
+            )
+
+
+def _bytes(folder: Path, variant: Variant) -> int:
+    total = 0
+    for relative in set(variant.files.values()):
+        path = folder / relative
+        parts = [path] if path.is_file() else [part for part in path.rglob("*") if part.is_file()]
+        total += sum(part.stat().st_size for part in parts)
+    return total
+
+
+def _parameter_bytes(model: Exportable) -> int:
+    towers = [tower for tower in (model.towers.image, model.towers.text) if tower is not None]
+    return 4 * sum(parameter.numel() for tower in towers for parameter in tower.parameters())
+
+
+# --- manifest -------------------------------------------------------------------------------------------------------
+
+
+def _manifest(
+    folder: Path,
+    model: Exportable,
+    variants: list[Variant],
+    calibration: Calibration | None,
+    source: DataSource | None,
+    pictures: bool,
+) -> dict[str, Any]:
+    from pocketvlm.distill.environment import git_commit
+
+    contract = model.towers.contract
+    provenance = {
+        **model.provenance,
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": _versions(),
+        "calibration": calibration.description if calibration is not None else None,
+    }
+    rows = list(model.licences)
+    if source is not None:
+        rows += [tuple(row) for row in source.licences]
+    manifest: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "kit_version": pocketvlm.__version__,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "contract": contract.to_dict(),
+        "contract_sha256": contract.digest(),
+        "variants": [asdict(variant) for variant in variants],
+        "files": describe_files(folder),
+        "tokenizer": contract.text.tokenizer if contract.text is not None else None,
+        "conformance": VECTORS,
+        "provenance": provenance,
+        "parity": [],
+        "licences": [
+            {"what": what, "licence": licence, "attribution": attribution, "url": ""}
+            for what, licence, attribution in dict.fromkeys(rows)
+        ],
+    }
+    if pictures:
+        manifest["conformance_pictures"] = "some are real; the licences above apply to them"
+    return manifest
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

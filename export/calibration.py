@@ -1,0 +1,166 @@
+"""Real inputs for int8: a small, stated and repeatable sample of a data set."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketvlm.data.sample import Sample
+from pocketvlm.data.source import DataSource
+from pocketvlm.data.splits import group_of, stable_hash
+from pocketvlm.edge.contract import ModelContract
+from pocketvlm.edge.errors import BadSampleError, UsageError
+from pocketvlm.edge.preprocess import load_image
+from pocketvlm.edge.tokenizer import Tokenizer
+from pocketvlm.export.targets.base import Calibration
+
+DEFAULT_SIZE = 192
+# a quarter judges the result: with fewer, its 1st percentile would be one unlucky picture
+MIN_SIZE = 16
+TEMPLATE = "a picture of {}"
+
+
+def build_calibration(
+    data: DataSource | Sequence[Sample],
+    contract: ModelContract,
+    tokenizer: Tokenizer | None,
+    *,
+    size: int = DEFAULT_SIZE,
+    name: str = "",
+) -> Calibration:
+    """Pick up to `size` pictures and `size` texts, spread evenly over labels (or groups), by hash of their uid.
+
+    The same data gives the same picks in any order and on any machine. Unreadable pictures are passed over and
+    counted in the description. Texts are captions (labels where there is none), every second one inside the prompt
+    that classification uses, because an app sends both.
+
+    Returns:
+        uint8 [n, S, S, 3] and int32 [m, L]; empty arrays for towers that the contract does not have.
+
+    Raises:
+        UsageError: `size` too small, or fewer than 16 usable pictures (or texts) for a tower that needs them.
+    """
+    samples = list(data)
+    name = name or getattr(data, "name", "") or "given samples"
+    if size < MIN_SIZE:
+        raise UsageError(
+            f"calibration size {size} is too small to set ranges and to judge them; use {MIN_SIZE} or more "
+            f"({DEFAULT_SIZE} by default)"
+        )
+    parts = []
+    pixels = np.zeros((0, 1, 1, 3), np.uint8)
+    picked = hashlib.sha256()
+    if contract.image is not None:
+        pixels, uids, unreadable, kind, strata = _pictures(samples, contract, size)
+        _refuse_few(len(pixels), "readable pictures", name)
+        picked.update("\n".join(uids).encode())
+        parts.append(f"{len(pixels)} pictures spread over {strata} {kind} ({unreadable} unreadable passed over)")
+    ids = np.zeros((0, 1), np.int32)
+    if contract.text is not None:
+        if tokenizer is None:
+            raise UsageError("a text tower cannot be calibrated without its tokenizer; pass the model's tokenizer")
+        texts = _texts(samples, size)
+        _refuse_few(len(texts), "captions or labels", name)
+        ids = tokenizer.encode(texts)
+        picked.update("\n".join(texts).encode())
+        parts.append(f"{len(texts)} texts, every second one as {TEMPLATE!r}")
+    description = f"{name}: {' and '.join(parts)}; picked by stable hash, digest {picked.hexdigest()[:16]}"
+    return Calibration(pixels, ids, description)
+
+
+def stratified(samples: Sequence[Sample]) -> tuple[list[Sample], str, int]:
+    """All samples in an order whose every prefix is spread evenly over strata, the strata's kind, and their number.
+
+    Strata are labels where labels repeat, else categories, else groups. Within a stratum and among strata the order
+    is that of a stable hash.
+    """
+    kind, key = _strata(samples)
+    buckets: dict[str, list[Sample]] = defaultdict(list)
+    for sample in sorted(samples, key=lambda sample: (stable_hash(f"calibration:{sample.uid}"), sample.uid)):
+        buckets[key(sample)].append(sample)
+    rows = sorted(buckets.items(), key=lambda entry: (stable_hash(f"calibration:{entry[0]}"), entry[0]))
+    longest = max((len(bucket) for _, bucket in rows), default=0)
+    ordered = [bucket[depth] for depth in range(longest) for _, bucket in rows if depth < len(bucket)]
+    return ordered, kind, len(rows)
+
+
+def _strata(samples: Sequence[Sample]) -> tuple[str, Any]:
+    candidates: list[tuple[str, Any]] = [
+        ("labels", lambda sample: sample.label or ""),
+        ("categories", lambda sample: sample.tags.get("category", "")),
+    ]
+    for kind, key in candidates:
+        distinct = {key(sample) for sample in samples}
+        if 2 <= len(distinct) <= len(samples) / 2:
+            return kind, key
+    return "groups", group_of
+
+
+def _pictures(
+    samples: Sequence[Sample], contract: ModelContract, size: int
+) -> tuple[NDArray[np.uint8], list[str], int, str, int]:
+    assert contract.image is not None
+    ordered, kind, strata = stratified(samples)
+    pixels, uids, unreadable = [], [], 0
+    for sample in ordered:
+        if len(pixels) == size:
+            break
+        try:
+            pixels.append(load_image(sample.image.read(), contract.image))
+        except BadSampleError:
+            unreadable += 1
+            continue
+        uids.append(sample.uid)
+    side = contract.image.size
+    return np.array(pixels, np.uint8).reshape(-1, side, side, 3), uids, unreadable, kind, min(strata, len(pixels))
+
+
+def _texts(samples: Sequence[Sample], size: int) -> list[str]:
+    ordered, _, _ = stratified(samples)
+    found: dict[str, None] = {}
+    for sample in ordered:
+        choices = [caption.text for caption in sample.captions] or ([sample.label] if sample.label else [])
+        for text in choices[:1]:
+            if isinstance(text, str) and text.strip():
+                found.setdefault(text)
+        if len(found) == size:
+            break
+    return [text if index % 2 == 0 else TEMPLATE.format(text) for index, text in enumerate(found)]
+
+
+def _refuse_few(count: int, what: str, name: str) -> None:
+    if count < MIN_SIZE:
+        raise UsageError(
+            f"calibration data {name!r} has {count} {what} and at least {MIN_SIZE} are needed; int8 ranges set on "
+            "fewer would clip ordinary inputs, so name a data set with more (the one it was trained on will do)"
+        )
+
+
+def open_calibration(
+    data: str | Path | DataSource | Sequence[Sample] | Calibration | None,
+    contract: ModelContract,
+    tokenizer: Tokenizer | None,
+    *,
+    size: int = DEFAULT_SIZE,
+) -> tuple[Calibration | None, DataSource | None]:
+    """Whatever a caller gives as calibration data, and its source where there is one (for names and licences).
+
+    A string is a `--data` spec ("openmoji?pool=student&fold=0", a manifest, a folder).
+    """
+    if data is None or isinstance(data, Calibration):
+        return data, None
+    source: DataSource | Sequence[Sample]
+    if isinstance(data, (str, Path)):
+        from pocketvlm.data import open_data
+
+        source = open_data(str(data))
+    else:
+        source = data
+    calibration = build_calibration(source, contract, tokenizer, size=size)
+    return calibration, source if isinstance(source, DataSource) else None

@@ -1,0 +1,150 @@
+"""The on-disk form of a teacher cache: its manifest, its shards, and the checks that refuse a wrong one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from pocketvlm.edge.contract import ImageSpec
+from pocketvlm.edge.errors import IntegrityError, VersionError
+from pocketvlm.teachers.files import sha256_file, write_atomic, write_json
+
+SCHEMA_VERSION = "1.0"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheInfo:
+    """What a cache was made from; two caches with equal fields hold the same numbers.
+
+    policy: the augmentation policy's fields, or None for plain preprocessing only. dim / feature_dim /
+    text_feature_dim: widths D, F and G (0 where the teacher has no such features).
+    samples / texts: digests of the uids and of the texts, in order.
+    """
+
+    name: str
+    fingerprint: str
+    space_id: str
+    dim: int
+    feature_dim: int
+    text_feature_dim: int
+    logit_scale: float
+    logit_bias: float
+    image: ImageSpec | None
+    views: int
+    policy: dict[str, Any] | None
+    seed: int
+    dtype: Literal["float32", "bfloat16"]
+    shard_size: int
+    samples: str
+    texts: str
+    licences: tuple[tuple[str, str, str], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> CacheInfo:
+        """Inverse of `to_dict`."""
+        value = dict(value)
+        if value["image"] is not None:
+            image: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value["image"].items()}
+            value["image"] = ImageSpec(**image)
+        value["licences"] = tuple((row[0], row[1], row[2]) for row in value["licences"])
+        return cls(**value)
+
+
+def write_manifest(
+    folder: Path,
+    info: CacheInfo,
+    *,
+    shards: list[dict[str, Any]],
+    text_shards: list[dict[str, Any]],
+    skipped: dict[str, str],
+) -> None:
+    """Write `cache.json`, which makes the folder a finished cache."""
+    value = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "teacher-cache",
+        "info": info.to_dict(),
+        "shards": shards,
+        "text_shards": text_shards,
+        "skipped": skipped,
+    }
+    write_json(folder / "cache.json", value)
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
+    """Write one shard atomically; returns its sha256. Equal inputs give equal bytes."""
+    # one metadata key: the safetensors writer does not keep the order of several
+    text = json.dumps(meta, sort_keys=True, ensure_ascii=False)
+    return write_atomic(path, save_tensors({k: v.contiguous() for k, v in tensors.items()}, {"pocketvlm": text}))
+
+
+def digest_names(names: Sequence[str]) -> str:
+    """Order-sensitive digest of uids or texts."""
+    return hashlib.sha256(json.dumps(list(names), ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """A shard's own metadata: "uids", "bytes_sha256" and "skipped", or "texts".
+
+    Raises:
+        IntegrityError: not a readable shard.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return json.loads(handle.metadata()["pocketvlm"])
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise IntegrityError(f"cache shard {path} cannot be read ({error}); delete its folder, rebuild it") from error
+
+
+def check_shard(path: Path, expected: str) -> None:
+    """Raises IntegrityError where the file is missing or its sha256 is not `expected`."""
+    if not path.exists():
+        raise IntegrityError(
+            f"cache shard {path} is listed in cache.json but missing; delete the folder and rebuild it"
+        )
+    found = sha256_file(path)
+    if found != expected:
+        raise IntegrityError(
+            f"cache shard {path} has sha256 {found[:16]}… but cache.json says {expected[:16]}…, so its rows cannot be "
+            "trusted; delete the folder and rebuild it"
+        )
+
+
+def check_version(folder: Path, manifest: dict[str, Any]) -> None:
+    """Same major version, and a minor version that this release knows; otherwise raises VersionError."""
+    found = str(manifest.get("schema_version", "none"))
+    major, _, minor = found.partition(".")
+    ours = SCHEMA_VERSION.split(".")
+    if major != ours[0] or not minor.isdigit() or int(minor) > int(ours[1]):
+        raise VersionError(
+            f"{folder} is a teacher cache of schema {found} and this release reads {SCHEMA_VERSION}; "
+            "upgrade pocketvlm or rebuild the cache"
+        )
+
+
+def refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises IntegrityError that names the first of `wanted`'s fields that `found` does not have equal."""
+    names = {"samples": "set of images", "texts": "set of texts", "fingerprint": "teacher fingerprint"}
+    differing = [k for k in wanted if found.get(k) != wanted[k]]
+    if differing:
+        # the fingerprint first: it is the difference that matters most
+        key = min(differing, key=lambda k: (k != "fingerprint", differing.index(k)))
+        others = f" (also: {', '.join(k for k in differing if k != key)})" if len(differing) > 1 else ""
+        raise IntegrityError(
+            f"cache {folder} has {names.get(key, key)} {found.get(key)!r} but {wanted[key]!r} was expected{others}; "
+            "its rows would be wrong here, so use another folder or delete this one"
+        )

@@ -1,0 +1,177 @@
+"""Two ranks equal one rank, in values and in gradients, for every objective.
+
+The ranks are two processes that run this very file as a script; gloo meets through a file, so no port is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pocketvlm.distill.gather import gather_outputs
+from pocketvlm.distill.objectives import Outputs, Widths, build_objective, list_objectives
+from pocketvlm.edge.errors import UsageError
+
+ROWS, SPLIT, N = 9, 5, 6  # uneven on purpose: 5 rows on rank 0, 4 on rank 1
+STUDENT, TEACHER = Widths(4, 7, 7), Widths(5, 6, 6)
+
+
+class Towers(nn.Module):
+    """A student small enough to compare every gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        for name, shape in (("image", (4, 7)), ("text", (4, 7)), ("body", (7, 3))):
+            setattr(self, name, nn.Parameter(torch.randn(*shape, generator=g, dtype=torch.float64)))
+        self.log_scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+    def forward(self, pixels: torch.Tensor, ids: torch.Tensor, words: torch.Tensor, **labels: torch.Tensor) -> Outputs:
+        features, text_features = torch.tanh(pixels @ self.body.T), torch.tanh(ids @ self.body.T)
+        return Outputs(
+            image=features @ self.image.T,
+            text=text_features @ self.text.T,
+            logit_scale=self.log_scale.exp(),
+            image_features=features,
+            text_features=text_features,
+            taps={"b": features.reshape(-1, 7, 1), "a": text_features},
+            bank=torch.tanh(words @ self.body.T) @ self.text.T,
+            **labels,
+        )
+
+
+def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
+    """This rank's share of one fixed global batch, and the teacher's outputs for it."""
+    g = torch.Generator().manual_seed(1)
+    draw = {k: torch.randn(n, w, generator=g, dtype=torch.float64) for k, n, w in (
+        ("pixels", ROWS, 3), ("ids", ROWS, 3), ("words", N, 3), ("image", ROWS, 5), ("text", ROWS, 5),
+        ("features", ROWS, 6), ("bank", N, 5),
+    )}  # fmt: skip
+    has_text = torch.tensor([1, 1, 0, 1, 0, 1, 1, 0, 1], dtype=torch.bool)[start:stop]
+    group = torch.tensor([0, 1, -3, 0, -5, 2, 1, -8, 3])[start:stop]
+    teacher = Outputs(
+        image=draw["image"][start:stop],
+        text=draw["text"][start:stop],
+        has_text=has_text,
+        logit_scale=torch.tensor(8.0, dtype=torch.float64),
+        image_features=draw["features"][start:stop],
+        bank=draw["bank"],
+    )
+    inputs = {"pixels": draw["pixels"][start:stop], "ids": draw["ids"][start:stop], "words": draw["words"]}
+    return {**inputs, "has_text": has_text, "group": group}, teacher
+
+
+def objectives() -> list[tuple[str, dict[str, object]]]:
+    extra = [("bank", {"anchors": "teacher"}), ("gram", {"variant": "spkd", "of": ("image", "text")})]
+    return [*((name, {}) for name in list_objectives()), *extra]
+
+
+def run_all(start: int, stop: int, ranks: int) -> list[dict[str, torch.Tensor]]:
+    """Value and averaged gradients of every objective, as a data-parallel loop would have them."""
+    results = []
+    for name, options in objectives():
+        student = Towers()
+        objective = build_objective(name, student=STUDENT, teacher=TEACHER, seed=3, **options).double()
+        inputs, teacher = batch(start, stop)
+        given = {"teacher": gather_outputs(teacher)} if objective.needs.teacher else {}
+        terms = objective(student=gather_outputs(student(**inputs)), **given)
+        sum(terms.values()).backward()
+        found = {f"value {key}": value.detach() for key, value in terms.items()}
+        for key, parameter in [*student.named_parameters(), *objective.named_parameters(prefix="objective")]:
+            gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            if ranks > 1:
+                dist.all_reduce(gradient)
+            found[f"gradient {key}"] = gradient / ranks
+        results.append(found)
+    return results
+
+
+def plain(outputs: Outputs) -> dict[str, object]:
+    """Detached tensors by field name, taps by their own names."""
+    fields = {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
+    taps = {name: value.detach() for name, value in fields.pop("taps").items()}
+    return {name: value.detach() for name, value in fields.items() if value is not None} | {"taps": taps}
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    bounds = ((0, SPLIT), (SPLIT, ROWS))[rank]
+    found = run_all(*bounds, ranks=2)
+    inputs, _ = batch(*bounds)
+    gathered = gather_outputs(Towers()(**inputs))
+    odd = Towers()(**inputs)
+    try:
+        gather_outputs(dataclasses.replace(odd, text=odd.text if rank else None))
+        message = ""
+    except UsageError as error:
+        message = str(error)
+    torch.save({"results": found, "outputs": plain(gathered), "message": message}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    # without a network the default interface may not resolve; two processes of one machine meet on loopback
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_ranks_equal_one(two_ranks):
+    whole = run_all(0, ROWS, ranks=1)
+    assert len(whole) == len(objectives())
+    for index, (name, _) in enumerate(objectives()):
+        for rank in range(2):
+            part = two_ranks[rank]["results"][index]
+            assert part.keys() == whole[index].keys()
+            for key, wanted in whole[index].items():
+                # float64, other summation order: 1e-12 is a thousand roundings
+                torch.testing.assert_close(part[key], wanted, rtol=1e-11, atol=1e-12, msg=f"{name}: {key}")
+        assert any(value.abs().sum() > 0 for key, value in whole[index].items() if key.startswith("gradient"))
+
+
+def test_every_field_is_gathered_in_rank_order(two_ranks):
+    inputs, _ = batch(0, ROWS)
+    whole = plain(Towers()(**inputs))
+    for rank in range(2):
+        gathered = two_ranks[rank]["outputs"]
+        assert gathered.keys() == whole.keys()
+        for key in ("image", "text", "has_text", "group", "image_features", "text_features", "bank", "logit_scale"):
+            torch.testing.assert_close(gathered[key], whole[key], msg=key)
+            assert gathered[key].dtype == whole[key].dtype
+        for key in ("a", "b"):
+            torch.testing.assert_close(gathered["taps"][key], whole["taps"][key])
+
+
+def test_ranks_with_other_fields_are_told_instead_of_hanging(two_ranks):
+    assert all("wait for each other" in part["message"] for part in two_ranks)
+
+
+def test_one_rank_is_the_identity():
+    inputs, _ = batch(0, ROWS)
+    outputs = Towers()(**inputs)
+    assert gather_outputs(outputs) is outputs
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,411 @@
+"""Every backend writes what the contract says, computes what the model computes, and ships nothing of training."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from pocketvlm.edge.backends import open_backend
+from pocketvlm.edge.errors import IntegrityError, MissingExtraError, UnknownNameError, UsageError
+from pocketvlm.export import prepare
+from pocketvlm.export.targets import get_target, list_targets
+from pocketvlm.export.targets.base import Towers, Variant
+from pocketvlm.export.targets.coreml import check_package
+from pocketvlm.export.targets.onnx import run_file
+
+_spec = importlib.util.spec_from_file_location("toy_export", Path(__file__).with_name("toy_export.py"))
+assert _spec
+assert _spec.loader
+toy: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(toy)
+
+# unmistakable in any file: no initialiser draws this number
+MARK = 7.53125
+
+
+class Trained(nn.Module):
+    """A tower with what training leaves behind: a projector into the teacher's space and a masked-language head."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+        self.teacher_projector = nn.Linear(toy.DIM, 77)
+        nn.init.constant_(self.teacher_projector.weight, MARK)
+        self.register_buffer("queue", torch.full((1013, toy.DIM), MARK))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        embedding = self.tower(x)
+        self.teacher_projector(embedding)  # its result feeds a loss, not the output
+        return embedding
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def towers() -> Towers:
+    plain = toy.toy_towers()
+    return Towers(Trained(plain.image).eval(), Trained(plain.text).eval(), plain.contract)
+
+
+@pytest.fixture(scope="module")
+def lowered(towers: Towers, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, Variant]]:
+    """Every target at every precision, each lowered once."""
+    folder = tmp_path_factory.mktemp("bundle")
+    found = {}
+    for name in list_targets():
+        target = get_target(name)
+        for precision in target.precisions:
+            variant = target.lower(
+                towers,
+                precision=precision,
+                folder=folder,
+                calibration=toy.toy_calibration(),  # type: ignore[arg-type]
+            )
+            found[name, precision] = (folder, variant)
+    return found
+
+
+def expected(towers: Towers, tower: str, rows: np.ndarray) -> np.ndarray:
+    module = towers.image if tower == "image" else towers.text
+    assert module is not None
+    with torch.no_grad():
+        return copy.deepcopy(module).double()(torch.from_numpy(rows)).numpy()
+
+
+INPUTS = {"image": lambda count: toy.pictures(count, 7), "text": lambda count: toy.sentences(count, 7)}
+
+
+@pytest.mark.parametrize("name", ["onnx", "executorch"])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_full_precision_equals_float64(lowered: Any, towers: Towers, name: str, tower: str) -> None:
+    folder, variant = lowered[name, "fp32"]
+    backend = open_backend(name, folder, variant)
+    for count in (1, 5):
+        rows = INPUTS[tower](count)
+        found = backend.run_image(rows) if tower == "image" else backend.run_text(rows)
+        reference = expected(towers, tower, rows)
+        assert found.dtype == np.float32
+        assert found.shape == (count, toy.DIM)
+        np.testing.assert_allclose(found, reference, atol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-6)
+    assert reference.std(axis=0).max() > 0.01  # the inputs do make a difference
+
+
+@pytest.mark.parametrize("name", ["onnx", "executorch"])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_int8_meets_the_floors_on_unseen_inputs(lowered: Any, towers: Towers, name: str, tower: str) -> None:
+    folder, variant = lowered[name, "int8"]
+    rows = INPUTS[tower](100)
+    backend = open_backend(name, folder, variant)
+    found = backend.run_image(rows) if tower == "image" else backend.run_text(rows)
+    result = prepare.fidelity(found, expected(towers, tower, rows))
+    assert result.mean >= 0.99
+    assert result.p1 >= 0.98
+    assert result.mean < 1 - 1e-9, "an int8 file that equals float32 to the bit is not int8"
+    assert variant.notes[tower]["meets_floor"] is True
+
+
+def test_transformers_are_quantized_dynamically_and_convolutions_statically(lowered: Any) -> None:
+    for name in ("onnx", "executorch"):
+        notes = lowered[name, "int8"][1].notes
+        assert "static" in notes["image"]["scheme"]
+        assert "dynamic" in notes["text"]["scheme"]
+
+
+def weights(model: Any) -> dict[str, np.ndarray]:
+    return {entry.name: numpy_helper.to_array(entry) for entry in model.graph.initializer}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_onnx_interface_and_privacy(lowered: Any, towers: Towers, precision: str, tower: str) -> None:
+    folder, variant = lowered["onnx", precision]
+    path = folder / variant.files[tower]
+    model = onnx.load(str(path))
+    onnx.checker.check_model(model, full_check=True)
+    (entry,) = model.graph.input
+    (output,) = model.graph.output
+    assert entry.name == {"image": "pixels", "text": "ids"}[tower]
+    assert output.name == "embedding"
+    kinds = {"image": onnx.TensorProto.UINT8, "text": onnx.TensorProto.INT32}
+    assert entry.type.tensor_type.elem_type == kinds[tower]
+    first, *rest = entry.type.tensor_type.shape.dim
+    assert first.dim_param, "the batch is free"
+    assert [d.dim_value for d in rest] == ([toy.SIZE, toy.SIZE, 3] if tower == "image" else [toy.LENGTH])
+    assert next(o.version for o in model.opset_import if o.domain == "") == variant.notes["opset"] == 18
+    properties = {p.key: p.value for p in model.metadata_props}
+    assert properties["pocketvlm.contract_sha256"] == towers.contract.digest()
+    assert properties["pocketvlm.precision"] == precision
+    # stack traces of the exporter hold this machine's folders
+    data = path.read_bytes()
+    assert b"toy_export" not in data
+    assert str(Path(torch.__file__).parent).encode() not in data
+    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_train_only_modules_are_absent_from_onnx(lowered: Any, precision: str, tower: str) -> None:
+    folder, variant = lowered["onnx", precision]
+    found = weights(onnx.load(str(folder / variant.files[tower])))
+    assert sum(value.size for value in found.values()) > 1000, "the weights are inside the file"
+    for name, value in found.items():
+        assert "projector" not in name
+        assert "queue" not in name
+        assert not {77, 1013} & set(value.shape), f"{name} has the shape of a train-only module"
+        if value.dtype.kind == "f":
+            assert not np.any(value == MARK), f"{name} holds a train-only module's values"
+
+
+@pytest.mark.parametrize("key", [("executorch", "fp32"), ("coreml", "fp32")])
+def test_train_only_modules_are_absent_from_the_other_files(lowered: Any, towers: Towers, key: Any) -> None:
+    folder, variant = lowered[key]
+    data = b""
+    for relative in dict.fromkeys(variant.files.values()):
+        path = folder / relative
+        data += (
+            path.read_bytes() if path.is_file() else b"".join(f.read_bytes() for f in path.rglob("*") if f.is_file())
+        )
+    row = towers.text.tower.token.weight[5].numpy().tobytes()  # type: ignore[union-attr]
+    assert row in data, "the search below would find weights that are there"
+    assert np.full(32, MARK, np.float32).tobytes() not in data
+    assert b"projector" not in data
+
+
+def test_token_table_is_int8_in_every_int8_file(lowered: Any, towers: Towers) -> None:
+    table = towers.text.tower.token.weight.numpy()  # type: ignore[union-attr]
+    folder, variant = lowered["onnx", "int8"]
+    for name, value in weights(onnx.load(str(folder / variant.files["text"]))).items():
+        assert value.size != table.size or value.dtype == np.int8, f"{name} is the token table in {value.dtype}"
+    program = (folder / lowered["executorch", "int8"][1].files["text"]).read_bytes()
+    assert table[5].tobytes() not in program
+    rounded = np.round(table[5] / (np.abs(table[5]).max() / 127)).astype(np.int8)
+    assert rounded.tobytes() in program
+
+
+def test_int8_files_are_small(lowered: Any) -> None:
+    """The toy is dominated by its table; real towers are held to 0.30 by the evidence script."""
+    for name in ("onnx", "executorch"):
+        sizes = {
+            precision: sum((folder / f).stat().st_size for f in set(variant.files.values()))
+            for (target, precision), (folder, variant) in lowered.items()
+            if target == name
+        }
+        assert sizes["int8"] < 0.55 * sizes["fp32"]
+    folder, variant = lowered["onnx", "int8"]
+    full = (folder / lowered["onnx", "fp32"][1].files["text"]).stat().st_size
+    assert (folder / variant.files["text"]).stat().st_size < 0.45 * full
+
+
+def test_executorch_methods_and_constants(lowered: Any, towers: Towers) -> None:
+    from executorch.runtime import Runtime, Verification
+
+    folder, variant = lowered["executorch", "int8"]
+    assert variant.batch == "fixed-1"
+    assert variant.files["image"] == variant.files["text"]
+    program = Runtime.get().load_program(folder / variant.files["image"], verification=Verification.Minimal)
+    assert {"encode_image", "encode_text"} <= program.method_names
+    constants = {"embed_dim": toy.DIM, "image_size": toy.SIZE, "context_length": toy.LENGTH}
+    for name, value in (constants | {"contract_sha256": towers.contract.digest()}).items():
+        assert program.load_method(name).execute([])[0] == value
+    data = (folder / variant.files["image"]).read_bytes()
+    assert str(Path(torch.__file__).parent).encode() not in data
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_coreml_packages_are_read_back(lowered: Any, towers: Towers, precision: str) -> None:
+    from coremltools.models.utils import load_spec
+
+    folder, variant = lowered["coreml", precision]
+    assert variant.batch == "fixed-1"
+    assert variant.notes["minimum_deployment_target"] == "iOS17"
+    spec = load_spec(str(folder / variant.files["image"]))
+    image = spec.description.input[0]
+    assert (image.name, image.type.WhichOneof("Type")) == ("pixels", "imageType")
+    assert (image.type.imageType.width, image.type.imageType.height) == (toy.SIZE, toy.SIZE)
+    text = load_spec(str(folder / variant.files["text"])).description.input[0]
+    assert (text.name, list(text.type.multiArrayType.shape)) == ("ids", [1, toy.LENGTH])
+    for tower in ("image", "text"):
+        facts = check_package(folder / variant.files[tower], towers.contract, tower)
+        assert facts["operations"]
+    sizes = [
+        sum(f.stat().st_size for f in (folder / lowered["coreml", p][1].files["text"]).rglob("weight.bin"))
+        for p in ("fp16", "fp32")
+    ]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_a_package_that_does_not_fit_the_contract_is_refused(lowered: Any, towers: Towers) -> None:
+    folder, variant = lowered["coreml", "fp16"]
+    assert towers.contract.image is not None
+    larger = replace(towers.contract, image=replace(towers.contract.image, size=toy.SIZE + 8))
+    with pytest.raises(IntegrityError, match="image"):
+        check_package(folder / variant.files["image"], larger, "image")
+    with pytest.raises(IntegrityError, match="inputs"):
+        check_package(folder / variant.files["image"], towers.contract, "text")
+
+
+def test_coreml_identifiers_do_not_change_between_exports(lowered: Any, towers: Towers, tmp_path: Path) -> None:
+    folder, variant = lowered["coreml", "fp16"]
+    only_text = Towers(None, towers.text, towers.contract)
+    get_target("coreml").lower(only_text, precision="fp16", folder=tmp_path, calibration=None)
+    relative = f"{variant.files['text']}/Manifest.json"
+    assert (folder / relative).read_bytes() == (tmp_path / relative).read_bytes()
+    entries = json.loads((tmp_path / relative).read_text())
+    assert entries["rootModelIdentifier"] in entries["itemInfoEntries"]
+
+
+# --- preparation ----------------------------------------------------------------------------------------------------
+
+
+def test_folding_batchnorm_changes_nothing_and_leaves_none() -> None:
+    towers = toy.toy_towers()
+    graph = prepare.capture(towers.image, toy.pictures(4))
+    assert prepare.fold_batchnorm(graph) == 4
+    assert not any("batch_norm" in str(node.target) for node in graph.graph.nodes)
+    rows = toy.pictures(9, 3)
+    np.testing.assert_allclose(prepare.run_module(graph, rows), prepare.run_module(towers.image, rows), atol=1e-6)
+    assert not [name for name, _ in graph.named_buffers() if "running" in name]
+
+
+def test_bias_correction_restores_the_means_that_rounding_shifted() -> None:
+    """Against an independent loop: hooks on a module whose weights are rounded one by one."""
+    towers = toy.toy_towers()
+    rows = toy.pictures(48, 5)
+    graph = prepare.capture(towers.image, rows)
+    prepare.fold_batchnorm(graph)
+    plain = copy.deepcopy(graph)
+    assert prepare.correct_bias(graph, rows) == 5
+
+    def channel_means(model: Any, rounded: bool) -> list[torch.Tensor]:
+        means: list[torch.Tensor] = []
+
+        class Loop(torch.fx.Interpreter):
+            def run_node(self, n: torch.fx.Node) -> Any:
+                if n.op != "call_function" or not {"conv2d", "linear"} & set(str(n.target).split(".")):
+                    return super().run_node(n)
+                args, _ = self.fetch_args_kwargs_from_env(n)
+                weight = args[1].clone()
+                if rounded:
+                    for channel in range(len(weight)):
+                        step = weight[channel].abs().max() / 127
+                        weight[channel] = (weight[channel] / step).round() * step
+                out = n.target(args[0], weight, *args[2:])  # type: ignore[operator]
+                means.append(out.mean([0, 2, 3]) if out.ndim == 4 else out.mean(0))
+                return out
+
+        with torch.no_grad():
+            Loop(model).run(torch.from_numpy(rows))
+        return means
+
+    truth, before, after = channel_means(plain, False), channel_means(plain, True), channel_means(graph, True)
+    for target, uncorrected, corrected in zip(truth, before, after):
+        assert (uncorrected - target).abs().max() > 1e-5, "rounding shifts the means in the first place"
+        torch.testing.assert_close(corrected, target, atol=2e-5, rtol=0)
+
+
+def test_int8_table_is_within_half_a_step_of_the_float_table() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(300, 16), nn.Embedding(77, 4))
+    module[0].weight.data[3] = 0
+    quantized = prepare.quantize_tables(module)
+    assert isinstance(quantized[0], prepare.Int8Embedding)  # type: ignore[index]
+    assert isinstance(quantized[1], nn.Embedding), "a table of positions stays float"  # type: ignore[index]
+    assert isinstance(module[0], nn.Embedding), "the original is untouched"
+    ids = torch.arange(300, dtype=torch.int32).reshape(20, 15)
+    found, table = quantized[0](ids), module[0].weight[ids.long()]  # type: ignore[index]
+    step = table.abs().amax(-1, keepdim=True) / 127
+    assert bool(((found - table).abs() <= step / 2 + 1e-7).all())
+    assert quantized[0].table.dtype == torch.int8  # type: ignore[index]
+
+
+def test_fidelity_counts_broken_rows_as_opposite() -> None:
+    good = np.eye(4)
+    broken = good.copy()
+    broken[0] = np.nan
+    assert prepare.fidelity(good, good).mean == 1.0
+    assert prepare.fidelity(broken, good).minimum == -1.0
+    assert not prepare.fidelity(broken, good).comfortable
+
+
+def test_a_scheme_below_the_floor_gives_way_to_a_better_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from pocketvlm.export.targets import onnx as target
+
+    def ruin(source: Path, out: Path, *rest: Any) -> None:
+        model = onnx.load(str(source))
+        scale = next(i for i in model.graph.initializer if numpy_helper.to_array(i).ndim == 4)
+        noise = np.random.default_rng(0).normal(size=numpy_helper.to_array(scale).shape).astype(np.float32)
+        scale.CopyFrom(numpy_helper.from_array(noise, scale.name))
+        onnx.save(model, str(out))
+
+    monkeypatch.setattr(target, "_quantize_static", ruin)
+    towers = toy.toy_towers()
+    variant = get_target("onnx").lower(
+        Towers(towers.image, None, towers.contract),
+        precision="int8",
+        folder=tmp_path,
+        calibration=toy.toy_calibration(),
+    )
+    notes: Any = variant.notes["image"]
+    assert notes["scheme"] == "dynamic"
+    assert notes["tried"] == ["static-qdq", "dynamic"]
+    assert notes["meets_floor"]
+    found = run_file(tmp_path / variant.files["image"], toy.pictures(8), "image")
+    assert prepare.fidelity(found, prepare.run_module(towers.image, toy.pictures(8))).p1 > 0.98
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_named(towers: Towers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'onnx'"):
+        get_target("onx")
+    with pytest.raises(UsageError, match="cannot write precision 'fp16'"):
+        get_target("onnx").lower(towers, precision="fp16", folder=tmp_path, calibration=None)
+    for name in ("onnx", "executorch"):
+        with pytest.raises(UsageError, match="without calibration data"):
+            get_target(name).lower(towers, precision="int8", folder=tmp_path, calibration=None)
+    few = replace(toy.toy_calibration(), pixels=toy.pictures(3))
+    with pytest.raises(UsageError, match="image tower was given 3 inputs"):
+        get_target("onnx").lower(towers, precision="int8", folder=tmp_path, calibration=few)
+    real = importlib.import_module
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.split(".")[0] in ("onnxscript", "executorch", "coremltools"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *rest)
+
+    monkeypatch.setattr("pocketvlm.edge.errors.importlib.import_module", without)
+    from pocketvlm.export.targets.coreml import CoreMLTarget
+    from pocketvlm.export.targets.executorch import ExecuTorchTarget
+    from pocketvlm.export.targets.onnx import OnnxTarget
+
+    for target, extra in ((OnnxTarget, "onnx"), (ExecuTorchTarget, "executorch"), (CoreMLTarget, "coreml")):
+        with pytest.raises(MissingExtraError, match=rf"pocketvlm\[{extra}\]"):
+            target()
+
+
+def test_an_output_named_like_an_inner_value_is_renamed(lowered: Any) -> None:
+    """The exporter calls the token lookup "embedding" as well; such a file would not be a valid graph."""
+    folder, variant = lowered["onnx", "fp32"]
+    model = onnx.load(str(folder / variant.files["text"]))
+    names = [name for node in model.graph.node for name in node.output]
+    assert names.count("embedding") == 1
+    assert len(names) == len(set(names))

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pocketvlm.edge.errors import UnknownNameError, UsageError
+from pocketvlm.teachers.device import describe_device, full_float32, pick_device
+
+
+@pytest.mark.parametrize("name", ["cpu", "meta", torch.device("cpu")])
+def test_named_devices(name: str | torch.device) -> None:
+    device = pick_device(name)
+    assert torch.ones(2, device=device).device == device == torch.device(name)
+
+
+def test_auto_prefers_cuda_then_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto").type == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto").type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto").type == "cuda"
+
+
+def test_a_missing_device_is_refused_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"'cuda' was asked for, but torch sees 0"):
+        pick_device("cuda")
+    with pytest.raises(UsageError, match="no Apple GPU"):
+        pick_device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(UsageError, match="cuda:1"):
+        pick_device("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["cudda", "gpu", ""])
+def test_unknown_names(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="unknown device"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["cpu:1", "cuda:x", "meta:0"])
+def test_bad_index(name: str) -> None:
+    with pytest.raises(UsageError, match="index"):
+        pick_device(name)
+
+
+def test_full_float32_restores_what_it_found() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        with full_float32():
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def test_describe() -> None:
+    assert describe_device(torch.device("cpu")).startswith("cpu (")
+    assert describe_device(torch.device("meta")) == "meta"
