@@ -6,6 +6,7 @@ Everything it does is a call that a user can make: `commands` in demo.json lists
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,10 @@ from pocketvlm.edge.errors import UsageError, require
 ARMS = (("without a teacher", "openmoji-no-teacher"), ("distilled", "openmoji"))
 QUICK = ("train.steps=60", "train.warmup_steps=10", "views.count=2", "train.text_pretrain_steps=150", "data.words.size=3000")
 SHOWN = 6
+RUNNABLE = (("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("executorch", "fp32"), ("executorch", "int8"))
+RUNNABLE_QUICK = (("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("executorch", "int8"))
+VARIANTS = (("onnx", "fp32"), ("onnx", "int8"), ("executorch", "fp32"), ("executorch", "int8"), ("coreml", "fp16"))
+QUICK_VARIANTS = (("onnx", "fp32"), ("onnx", "int8"), ("executorch", "int8"), ("coreml", "fp16"))
 
 
 @dataclass
@@ -82,8 +87,8 @@ def run_demo(out: str | Path, *, quick: bool = False, fold: int = 0, overwrite: 
     runs = _distil(demo)
     bundle = _export(demo, runs["distilled"])
     report = _prove(demo, runs["distilled"], bundle)
-    shown = _use(demo, bundle)
-    page = _finish(demo, runs, report, shown, total=time.perf_counter() - started)
+    used = _use(demo, bundle)
+    page = _finish(demo, runs, report, used, total=time.perf_counter() - started)
     if report.exit_code != 0:
         raise UsageError(f"the bundle failed parity, see {demo.out / 'parity' / 'parity.html'}; it should not be shipped")
     return page
@@ -116,29 +121,25 @@ def _distil(demo: Demo) -> dict[str, Any]:
     from pocketvlm.distill.loop import distill_run
     from pocketvlm.distill.recipe import load_recipe
 
-    runs = {}
+    runs: dict[str, Any] = {}
     for number, (label, recipe) in enumerate(ARMS, start=2):
         folder = demo.out / recipe
-        overrides = " ".join(f"'{o}'" for o in demo.overrides())
-        with demo.step(number, f"Train the student, {label}",
-                       f"pocketvlm distill {recipe} {overrides} --out {folder}"):
+        overrides = " ".join(f"'{item}'" for item in demo.overrides())
+        command = f"pocketvlm distill {recipe} {overrides} --out {folder}"
+        with demo.step(number, f"Train the student {label}", command):
             runs[label] = distill_run(load_recipe(recipe, demo.overrides()), folder)
-            values = runs[label].evaluation.values
-            if "teacher" in values and not demo.rows:
-                demo.rows.append(_row("teacher (composed, 29 M parameters)", values["teacher"]))
-            demo.rows.append(_row(f"student, {label}", values["model"]))
-    if "teacher" in runs["distilled"].evaluation.values and "teacher" not in demo.rows[0]["model"]:
-        demo.rows.insert(0, _row("teacher", runs["distilled"].evaluation.values["teacher"]))
+    demo.rows.append(_row("teacher", runs["distilled"].evaluation.values["teacher"]))
+    demo.rows += [_row(f"student, {label}", run.evaluation.values["model"]) for label, run in runs.items()]
     return runs
 
 
 def _row(name: str, part: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """One line of the final table: image-to-text recalls, text-to-image R@5."""
-    i2t, t2i = part["image_to_text"], part["text_to_image"]
+    """One line of the final table, in per cent."""
+    forward, back = part["image_to_text"], part["text_to_image"]
     return {
         "model": name,
-        **{f"image→text {k}": round(100 * i2t[k], 1) for k in ("R@1", "R@5", "R@10")},
-        "text→image R@5": round(100 * t2i["R@5"], 1),
+        **{k: f"{100 * forward[k]:.1f}" for k in ("R@1", "R@5", "R@10")},
+        "text→image R@5": f"{100 * back['R@5']:.1f}",
         **more,
     }
 
@@ -147,74 +148,125 @@ def _export(demo: Demo, run: Any) -> Path:
     from pocketvlm.export.bundle import export_bundle
 
     bundle = demo.out / "bundle"
-    with demo.step(4, "Freeze the student for ONNX, ExecuTorch and Core ML",
-                   f"pocketvlm export {run.folder} --out {bundle}"):
-        result = export_bundle(run.folder, bundle, variants=VARIANTS_QUICK if demo.quick else VARIANTS)
+    title, command = "Freeze the student for ONNX, ExecuTorch and Core ML", f"pocketvlm export {run.folder} --out {bundle}"
+    with demo.step(4, title, command):
+        result = export_bundle(run.folder, bundle, variants=QUICK_VARIANTS if demo.quick else VARIANTS)
         demo.console.print(result.table())
     return bundle
 
 
-VARIANTS = (("onnx", "fp32"), ("onnx", "int8"), ("executorch", "fp32"), ("executorch", "int8"), ("coreml", "fp16"))
-VARIANTS_QUICK = (("onnx", "fp32"), ("onnx", "int8"), ("executorch", "int8"), ("coreml", "fp16"))
-
-
 def _prove(demo: Demo, run: Any, bundle: Path) -> Any:
     from pocketvlm.data import open_data
-    from pocketvlm.export.parity import check_parity
+    from pocketvlm.export.parity import check_parity, write_parity_summary
     from pocketvlm.export.reference import record_reference
 
-    reference = demo.out / "reference"
-    with demo.step(5, "Record the reference (unpatched eager student, float64)",
-                   f"pocketvlm reference record {run.folder} --data '{demo.test}' --out {reference}"):
-        record_reference(run.folder, reference, data=open_data(demo.test))
-    with demo.step(6, "Check parity: the files from disk, in their real runtimes, stage by stage",
-                   f"pocketvlm parity {bundle} --reference {reference} --out {demo.out / 'parity'}"):
-        report = check_parity(bundle, reference, out=demo.out / "parity")
-        demo.console.print(report.table())
+    reference, parity = demo.out / "reference", demo.out / "parity"
+    command = f"pocketvlm reference record {run.folder} --data '{demo.test}' --out {reference}"
+    with demo.step(5, "Record the reference: the unpatched eager student in float64", command):
+        record_reference(run.folder, reference, data=open_data(demo.test), command=command)
+    command = f"pocketvlm parity {bundle} --reference {reference} --out {parity}"
+    with demo.step(6, "Check parity: the files from disk, in their real runtimes, stage by stage", command):
+        report = check_parity(bundle, reference, out=parity)
+        write_parity_summary(bundle, report)
+        print_report(report, demo.console)
     return report
 
 
-def _use(demo: Demo, bundle: Path) -> list[dict[str, Any]]:
-    """Classify pictures of concepts nobody was trained on, through the edge API, among every unseen name."""
+def _use(demo: Demo, bundle: Path) -> dict[str, Any]:
+    """Score every runnable variant, and classify pictures of unseen concepts, through the edge API."""
     from pocketvlm.data import open_data
     from pocketvlm.data.splits import stable_hash
+    from pocketvlm.distill.evaluate import evaluate_model
     from pocketvlm.edge.model import EdgeModel
 
-    samples = [s for s in open_data(demo.test).samples if not s.tags.get("flag")]
-    labels = sorted({s.captions[0].text for s in samples})
-    chosen = sorted(samples, key=lambda s: stable_hash(s.uid))[:SHOWN]
-    with demo.step(7, f"Classify pictures of unseen concepts among {len(labels)} unseen names, without torch",
-                   f"pocketvlm classify {bundle} PICTURE… --labels …"):
-        model = EdgeModel.load(bundle, precision="int8")
-        results = model.classify([s.image.read() for s in chosen], labels, templates=("{}",))
-    shown = []
-    for sample, result in zip(chosen, results):
-        ranked = sorted(result.scores.items(), key=lambda item: -item[1])[:3]
-        shown.append({"sample": sample, "truth": sample.captions[0].text, "top": ranked})
-    return shown
+    data = open_data(demo.test)
+    samples = [sample for sample in data.samples if "flag" not in sample.tags]
+    labels = sorted({sample.captions[0].text for sample in samples})
+    chosen = sorted(samples, key=lambda sample: stable_hash(sample.uid))[:SHOWN]
+    title = f"Use the bundle without torch: score it, and name pictures among {len(labels)} unseen names"
+    with demo.step(7, title, f"pocketvlm classify {bundle} PICTURE... --labels NAME..."):
+        for backend, precision in RUNNABLE_QUICK if demo.quick else RUNNABLE:
+            model = EdgeModel.load(bundle, backend=backend, precision=precision, threads=1)
+            score = evaluate_model(model, data, metrics_wanted=("retrieval",))
+            size = sum(model.bundle.path(file).stat().st_size for file in set(model.variant.files.values()))
+            milliseconds = _latency(model, chosen[0])
+            demo.rows.append(
+                _row(
+                    f"bundle, {backend} {precision}",
+                    score.values["model"],
+                    **{"MB": f"{size / 1e6:.1f}", "ms per picture": f"{milliseconds:.1f}"},
+                )
+            )
+        model = EdgeModel.load(bundle, backend="onnxruntime", precision="int8", threads=1)
+        results = model.classify([sample.image.read() for sample in chosen], labels, templates=("{}",))
+    shown = [
+        {"sample": sample, "truth": sample.captions[0].text, "top": result.top(3)}
+        for sample, result in zip(chosen, results)
+    ]
+    for item in shown:
+        guesses = ", ".join(f"{text} ({100 * p:.0f} %)" for text, p in item["top"])
+        demo.console.print(f"    {item['truth']}: {guesses}", highlight=False)
+    return {"shown": shown, "labels": len(labels), "queries": len(samples)}
 
 
-def _finish(
-    demo: Demo, runs: dict[str, Any], parity: Any, shown: list[dict[str, Any]], *, total: float
-) -> Path:
-    for row in parity.task_rows():
-        demo.rows.append(row)
+def _latency(model: Any, sample: Any, repeats: int = 20) -> float:
+    """Median milliseconds from decoded pixels to embedding, one picture, one thread."""
+    from pocketvlm.edge.preprocess import load_image, stack
+
+    pixels = stack([load_image(sample.image.read(), model.contract.image)])
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        model.embed_pixels(pixels)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def _finish(demo: Demo, runs: dict[str, Any], parity: Any, used: dict[str, Any], *, total: float) -> Path:
+    from pocketvlm.distill.environment import describe_environment
+
+    lights = [{"name": variant.name, "status": variant.status} for variant in parity.variants]
     summary = {
         "quick": demo.quick,
         "fold": demo.fold,
+        "queries": used["queries"],
         "seconds": {**demo.seconds, "total": round(total, 1)},
         "results": demo.rows,
-        "parity": parity.summary(),
-        "pictures": [{"truth": s["truth"], "top": s["top"]} for s in shown],
+        "parity": {"status": parity.status, "message": parity.message, "variants": lights},
+        "pictures": [{"truth": item["truth"], "top": item["top"]} for item in used["shown"]],
         "commands": demo.commands,
+        "environment": describe_environment(),
     }
     (demo.out / "demo.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    table = Table(title="per cent, on concepts that neither teacher nor student has seen")
-    for column in dict.fromkeys(key for row in demo.rows for key in row):
+    columns = list(dict.fromkeys(key for row in demo.rows for key in row))
+    table = Table(title="Per cent, image→text unless said, on concepts that neither teacher nor student has seen")
+    for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
-        for_column = column
-        del for_column
     for row in demo.rows:
-        table.add_row(*(str(row.get(key, "–")) for key in dict.fromkeys(k for r in demo.rows for k in r)))
+        table.add_row(*(row.get(column, "–") for column in columns))
     demo.console.print(table)
-    return demo.out / "report.html"
+    page = demo.out / "report.html"
+    page.write_text(_render(demo, runs, summary, columns, used), encoding="utf-8")
+    demo.console.print(f"parity: {parity.status} ({parity.message})\nreport: {page}   total {total:.0f} s", highlight=False)
+    return page
+
+
+def _render(demo: Demo, runs: dict[str, Any], summary: dict[str, Any], columns: list[str], used: dict[str, Any]) -> str:
+    from pocketvlm.distill.report import template_environment, thumbnail
+
+    by_name = {row["model"]: row for row in demo.rows}
+    distilled, alone = by_name["student, distilled"], by_name["student, without a teacher"]
+    int8 = by_name["bundle, onnxruntime int8"]
+    cards = [
+        (f"{distilled['R@5']} %", "distilled student, R@5", f"{alone['R@5']} % without a teacher"),
+        (f"{by_name['teacher']['R@5']} %", "teacher, R@5", "a composed teacher, not CLIP"),
+        (f"{int8['R@5']} %", "shipped int8 file, R@5", f"{int8['MB']} MB, both towers"),
+        (summary["parity"]["status"], "parity", "against the float64 reference"),
+    ]
+    shown = [{**item, "picture": thumbnail(item["sample"].image.read())} for item in used["shown"]]
+    licences = [row[:3] for row in runs["distilled"].licences]
+    return template_environment("pocketvlm").get_template("demo.html.j2").render(
+        fold=demo.fold, quick=demo.quick, cards=cards, columns=columns, rows=demo.rows, queries=used["queries"],
+        lights=summary["parity"]["variants"], parity_message=summary["parity"]["message"], labels=used["labels"],
+        shown=shown, commands=demo.commands, seconds=summary["seconds"], licences=licences,
+    )  # fmt: skip
