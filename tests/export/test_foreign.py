@@ -90,7 +90,7 @@ def fast_tokenizer(pad: str, eos: str, bos: str | None) -> Any:
             show_progress=False,
         ),
     )
-    # CLIP finds the end of the text by its id, which must be the largest one in old checkpoints and is given in new ones
+    # CLIP finds the end of the text by its id
     ids = [(token, raw.token_to_id(token)) for token in special]
     raw.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {eos}" if bos else f"$A {eos}", special_tokens=ids
@@ -200,7 +200,7 @@ def test_each_tower_ships_its_own_weights_only(models: Any, tmp_path: Path) -> N
 
 
 def test_fused_attention_reaches_coreml(models: Any, tmp_path: Path) -> None:
-    """open_clip's `nn.MultiheadAttention` traces to one operator that the converter lacks, unless that is switched off."""
+    """open_clip's `nn.MultiheadAttention` traces to one operator that the converter lacks."""
     _, model = models["open_clip"]
     only = Towers(model.towers.image, None, model.towers.contract)
     before = torch.backends.mha.get_fastpath_enabled()
