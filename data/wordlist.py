@@ -6,11 +6,12 @@ back through this door.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+from pocketvlm.data.splits import stable_hash
 from pocketvlm.edge.errors import UsageError, require, unknown_name
 
-DEFAULT = "wordfreq-en+imagenet-classes"
+DEFAULT = "wordfreq-en+imagenet-classes+wordfreq-phrases"
 _CLASSES = 1000
 
 
@@ -19,8 +20,10 @@ def word_list(name: str = DEFAULT, size: int = 20_000, exclude: Iterable[str] = 
 
     Args:
         name: "wordfreq-en" (the most frequent English words of the package wordfreq, letters only, from two letters),
-            "imagenet-classes" (the 1,000 class names of ImageNet-1k and their synonyms), or both joined by "+".
-        size: how many words to take from the frequency list; class names come on top and are not counted.
+            "imagenet-classes" (the 1,000 class names of ImageNet-1k and their synonyms), "wordfreq-phrases" (phrases of
+            two frequent words, because captions are rarely one word), or several
+            joined by "+".
+        size: how many words, and how many phrases; class names come on top and are not counted.
         exclude: captions that must not appear. Compared are letters and digits only, case-folded: "T-Shirt" removes
             "t shirt" and "tshirt".
 
@@ -41,7 +44,7 @@ def word_list(name: str = DEFAULT, size: int = 20_000, exclude: Iterable[str] = 
 
 def word_list_licences(name: str = DEFAULT) -> tuple[tuple[str, str, str], ...]:
     """(what, licence, attribution) of the lists in `name`; they travel with anything made from them."""
-    return tuple(_LICENCES[part] for part in _parts(name))
+    return tuple(dict.fromkeys(_LICENCES[part] for part in _parts(name)))
 
 
 def comparison_key(text: str) -> str:
@@ -71,19 +74,40 @@ def _class_names(_: int) -> list[str]:
     return [" ".join(name.split()) for name in names]
 
 
+_PATTERNS = ("{a} {b}", "{a} {b}", "{a} {b}", "{a} with {b}", "{a} and {b}", "{a} of {b}", "{colour} {a}")
+_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white", "pink")
+
+
+def _phrases(size: int) -> list[str]:
+    # the frequent quarter holds names of things and actions; rarer words come by themselves
+    words = _frequent_words(max(size // 4, 100))
+
+    def pick(options: Sequence[str], place: int, part: str) -> str:
+        return options[stable_hash(f"phrase/{place}/{part}") % len(options)]
+
+    phrases = []
+    for place in range(size):
+        a, b, colour = pick(words, place, "a"), pick(words, place, "b"), pick(_COLOURS, place, "colour")
+        phrases.append(pick(_PATTERNS, place, "pattern").format(a=a, b=b, colour=colour))
+    return phrases
+
+
 _SOURCES: dict[str, Callable[[int], list[str]]] = {
     "wordfreq-en": _frequent_words,
     "imagenet-classes": _class_names,
+    "wordfreq-phrases": _phrases,
 }
+_WORDFREQ = (
+    "word frequencies of the package wordfreq",
+    "CC BY-SA 4.0",
+    "wordfreq by Robyn Speer, code under Apache-2.0, data under CC BY-SA 4.0 "
+    "(https://creativecommons.org/licenses/by-sa/4.0/), derived from Wikipedia, the Leeds Internet Corpus, "
+    "ParaCrawl, OpenSubtitles (http://www.opensubtitles.org/), the freely available SUBTLEX lists by "
+    "Marc Brysbaert et al., Google Books Ngrams (http://books.google.com/ngrams) and Twitter",
+)
 _LICENCES = {
-    "wordfreq-en": (
-        "word frequencies of the package wordfreq",
-        "CC BY-SA 4.0",
-        "wordfreq by Robyn Speer, code under Apache-2.0, data under CC BY-SA 4.0 "
-        "(https://creativecommons.org/licenses/by-sa/4.0/), derived from Wikipedia, the Leeds Internet Corpus, "
-        "ParaCrawl, OpenSubtitles (http://www.opensubtitles.org/), the freely available SUBTLEX lists by "
-        "Marc Brysbaert et al., Google Books Ngrams (http://books.google.com/ngrams) and Twitter",
-    ),
+    "wordfreq-en": _WORDFREQ,
+    "wordfreq-phrases": _WORDFREQ,
     "imagenet-classes": (
         "class names of the package imagenet-classes",
         "MIT",

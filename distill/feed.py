@@ -96,12 +96,18 @@ class Feed:
         texts = [self.prepared.texts[i] for i in words]
         batch.texts = len(texts)
         if captions or texts:
-            batch.ids = torch.from_numpy(np.stack([self._ids[text] for text in [*captions, *texts]]))
+            batch.ids = self._stacked([*captions, *texts])
         cache = self.prepared.words
         if texts and cache is not None:
             batch.teacher_texts = cache.text(texts)
             if cache.info.text_feature_dim:
                 batch.teacher_text_features = cache.text_features(texts)
+
+    def _stacked(self, texts: Sequence[str]) -> Tensor:
+        """int32 [N, L], cut to the longest of these texts: most are a fifth of the context, and padding costs alike."""
+        ids = np.stack([self._ids[text] for text in texts])
+        longest = int((ids != self.prepared.student.text_spec.pad_id).sum(axis=1).max())
+        return torch.from_numpy(ids[:, : max(longest, 1)])
 
     def _add_teacher(self, batch: Step, plan: Plan, captions: list[str]) -> None:
         cache = self.prepared.images
@@ -134,21 +140,32 @@ class Feed:
         return target
 
     def fit_projection(self, student: Student) -> None:
-        """Start the image projection at its ridge solution (`student.fit_projection`); see `students.ridge`."""
+        """Start the image projection at its ridge solution (`student.fit_projection`); see `students.ridge`.
+
+        Towards the teacher's targets of every picture; without a teacher, towards the student's own text
+        embeddings of the captions there are, so that both arms of a comparison start by the same means.
+        """
         section, samples = self.prepared.recipe.student, self.prepared.samples
         assert section.fit_projection is not None, "only a recipe that asks for it comes here"
-        rows = list(range(len(samples)))
-        captions = [sample.captions[0].text if sample.captions else None for sample in samples]
+        rows = [i for i, sample in enumerate(samples) if self.prepared.images is not None or sample.captions]
+        captions = [samples[i].captions[0].text if samples[i].captions else None for i in rows]
         features, targets = [], []
         student.eval()
         with torch.no_grad():
+            own = None if self.prepared.images is not None else self._own_texts(student, [c for c in captions if c])
             for view in range(section.fit_views):
                 for start in range(0, len(rows), 64):
                     part = rows[start : start + 64]
                     features.append(self._image(student, self._below(part, [view] * len(part))).features.cpu())
-                targets.append(self.targets(rows, [view] * len(rows), captions))
+                targets.append(self.targets(rows, [view] * len(rows), captions) if own is None else own)
         widths = student.image_tower.widths
         _fit(student.image_tower.projection, features, targets, section.fit_projection, widths)
+
+    def _own_texts(self, student: Student, texts: Sequence[str]) -> Tensor:
+        """[N, D] unit vectors of the student's own text tower."""
+        ids = self._stacked(texts)
+        outputs = [student.encode_text(part.to(self.device)).embedding.cpu() for part in ids.split(256)]
+        return nn.functional.normalize(torch.cat(outputs), dim=-1)
 
     def fit_text_projection(self, student: Student) -> None:
         """The same for the text projection, over the whole text pool (`student.fit_text_projection`)."""
@@ -163,7 +180,7 @@ class Feed:
         student.eval()
         with torch.no_grad():
             for start in range(0, len(texts), 256):
-                ids = torch.from_numpy(np.stack([self._ids[text] for text in texts[start : start + 256]]))
+                ids = self._stacked(texts[start : start + 256])
                 features.append(student.encode_text(ids.to(self.device)).features.cpu())
         _fit(student.text_tower.projection, features, [words.text(texts)], strength, ())
 

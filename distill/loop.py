@@ -143,10 +143,10 @@ class Trainer:
     def start(self) -> None:
         """What happens once, before the first step of a fresh run."""
         section = self.recipe.student
-        if section.fit_projection is not None:
-            self.feed.fit_projection(self.student)
         if section.fit_text_projection is not None:
             self.feed.fit_text_projection(self.student)
+        if section.fit_projection is not None:
+            self.feed.fit_projection(self.student)
         if self.average is not None:
             self.average = optim.Average(self.student, self.config.ema_decay)
 

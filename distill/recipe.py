@@ -93,9 +93,10 @@ class StudentSection(_Section):
     overrides: changes to the named student's configuration (image size, text tower, ...).
     init: a folder of `students.save_student` to start from. init_parts: parameter-name prefixes to copy from it
     ("text_tower"); empty means everything.
-    fit_projection: start the image projection at the ridge solution towards the teacher's embeddings, with this
-    strength; null starts it at random. fit_views: how many views of each picture that regression sees.
-    fit_text_projection: the same for the text projection, over the text pool.
+    fit_projection: start the image projection at the ridge solution towards the teacher's embeddings (without a
+    teacher: towards the student's own embeddings of its captions), with this strength; null starts it at random.
+    fit_views: how many views of each picture that regression sees.
+    fit_text_projection: the same for the text projection, over the text pool, towards the teacher's embeddings.
     """
 
     name: str
@@ -446,9 +447,8 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
         yield "train.bank asks for texts in the teacher's embedding and the recipe has no teacher; use 'student'"
     if train.text_batch and recipe.data.words is None:
         yield "train.text_batch draws from data.words, which is not given; add data.words (name, size)"
-    for key in ("fit_projection", "fit_text_projection"):
-        if getattr(recipe.student, key) is not None and recipe.teacher is None:
-            yield f"student.{key} regresses to a teacher's embeddings and the recipe has no teacher; leave it out"
+    if recipe.student.fit_text_projection is not None and recipe.teacher is None:
+        yield "student.fit_text_projection regresses to a teacher's embeddings and the recipe has none; leave it out"
     if recipe.student.fit_text_projection is not None and train.text_batch == 0 and isinstance(train.bank, str):
         yield "student.fit_text_projection needs the teacher's answers to the texts; set train.text_batch"
     if recipe.student.fit_views > recipe.views.count:

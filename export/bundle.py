@@ -157,7 +157,7 @@ def summarize(bundle_folder: str | Path) -> list[VariantRow]:
 
 def format_table(rows: Sequence[VariantRow]) -> str:
     """`summarize` as lines of text: target, precision, file, MB, ratio to fp32, milliseconds of both towers."""
-    lines = [("target", "precision", "file", "MB", "of fp32", "image ms", "text ms", "")]
+    lines: list[tuple[str, ...]] = [("target", "precision", "file", "MB", "of fp32", "image ms", "text ms", "")]
     for row in rows:
         times = [f"{row.latency_ms[t]:.2f}" if t in row.latency_ms else "-" for t in ("image", "text")]
         warning = "below the int8 floor" if row.meets_floor is False else ""
@@ -179,10 +179,8 @@ def _plan(targets: Sequence[str], precisions: Sequence[str] | None) -> list[tupl
     for entry in targets:
         name, _, only = entry.partition(":")
         target = get_target(name)
-        if only:
-            wanted = (only,)
-        else:
-            wanted = tuple(p for p in target.precisions if precisions is None or p in precisions)
+        known = [p for p in target.precisions if precisions is None or p in precisions]
+        wanted = [only] if only else known
         if not wanted or not set(wanted) <= set(target.precisions):
             asked = only or ", ".join(precisions or ())
             raise UsageError(
@@ -251,17 +249,15 @@ def _examples(source: DataSource | None) -> list[ImageCase]:
     return [case for case in golden_images(source.samples, count=_EXAMPLES) if case.real]
 
 
-def _lower(
-    target: Target, precision: str, model: Exportable, folder: Path, calibration: Calibration | None
-) -> Variant:
+def _lower(target: Target, precision: str, model: Exportable, folder: Path, calibration: Calibration | None) -> Variant:
     try:
         return target.lower(model.towers, precision=precision, folder=folder, calibration=calibration)  # type: ignore[arg-type]
     except PocketvlmError:
         raise
     except Exception as error:  # converters raise whatever they like, often for one unknown operator
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
         raise UsageError(
-            f"{target.name} {precision} cannot express {model.towers.contract.name!r} ({type(error).__name__}: {reason}); "
+            f"{target.name} {precision} cannot express {model.towers.contract.name!r} ({reason}); "
             f"no bundle was written, so leave the target {target.name!r} out or choose another backbone"
         ) from error
 
@@ -358,7 +354,7 @@ def _manifest(
     }
     rows = list(model.licences)
     if source is not None:
-        rows += [tuple(row) for row in source.licences]
+        rows += source.licences
     manifest: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "kit_version": pocketvlm.__version__,

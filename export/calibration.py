@@ -20,7 +20,7 @@ from pocketvlm.edge.preprocess import load_image
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.export.targets.base import Calibration
 
-DEFAULT_SIZE = 192
+DEFAULT_SIZE = 256
 # a quarter judges the result: with fewer, its 1st percentile would be one unlucky picture
 MIN_SIZE = 16
 TEMPLATE = "a picture of {}"
@@ -107,7 +107,9 @@ def _pictures(
 ) -> tuple[NDArray[np.uint8], list[str], int, str, int]:
     assert contract.image is not None
     ordered, kind, strata = stratified(samples)
-    pixels, uids, unreadable = [], [], 0
+    pixels: list[NDArray[np.uint8]] = []
+    uids: list[str] = []
+    unreadable = 0
     for sample in ordered:
         if len(pixels) == size:
             break

@@ -51,7 +51,8 @@ def probe_variants(
     """
     with tempfile.TemporaryDirectory() as scratch:
         arrays = Path(scratch) / "rows.npz"
-        np.savez(arrays, **{f"in_{k}": v for k, v in inputs.items()}, **{f"out_{k}": v for k, v in expected.items()})
+        rows: dict[str, Any] = {f"in_{k}": v for k, v in inputs.items()} | {f"out_{k}": v for k, v in expected.items()}
+        np.savez(arrays, **rows)
         request, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
         content = {"folder": str(folder), "arrays": str(arrays), "answer": str(answer)}
         request.write_text(json.dumps(content | {"variants": [asdict(v) for v in variants]}), encoding="utf-8")

@@ -114,13 +114,14 @@ class Student(nn.Module):
         return TowerOutput(embedding, features, seen)
 
     def encode_text(self, ids: Tensor, *, taps: Sequence[str] = ()) -> TowerOutput:
-        """ids: int32 [B, context_length], made by `edge.tokenizer` under `text_spec`. taps: as in `encode_image`.
+        """ids: int32 [B, L], made by `edge.tokenizer` under `text_spec`; L is context_length, or less where only
+        padding was cut off. taps: as in `encode_image`.
 
         Raises:
             UsageError: another shape or dtype. UnknownNameError: no such submodule.
         """
         length = self.text_spec.context_length
-        if ids.dtype not in (torch.int32, torch.int64) or ids.ndim != 2 or ids.shape[1] != length:
+        if ids.dtype not in (torch.int32, torch.int64) or ids.ndim != 2 or not 0 < ids.shape[1] <= length:
             raise UsageError(
                 f"text tower of {self.config.name!r} was given {ids.dtype} {list(ids.shape)} but takes torch.int32 "
                 f"[batch, {length}]; positions would be wrong, so encode the texts with this student's tokenizer"

@@ -25,7 +25,6 @@ class Block(nn.Module):
         width, hidden = config.width, int(config.width * config.mlp_ratio)
         self.heads = config.heads
         self.head_width = width // config.heads
-        self.length = config.context_length
         self.norm1 = _norm(config)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -43,12 +42,13 @@ class Block(nn.Module):
         return x + self._mlp(self.norm2(x))
 
     def _attend(self, x: Tensor, bias: Tensor) -> Tensor:
-        qkv = self.qkv(x).reshape(-1, self.length, 3, self.heads, self.head_width)
+        length = x.shape[1]
+        qkv = self.qkv(x).reshape(-1, length, 3, self.heads, self.head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         # written out instead of scaled_dot_product_attention: one arithmetic on every device and dtype
         scores = torch.matmul(q * self.head_width**-0.5, k.transpose(-2, -1)) + bias
         mixed = torch.matmul(scores.softmax(dim=-1), v).transpose(1, 2)
-        return self.drop(self.out(mixed.reshape(-1, self.length, self.heads * self.head_width)))
+        return self.drop(self.out(mixed.reshape(-1, length, self.heads * self.head_width)))
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.act(self.fc1(x))))
@@ -60,10 +60,10 @@ def _norm(config: TextConfig) -> nn.LayerNorm:
 
 
 class TextTower(nn.Module):
-    """int32 ids [B, context_length] -> (embedding [B, D], features [B, W]), both not normalised.
+    """int32 ids [B, L] -> (embedding [B, D], features [B, W]), both not normalised; L is at most context_length.
 
     Padding is whatever equals `pad_id`: it takes no part in attention or pooling, so trailing padding never changes
-    a result. Pooling "mean" averages the real tokens after the last norm; "eot" takes the last real token.
+    a result, and training cuts columns that hold nothing else. Pooling "mean" averages the real tokens after the last norm; "eot" takes the last real token.
     embed_norm and norm: after the embedding ("bert" only) and after the last block ("pre-norm" only).
     """
 
@@ -101,11 +101,17 @@ class TextTower(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.drop(self.embed_norm(self.widen(self.token(ids)) + self.position))
+        length = ids.shape[1]
+        # cut only where there is something to cut: a slice in the exported graph is an alias Core ML cannot convert
+        position, positions, causal = self.position, self.positions, self.causal
+        if length != len(position):
+            position, positions = position[:length], positions[:length]
+            causal = causal[:length, :length] if causal is not None else None
+        x = self.drop(self.embed_norm(self.widen(self.token(ids)) + position))
         real = (ids != self.pad_id).to(x.dtype)
         bias = (1.0 - real)[:, None, None, :] * _MASKED
-        if self.causal is not None:
-            bias = bias + self.causal
+        if causal is not None:
+            bias = bias + causal
         for block in self.blocks:
             x = block(x, bias)
         x = self.norm(x)
@@ -113,6 +119,6 @@ class TextTower(nn.Module):
         if self.pool == "mean":
             weight = real / count
         else:
-            weight = (self.positions == (count - 1.0)).to(x.dtype)
+            weight = (positions == (count - 1.0)).to(x.dtype)
         features = (x * weight[:, :, None]).sum(dim=1)
         return self.projection(features), features

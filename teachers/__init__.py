@@ -1,6 +1,7 @@
 """Frozen sources of knowledge behind one protocol, and the cache that keeps their outputs.
 
 teacher = load_teacher("openmoji-lit?fold=0")          built in, composed, made on this machine
+teacher = load_teacher("ingredients")                  built in, the same models without the trained map
 teacher = load_teacher("open_clip:ViT-B-32@w.safetensors")
 teacher = load_teacher("hf:FOLDER")                    CLIP, SigLIP, fixed-resolution SigLIP 2
 teacher = load_teacher("embeddings:FOLDER")            precomputed, black box
@@ -41,6 +42,12 @@ _KINDS = (
         "openmoji-lit",
         "openmoji-lit?fold=0..4[&precision=bfloat16]",
         "built in: EfficientNet-Lite2 features joined to MiniLM sentence vectors on the fold's teacher pool (not CLIP)",
+        "demo",
+    ),
+    TeacherInfo(
+        "ingredients",
+        "ingredients",
+        "built in: the same two models without the trained map (ImageNet evidence x class names); the control",
         "demo",
     ),
     TeacherInfo(
@@ -105,6 +112,12 @@ def load_teacher(
         precision = options.get("precision", "float32")
         return load_lit_teacher(int(fold), precision=precision, device=device, progress=progress)
     _known_options(kind, options, ())
+    if kind == "ingredients":
+        if colon:
+            raise UsageError(f"teacher {spec!r} is not written as expected; write ingredients, which takes no folder")
+        from pocketvlm.teachers.ingredients import load_ingredients
+
+        return load_ingredients(device)
     if not target:
         form = next(info.spec for info in _KINDS if info.kind == kind)
         raise UsageError(f"teacher {spec!r} does not say which one; write {form}")

