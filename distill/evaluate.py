@@ -252,7 +252,7 @@ def evaluate_model(
     return score(questions, own, other, metrics_wanted=metrics_wanted, tags=tags)
 
 
-def evaluate_path(model: str | Path, data: str, **options: Any) -> Evaluation:
+def evaluate_path(model: str | Path, data: Any, **options: Any) -> Evaluation:
     """Score a run folder, a student folder or a bundle; see `distill.encoders.evaluate_path` for the options."""
     # encoders imports torch and this module; scoring a bundle's saved embeddings needs neither
     from pocketvlm.distill import encoders

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,16 @@ from pocketvlm.distill.gather import gather_outputs
 from pocketvlm.distill.prepare import Prepared, prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe
-from pocketvlm.distill.run_folder import CHECKPOINTS, ENVIRONMENT, METRICS, REPORT, STUDENT, MetricsLog, open_run_folder
+from pocketvlm.distill.run_folder import (
+    CHECKPOINTS,
+    ENVIRONMENT,
+    METRICS,
+    RECIPE,
+    REPORT,
+    STUDENT,
+    MetricsLog,
+    open_run_folder,
+)
 from pocketvlm.edge.errors import IntegrityError, PocketvlmError
 from pocketvlm.students import save_student
 from pocketvlm.teachers.device import describe_device, pick_device
@@ -44,7 +53,8 @@ class DivergedError(PocketvlmError, ArithmeticError):
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run. final_loss: of the last step. seconds: spent in steps by this process."""
+    """A finished run. final_loss: of the last step. seconds: spent in steps by this process.
+    licences: (what, licence, attribution) of data, teacher and initial weights."""
 
     folder: Path
     student: Path
@@ -53,6 +63,7 @@ class RunResult:
     final_loss: float
     steps: int
     seconds: float
+    licences: tuple[tuple[str, str, str], ...] = ()
 
 
 def distill_run(
@@ -71,8 +82,16 @@ def distill_run(
     report = Reporter(progress)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    device = pick_device(recipe.train.device)
-    prepared = prepare(recipe, report)
+    try:
+        device = pick_device(recipe.train.device)
+        prepared = prepare(recipe, report)
+    except PocketvlmError:
+        if checkpoint is None and not resume:
+            # nothing was made yet, and a corrected recipe shall not find the folder taken
+            (out / RECIPE).unlink(missing_ok=True)
+            with suppress(OSError):
+                out.rmdir()
+        raise
     if checkpoint is None:
         write_text_atomically(out / ENVIRONMENT, _environment(prepared, device))
     trainer = Trainer(prepared, device)
@@ -95,7 +114,14 @@ def distill_run(
 
     write_report(out, prepared.questions, evaluation, licences=prepared.licences)
     return RunResult(
-        out, out / STUDENT, out / REPORT, evaluation, trainer.last.get("loss", math.nan), trainer.total, seconds
+        folder=out,
+        student=out / STUDENT,
+        report=out / REPORT,
+        evaluation=evaluation,
+        final_loss=trainer.last.get("loss", math.nan),
+        steps=trainer.total,
+        seconds=seconds,
+        licences=prepared.licences,
     )
 
 

@@ -40,8 +40,6 @@ def write_report(
     Raises:
         UsageError: the folder is not a run.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     try:
         recipe = (folder / RECIPE).read_text(encoding="utf-8")
         environment = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
@@ -51,31 +49,38 @@ def write_report(
             f"{folder} lacks {Path(str(error.filename)).name}, so it is not a run that can be reported; "
             "name a folder written by 'pocketvlm distill'"
         ) from error
-    loader = Environment(
-        loader=PackageLoader("pocketvlm.distill", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     values = evaluation.values if evaluation else None
-    page = loader.get_template("report.html.j2").render(
-        title=_title(recipe),
-        cards=_cards(values, rows, environment),
-        charts=_charts(rows),
-        values=values,
-        table=rows_of(values) if values else [],
-        mixed=_mixed(values),
-        tags=_tags(values),
-        languages=_sides(values, "by_language"),
-        flags=_sides(values, "flags"),
-        pictures=_pictures(questions, evaluation, pictures) if questions and evaluation else [],
-        recipe=recipe,
-        environment=_facts(environment),
-        licences=list(licences),
+    page = (
+        template_environment()
+        .get_template("report.html.j2")
+        .render(
+            title=_title(recipe),
+            cards=_cards(values, rows, environment),
+            charts=_charts(rows),
+            values=values,
+            table=rows_of(values) if values else [],
+            mixed=_mixed(values),
+            tags=_tags(values),
+            languages=_sides(values, "by_language"),
+            flags=_sides(values, "flags"),
+            pictures=_pictures(questions, evaluation, pictures) if questions and evaluation else [],
+            recipe=recipe,
+            environment=_facts(environment),
+            licences=list(licences),
+        )
     )
     write_text_atomically(folder / REPORT, page)
     return folder / REPORT
+
+
+def template_environment(*packages: str) -> Any:
+    """jinja2 environment over `templates/` of the given packages, then of this room (which holds the shared style)."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    loaders = [PackageLoader(package, "templates") for package in (*packages, "pocketvlm.distill")]
+    return Environment(
+        loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
 
 
 def _title(recipe: str) -> dict[str, str]:
@@ -196,7 +201,7 @@ def _pictures(questions: Questions, evaluation: Evaluation, count: int) -> list[
         sample = samples[str(queries["image_to_text/uid"][row])]
         right = [c.text for c in sample.captions if c.language == questions.language]
         try:
-            picture = _thumbnail(sample.image.read())
+            picture = thumbnail(sample.image.read())
         except BadSampleError:
             continue
         lists = [
@@ -213,7 +218,8 @@ def _pictures(questions: Questions, evaluation: Evaluation, count: int) -> list[
     return shown
 
 
-def _thumbnail(data: bytes) -> str:
+def thumbnail(data: bytes) -> str:
+    """An encoded picture as a small WebP data URI."""
     from pocketvlm.edge.preprocess import decode_image
 
     image = Image.fromarray(decode_image(data))

@@ -24,6 +24,8 @@ import numpy as np
 import pocketvlm
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource
+from pocketvlm.distill.recipe import load_recipe
+from pocketvlm.distill.run_folder import RECIPE
 from pocketvlm.edge.bundle import MANIFEST, SCHEMA_VERSION, describe_files
 from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError
 from pocketvlm.export.calibration import DEFAULT_SIZE, open_calibration
@@ -81,7 +83,8 @@ def export_bundle(
         out: the bundle folder; it appears complete or not at all.
         targets: of "onnx", "executorch", "coreml"; "onnx:int8" asks for one precision of one target.
         precisions: of "fp32", "fp16", "int8"; each target writes those that it knows. None: all that it knows.
-        calibration_data: for int8: a `--data` spec, a data source, samples, or a ready `Calibration`.
+        calibration_data: for int8: a `--data` spec, a data source, samples, or a ready `Calibration`. None: the
+            training data of the run, where `student_or_run` is a run folder.
         overwrite: replace an existing bundle.
         calibration_size: pictures and texts to calibrate and judge with.
         examples: real pictures for the conformance vectors, which must be free to publish. None: three of the
@@ -107,7 +110,7 @@ def export_bundle(
     if any(precision == "int8" for _, precision in plan):
         say("reading calibration data")
         calibration, source = open_calibration(
-            calibration_data, model.towers.contract, tokenizer, size=calibration_size
+            calibration_data or _data_of_run(student_or_run), model.towers.contract, tokenizer, size=calibration_size
         )
     if examples is None:
         examples = _examples(source)
@@ -241,6 +244,13 @@ def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _data_of_run(source: object) -> str | None:
+    """What the run in this folder was trained on; None for anything else."""
+    if not isinstance(source, str | Path) or not (Path(source) / RECIPE).is_file():
+        return None
+    return load_recipe(Path(source) / RECIPE).data.train
 
 
 def _examples(source: DataSource | None) -> list[ImageCase]:

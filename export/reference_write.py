@@ -247,10 +247,18 @@ def _keeper(seen: dict[str, Rows], name: str) -> Callable[..., None]:
 
 
 def weight_facts(student: Any) -> dict[str, Any]:
-    """Per parameter: shape, L2 norm, smallest and largest value, by which a converter's constants are recognised
-    although it may have transposed them."""
+    """Per weight: shape, L2 norm, smallest and largest value, by which a converter's constants are recognised although
+    it may have transposed them. Image weights are taken after batch norms were folded in, as every converter does."""
+    from pocketvlm.export.prepare import capture, fold_batchnorm
+    from pocketvlm.students.deploy import deploy_image
+
+    size = student.image_spec.size
+    graph = capture(deploy_image(student), np.zeros((2, size, size, 3), np.uint8))
+    fold_batchnorm(graph)
+    found = {f"image_tower.{name}": value for name, value in graph.state_dict().items()}
+    found |= {name: value for name, value in student.state_dict().items() if not name.startswith("image_tower.")}
     result = {}
-    for name, value in sorted(student.state_dict().items()):
+    for name, value in sorted(found.items()):
         if value.is_floating_point() and value.numel():
             wide = value.detach().double()
             result[name] = {

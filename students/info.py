@@ -60,7 +60,13 @@ def describe(config: StudentConfig, *, embed_dim: int = 384) -> StudentInfo:
 
 def list_students(*, embed_dim: int = 384) -> list[StudentInfo]:
     """Every shipped student, smallest first. embed_dim: width of the joint space that the projections lead to."""
-    found = [describe(load_config(name), embed_dim=embed_dim) for name in student_names()]
+    # single pictures through small layers: with several threads a busy machine takes ten times longer
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = [describe(load_config(name), embed_dim=embed_dim) for name in student_names()]
+    finally:
+        torch.set_num_threads(threads)
     return sorted(found, key=lambda info: info.image_params + info.text_params)
 
 

@@ -17,10 +17,14 @@ def fit_projection(
 ) -> None:
     """Set a linear projection to the ridge solution, in place; training may go on from there.
 
-    Formula: x = (f - mean f) / std f, each part of `widths` divided by the root of its width (so that parts count alike
-    however wide they are); W = argmin |x W - (t - mean t)|^2 + lambda |W|^2 with lambda = `ridge` times the mean of
+    Formula: x = (f - mean f) / s, s the root mean square over a part's channels of their standard deviations, each part
+    of `widths` also divided by the root of its width (so that parts count alike however wide they are); W = argmin |x W - (t - mean t)|^2 + lambda |W|^2 with lambda = `ridge` times the mean of
     |x|^2; solved in float64 on the n x n or the F x F side, whichever is smaller. All of it is folded into the head: a
     batch norm takes mean and variance, the linear layer the rest, so that `head(features)` in eval mode predicts t.
+
+    Why not each channel by its own deviation: rounding to int8 adds the same noise to every channel of a tensor, so a
+    channel made louder makes its noise louder. Per-channel scaling cost a shipped file 1 - cosine of 0.3; the penalty in
+    the tensor's own units is what regression with equal noise on all inputs asks for (Bishop 1995, noise as Tikhonov).
 
     Args:
         features: [n, F] of the trunk in eval mode. targets: [n, D].
@@ -46,11 +50,11 @@ def fit_projection(
             f"a projection of {linear.in_features} to {linear.out_features} was to be fitted from features "
             f"{list(features.shape)} to targets {list(targets.shape)}; give both for the same 2 or more rows"
         )
+    parts = tuple(widths) or (width,)
     f, t = features.double(), targets.double()
     mean, std = f.mean(dim=0), f.std(dim=0, correction=0)
-    # a channel that never varies says nothing, and must not be blown up by its rounding
-    spread = std.clamp(min=1e-3 * float(std.mean()) + 1e-12)
-    weight = torch.cat([f.new_full((w,), w**-0.5) for w in (widths or (width,))])
+    spread = torch.cat([s.square().mean().sqrt().clamp(min=1e-12).expand(len(s)) for s in std.split([*parts])])
+    weight = torch.cat([f.new_full((w,), w**-0.5) for w in parts])
     x, y = (f - mean) / spread * weight, t - t.mean(dim=0)
     strength = ridge * float(x.square().sum(dim=1).mean())
     if n <= width:

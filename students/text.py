@@ -63,7 +63,8 @@ class TextTower(nn.Module):
     """int32 ids [B, L] -> (embedding [B, D], features [B, W]), both not normalised; L is at most context_length.
 
     Padding is whatever equals `pad_id`: it takes no part in attention or pooling, so trailing padding never changes
-    a result, and training cuts columns that hold nothing else. Pooling "mean" averages the real tokens after the last norm; "eot" takes the last real token.
+    a result, and training cuts columns that hold nothing else. Pooling "mean" averages the real tokens after the last
+    norm; "eot" takes the last real token.
     embed_norm and norm: after the embedding ("bert" only) and after the last block ("pre-norm" only).
     """
 
@@ -103,7 +104,8 @@ class TextTower(nn.Module):
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         length = ids.shape[1]
         # cut only where there is something to cut: a slice in the exported graph is an alias Core ML cannot convert
-        position, positions, causal = self.position, self.positions, self.causal
+        position: Tensor = self.position
+        positions, causal = self.positions, self.causal
         if length != len(position):
             position, positions = position[:length], positions[:length]
             causal = causal[:length, :length] if causal is not None else None

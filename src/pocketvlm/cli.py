@@ -6,15 +6,18 @@ Edge commands (`embed`, `classify`, `list`, `doctor`) work on the base install, 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, arg
 
 from pocketvlm.edge.errors import PocketvlmError, UsageError
+
+ABOUT = "Distil vision-language knowledge into small dual encoders, export them, prove parity, run them on devices."
 
 app = tyro.extras.SubcommandApp()
 teacher_app = tyro.extras.SubcommandApp()
@@ -24,9 +27,20 @@ app.command(reference_app, name="reference", help="Record and show reference run
 
 Json = Annotated[bool, arg(name="json", help="Print JSON instead of a table.")]
 Overwrite = Annotated[bool, arg(help="Replace an output folder that is not empty.")]
-Data = Annotated[str, arg(help="Data source, for instance 'openmoji', 'pairs.jsonl', 'folder:photos'.")]
+Data = Annotated[
+    str, arg(metavar="SOURCE", help="Data source, for instance 'openmoji', 'pairs.jsonl', 'folder:photos'.")
+]
 Out = Annotated[Path, arg(help="Output folder; must be empty or absent.")]
-Backend = Literal["auto", "onnxruntime", "executorch", "coreml"]
+OnBad = Annotated[
+    Literal["skip", "refuse"], arg(help="Bad samples: count, report and leave them out, or stop at the first.")
+]
+Device = Annotated[str, arg(help="auto, cpu, cuda, cuda:N or mps.")]
+BundlePath = Annotated[Path, arg(metavar="BUNDLE", help="A bundle of 'pocketvlm export': its folder or .zip.")]
+Backend = Annotated[
+    Literal["auto", "onnxruntime", "executorch", "coreml"],
+    arg(help="Runtime; auto takes the first that this machine and the bundle both have."),
+]
+Precision = Annotated[str, arg(metavar="NAME", help="fp32, fp16 or int8; auto takes what the bundle has.")]
 Names = Literal["students", "teachers", "objectives", "data", "targets", "recipes"]
 
 
@@ -44,7 +58,7 @@ def demo(
 
 
 @app.command(name="list")
-def list_names(what: Positional[Names], as_json: Json = False) -> None:
+def list_names(what: Annotated[Positional[Names], arg(help="What to list.")], as_json: Json = False) -> None:
     """List what can be named: students (with parameters and MACs), teachers, objectives, data, targets, recipes."""
     from pocketvlm.listing import listing
 
@@ -53,13 +67,18 @@ def list_names(what: Positional[Names], as_json: Json = False) -> None:
 
 
 @teacher_app.command(name="check")
-def teacher_check(teacher: Positional[str], data: Data, as_json: Json = False, device: str = "auto") -> None:
+def teacher_check(
+    teacher: Annotated[Positional[str], arg(metavar="TEACHER", help="As 'pocketvlm list teachers' shows it.")],
+    data: Data,
+    on_bad_sample: OnBad = "skip",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
     """Score a teacher on your own data, beside chance and a simple baseline, before anyone trains on it."""
-    from pocketvlm.data import open_data
     from pocketvlm.distill.check_teacher import check_teacher
     from pocketvlm.teachers import load_teacher
 
-    report = check_teacher(load_teacher(teacher, device=device), open_data(data))
+    report = check_teacher(load_teacher(teacher, device=device), _open(data, on_bad_sample))
     _print(report.to_dict() if as_json else report.table(), as_json)
     if report.worse_than_baseline:
         sys.exit(1)
@@ -67,10 +86,16 @@ def teacher_check(teacher: Positional[str], data: Data, as_json: Json = False, d
 
 @app.command
 def distill(
-    recipe: Annotated[Positional[str], arg(help="A shipped recipe's name or a YAML file.")],
-    overrides: Annotated[Positional[tuple[str, ...]], arg(help="Changes such as train.steps=200.")] = (),
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE", help="A shipped recipe's name or a YAML file.")],
+    overrides: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]", help="Changes such as train.steps=200.")
+    ] = (),
     *,
     out: Out,
+    on_bad_sample: Annotated[
+        Literal["recipe", "skip", "refuse"],
+        arg(help="Bad samples: count, report and leave them out, or stop at the first; or as the recipe says."),
+    ] = "recipe",
     resume: Annotated[bool, arg(help="Go on from the last checkpoint in --out.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -78,112 +103,150 @@ def distill(
     from pocketvlm.distill.loop import distill_run
     from pocketvlm.distill.recipe import load_recipe
 
+    if on_bad_sample != "recipe":
+        overrides = (*overrides, f"data.on_bad_sample={on_bad_sample}")
     result = distill_run(load_recipe(recipe, overrides), out, resume=resume, overwrite=overwrite)
     print(f"student: {result.student}\nreport:  {result.report}")
 
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[Positional[str], arg(help="A run folder, a student folder or a bundle.")],
+    model: Annotated[Positional[str], arg(metavar="MODEL", help="A run folder, a student folder or a bundle.")],
     data: Data,
-    teacher: Annotated[str | None, arg(help="Report retention and neighbour overlap against this teacher.")] = None,
+    teacher: Annotated[
+        str | None, arg(metavar="TEACHER", help="Report retention and neighbour overlap against this teacher.")
+    ] = None,
+    on_bad_sample: OnBad = "skip",
     backend: Backend = "auto",
+    precision: Precision = "auto",
     as_json: Json = False,
 ) -> None:
     """Retrieval, MAP and zero-shot classification of a student or of a shipped bundle."""
     from pocketvlm.distill.evaluate import evaluate_path
 
-    report = evaluate_path(model, data, teacher=teacher, backend=backend)
+    source = _open(data, on_bad_sample)
+    report = evaluate_path(model, source, teacher=teacher, backend=backend, precision=precision)
     _print(report.to_dict() if as_json else report.table(), as_json)
 
 
 @app.command
 def export(
-    source: Annotated[Positional[str | None], arg(help="A run or student folder.")] = None,
+    source: Annotated[Positional[str | None], arg(metavar="[SOURCE]", help="A run or student folder.")] = None,
     *,
     out: Out,
     from_: Annotated[
-        str | None, arg(name="from", help="A dual encoder of yours: open_clip:NAME@WEIGHTS or hf:DIR.")
+        str | None, arg(name="from", metavar="MODEL", help="A dual encoder of yours: open_clip:NAME@WEIGHTS or hf:DIR.")
     ] = None,
-    targets: Annotated[tuple[str, ...], arg(help="Any of onnx, executorch, coreml.")] = ("onnx", "executorch", "coreml"),
+    targets: Annotated[
+        tuple[str, ...],
+        arg(metavar="TARGET ...", help="Any of onnx, executorch, coreml; 'onnx:int8' asks for one precision of it."),
+    ] = ("onnx", "executorch", "coreml"),
     precisions: Annotated[
-        tuple[str, ...], arg(help="Any of fp32, fp16, int8; combinations a target lacks are left out and listed.")
-    ] = ("fp32", "fp16", "int8"),
-    data: Annotated[str | None, arg(help="Calibration data; defaults to the data of the run.")] = None,
+        tuple[str, ...] | None,
+        arg(metavar="PRECISION ...", help="Any of fp32, fp16, int8; left out: all that each target offers."),
+    ] = None,
+    data: Annotated[
+        str | None, arg(metavar="SOURCE", help="Calibration data for int8; default: the training data of the run.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Freeze a student into a bundle: model files per target and precision, tokenizer, conformance vectors."""
-    from pocketvlm.export.bundle import export_bundle
+    from pocketvlm.export.bundle import export_bundle, format_table, summarize
 
     if (source is None) == (from_ is None):
-        raise UsageError("export takes either a run folder or --from, not both or neither; see: pocketvlm export --help")
-    result = export_bundle(
-        source or from_, out, targets=targets, precisions=precisions, calibration_data=data, overwrite=overwrite
-    )
-    _print(result.table(), False)
+        raise UsageError(
+            "export takes either a run folder or --from, not both or neither; see: pocketvlm export --help"
+        )
+    chosen = source if source is not None else str(from_)
+    bundle = export_bundle(chosen, out, targets, precisions, data, overwrite)
+    print(f"{bundle}\n{format_table(summarize(bundle))}")
 
 
 @reference_app.command(name="record")
 def reference_record(
-    source: Annotated[Positional[str], arg(help="A run or student folder, or open_clip:… / hf:….")],
+    source: Annotated[Positional[str], arg(metavar="SOURCE", help="A run or student folder.")],
     data: Data,
     out: Out,
+    on_bad_sample: OnBad = "skip",
     device: Annotated[str, arg(help="auto, cpu (float64) or cuda (float32, TF32 off).")] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Run the unpatched eager model once and keep everything that parity compares with."""
-    from pocketvlm.data import open_data
     from pocketvlm.export.reference import record_reference, show
 
-    record_reference(source, out, data=open_data(data), device=device, overwrite=overwrite)
-    _print(show(out), False)
+    show(record_reference(source, out, data=_open(data, on_bad_sample), device=device, overwrite=overwrite))
 
 
 @reference_app.command(name="show")
-def reference_show(reference: Positional[Path], as_json: Json = False) -> None:
+def reference_show(
+    reference: Annotated[
+        Positional[Path], arg(metavar="REFERENCE", help="A folder made by 'pocketvlm reference record'.")
+    ],
+    as_json: Json = False,
+) -> None:
     """Print who recorded a reference, on what, and its noise floor."""
     from pocketvlm.export.reference import load_reference, show
 
-    _print(load_reference(reference).manifest if as_json else show(reference), as_json)
+    recorded = load_reference(reference)
+    if as_json:
+        _print(recorded.manifest, True)
+    else:
+        show(recorded)
 
 
 @app.command
 def parity(
-    bundle: Positional[Path],
+    bundle: Positional[BundlePath],
     reference: Annotated[Path, arg(help="A folder made by 'pocketvlm reference record'.")],
-    out: Annotated[Path | None, arg(help="Folder for parity.json and parity.html; default: beside the bundle.")] = None,
+    out: Annotated[Path | None, arg(metavar="PATH", help="Folder for parity.json and parity.html.")] = None,
+    overwrite: Annotated[bool, arg(help="Replace an earlier report in --out.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare a bundle's files, run by their real runtimes, with a reference; exits 1 unless everything passes."""
+    from pocketvlm.export.compare import finite
     from pocketvlm.export.parity import check_parity
+    from pocketvlm.export.parity_report import print_report
 
+    if out is not None and (out / "parity.json").exists() and not overwrite:
+        raise UsageError(f"{out} holds a parity report, which would be lost; name another folder or pass --overwrite")
     report = check_parity(bundle, reference, out=out)
-    _print(report.to_dict() if as_json else report.table(), as_json)
+    if as_json:
+        _print(finite(report.to_dict()), True)
+    else:
+        print_report(report)
     sys.exit(report.exit_code)
 
 
 @app.command
 def embed(
-    bundle: Positional[Path],
-    inputs: Annotated[Positional[tuple[str, ...]], arg(help="Image files, or texts with --text.")],
+    bundle: Positional[BundlePath],
+    inputs: Annotated[Positional[tuple[str, ...]], arg(metavar="INPUT ...", help="Image files, or texts with --text.")],
     *,
     text: Annotated[bool, arg(help="Treat the inputs as texts.")] = False,
-    out: Annotated[Path | None, arg(help="Write a .npy file of float32 [n, dim] instead of printing.")] = None,
+    out: Annotated[
+        Path | None, arg(metavar="FILE", help="Write a .npy file of float32 [n, dim] instead of printing.")
+    ] = None,
+    overwrite: Annotated[bool, arg(help="Replace the file --out.")] = False,
     backend: Backend = "auto",
-    precision: str = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Embed images or texts with a bundle; no torch needed."""
     import numpy as np
 
     from pocketvlm.edge.model import EdgeModel
 
-    model = EdgeModel.load(bundle, backend=backend, precision=precision)
     if not inputs:
         raise UsageError("embed was given nothing to embed; name image files, or texts after --text")
+    if out is not None:
+        # np.save would add the suffix itself, and so write past the check below
+        if out.suffix != ".npy":
+            raise UsageError(f"--out {out} does not end in .npy, and no other format is written; name it {out}.npy")
+        if out.exists() and not overwrite:
+            raise UsageError(f"{out} exists and would be lost; name another file or pass --overwrite")
+    model = EdgeModel.load(bundle, backend=backend, precision=precision)
     vectors = model.embed_text(list(inputs)) if text else model.embed_image(list(inputs))
     if out is not None:
-        if out.exists():
-            raise UsageError(f"{out} exists and would be lost; name another file or remove it first")
+        out.parent.mkdir(parents=True, exist_ok=True)
         np.save(out, vectors)
         print(f"{out}: float32 {vectors.shape}, space {model.contract.space_id}")
     else:
@@ -193,18 +256,22 @@ def embed(
 
 @app.command
 def classify(
-    bundle: Positional[Path],
-    images: Positional[tuple[str, ...]],
+    bundle: Positional[BundlePath],
+    images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE ...", help="Image files.")],
     *,
-    labels: Annotated[tuple[str, ...], arg(help="Class names in your own words.")],
-    templates: Annotated[tuple[str, ...], arg(help="Prompt templates; {} is the label.")] = ("{}",),
+    labels: Annotated[tuple[str, ...], arg(metavar="LABEL ...", help="Class names in your own words.")],
+    templates: Annotated[
+        tuple[str, ...], arg(metavar="TEMPLATE ...", help="Prompts around a label, where {} stands for it.")
+    ] = ("{}",),
     backend: Backend = "auto",
-    precision: str = "auto",
+    precision: Precision = "auto",
     as_json: Json = False,
 ) -> None:
     """Zero-shot classification of image files with your own labels; no torch needed."""
     from pocketvlm.edge.model import EdgeModel
 
+    if not images:
+        raise UsageError("classify was given no image; name image files after the bundle")
     model = EdgeModel.load(bundle, backend=backend, precision=precision)
     results = model.classify(list(images), list(labels), templates=templates)
     rows = [
@@ -226,15 +293,40 @@ def _emit(rows: Sequence[dict[str, Any]], as_json: bool, *, title: str) -> None:
     if as_json:
         print(json.dumps(list(rows), indent=2))
         return
+    from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title)
-    for key in rows[0] if rows else ():
-        table.add_column(key.replace("_", " "), justify="right" if isinstance(rows[0][key], int | float) else "left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for position, (key, value) in enumerate(rows[0].items() if rows else ()):
+        number = isinstance(value, int | float)
+        # names and numbers stay whole, so that they can be copied; the rest is folded, never cut
+        table.add_column(
+            key.replace("_", " "),
+            justify="right" if number else "left",
+            no_wrap=number or position == 0,
+            overflow="fold",
+        )
     for row in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
     Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int) and value >= 100_000:
+        return f"{value / 1e6:,.1f} M"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _open(spec: str, on_bad_sample: str) -> Any:
+    """Open a data source; what was left out of it is said on stderr, so that --json stays JSON."""
+    from pocketvlm.data import open_data
+
+    source = open_data(spec, on_bad_sample=on_bad_sample)
+    if source.report.counts:
+        print(f"left out of {source.name}:\n{source.report.table()}", file=sys.stderr)
+    return source
 
 
 def _print(value: Any, as_json: bool) -> None:
@@ -246,14 +338,41 @@ def _print(value: Any, as_json: bool) -> None:
     Console().print(value)
 
 
+def _missing(error: ModuleNotFoundError) -> str:
+    """Which extra brings the package that a command needs; an error of ours or of a package's inside is raised."""
+    from pocketvlm.listing import extra_of
+
+    package = (error.name or "").split(".")[0]
+    extra = extra_of(package)
+    if extra is None:
+        raise error
+    return (
+        f"this command needs the package {package!r}, which the base install leaves out; "
+        f"install it with: pip install 'pocketvlm[{extra}]'"
+    )
+
+
+def _fail(message: str) -> NoReturn:
+    # messages of parsers that are quoted in ours may have several lines
+    print(f"pocketvlm: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `pocketvlm`; a user's mistake prints one sentence and exits with 2."""
     call: Callable[..., Any] = app.cli
     try:
-        call(prog="pocketvlm", args=argv, description=__doc__.split("\n")[0] if __doc__ else None)
+        call(prog="pocketvlm", args=argv, description=ABOUT, config=(tyro.conf.FlagCreatePairsOff,))
     except PocketvlmError as error:
-        print(f"pocketvlm: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        _fail(_missing(error))
+    except BrokenPipeError:
+        # the reader of a pipe (head, less) has seen enough; Python would complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         print("pocketvlm: stopped", file=sys.stderr)
         sys.exit(130)

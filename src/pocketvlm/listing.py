@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import platform
@@ -14,9 +15,11 @@ from pocketvlm.edge.errors import require
 def listing(what: str) -> list[dict[str, Any]]:
     """Rows for one kind of name: 'students', 'teachers', 'objectives', 'data', 'targets' or 'recipes'."""
     if what == "data":
-        from pocketvlm.data import list_data
+        return [{"source": source, "description": description} for source, description in _DATA]
+    if what == "teachers":
+        from pocketvlm.teachers import list_teachers
 
-        return list_data()
+        return [dataclasses.asdict(info) for info in list_teachers()]
     require("torch", "distill")
     if what == "students":
         from pocketvlm.students import list_students
@@ -32,21 +35,34 @@ def listing(what: str) -> list[dict[str, Any]]:
             }
             for s in list_students()
         ]
-    if what == "teachers":
-        from pocketvlm.teachers import list_teachers
-
-        return list_teachers()
     if what == "objectives":
-        from pocketvlm.distill.objectives import list_objectives
+        from pocketvlm.distill.objectives import list_objectives, objective_class
 
-        return list_objectives()
+        return [
+            {"name": name, "description": _first_line(objective_class(name)).removeprefix(f"{name}: ")}
+            for name in list_objectives()
+        ]
     if what == "recipes":
         from pocketvlm.distill.recipe import list_recipes
 
         return list_recipes()
-    from pocketvlm.export.targets import list_targets
+    from pocketvlm.export.targets import get_target, list_targets
 
-    return list_targets()
+    return [{"name": name, "precisions": ", ".join(get_target(name).precisions)} for name in list_targets()]
+
+
+def _first_line(documented: object) -> str:
+    return (documented.__doc__ or "").strip().split("\n")[0]
+
+
+_DATA = (
+    ("openmoji[?pool=student&fold=0&captions=0.1]", "built in: 1,918 named pictures, split by concept"),
+    ("FILE.jsonl | FILE.csv | FILE.parquet", "manifest: image path, captions, optional label"),
+    ("folder:DIR", "one folder per class"),
+    ("sidecar:DIR", "images with a .txt of the same name"),
+    ("images:DIR", "images without captions"),
+    ("wds:DIR/shard-{000..003}.tar", "WebDataset shards"),
+)
 
 
 # module to probe, distribution, extra that brings it, what it is for
@@ -67,6 +83,16 @@ _PARTS = (
 )
 
 
+# further packages of the extra 'distill', which everything but the edge commands imports
+_WITH_DISTILL = ("torchvision", "pydantic", "yaml", "safetensors", "webdataset", "pyarrow", "jinja2", "matplotlib")
+
+
+def extra_of(module: str) -> str | None:
+    """The extra that brings a module which the base install leaves out; None for any other module."""
+    found = {name: extra for name, _, extra, _ in _PARTS if extra != "base"} | dict.fromkeys(_WITH_DISTILL, "distill")
+    return found.get(module)
+
+
 def doctor_rows() -> list[dict[str, str]]:
     """One row per part: what it is for, the installed version, or the command that installs it."""
     rows = [
@@ -75,7 +101,9 @@ def doctor_rows() -> list[dict[str, str]]:
     ]
     for module, package, extra, purpose in _PARTS:
         if importlib.util.find_spec(module) is None:
-            state = f"missing: pip install 'pocketvlm[{extra}]'" if extra != "base" else f"missing: pip install {package}"
+            state = (
+                f"missing: pip install 'pocketvlm[{extra}]'" if extra != "base" else f"missing: pip install {package}"
+            )
         else:
             try:
                 state = version(package)

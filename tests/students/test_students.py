@@ -224,7 +224,9 @@ def test_pixels_are_standardised_inside(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"text.attention": "causal", "text.pool": "eot"}, {"text.block": "bert"}], ids=["mean", "eot", "bert"]
+    "options",
+    [{}, {"text.attention": "causal", "text.pool": "eot"}, {"text.block": "bert"}],
+    ids=["mean", "eot", "bert"],
 )
 def test_columns_of_padding_may_be_cut_off(tokenizer, options):
     student = tiny(tokenizer, **options).eval()
@@ -237,7 +239,6 @@ def test_columns_of_padding_may_be_cut_off(tokenizer, options):
     assert (shorter - expected.embedding).abs().max() > 1e-3
     with pytest.raises(UsageError, match="positions would be wrong"):
         student.encode_text(torch.zeros(1, spec.context_length + 1, dtype=torch.int32))
-
 
 
 @pytest.mark.parametrize(
