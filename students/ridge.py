@@ -17,14 +17,16 @@ def fit_projection(
 ) -> None:
     """Set a linear projection to the ridge solution, in place; training may go on from there.
 
-    Formula: x = (f - mean f) / s, s the root mean square over a part's channels of their standard deviations, each part
-    of `widths` also divided by the root of its width (so that parts count alike however wide they are); W = argmin |x W - (t - mean t)|^2 + lambda |W|^2 with lambda = `ridge` times the mean of
-    |x|^2; solved in float64 on the n x n or the F x F side, whichever is smaller. All of it is folded into the head: a
-    batch norm takes mean and variance, the linear layer the rest, so that `head(features)` in eval mode predicts t.
+    Formula: x = (f - mean f) / s, s the root mean square over a part's channels of their standard deviations, each
+    part of `widths` also divided by the root of its width (so that parts count alike however wide they are);
+    W = argmin |x W - (t - mean t)|^2 + lambda |W|^2 with lambda = `ridge` times the mean of |x|^2; solved in float64 on
+    the n x n or the F x F side, whichever is smaller. All of it is folded into the head: a batch norm takes mean and
+    variance, the linear layer the rest, so that `head(features)` in eval mode predicts t.
 
     Why not each channel by its own deviation: rounding to int8 adds the same noise to every channel of a tensor, so a
-    channel made louder makes its noise louder. Per-channel scaling cost a shipped file 1 - cosine of 0.3; the penalty in
-    the tensor's own units is what regression with equal noise on all inputs asks for (Bishop 1995, noise as Tikhonov).
+    channel made louder makes its noise louder. Per-channel scaling cost a shipped file 1 - cosine of 0.3; the penalty
+    in the tensor's own units is what regression with equal noise on all inputs asks for (Bishop 1995, noise as
+    Tikhonov regularisation).
 
     Args:
         features: [n, F] of the trunk in eval mode. targets: [n, D].

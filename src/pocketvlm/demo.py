@@ -214,7 +214,8 @@ def _use(demo: Demo, bundle: Path) -> dict[str, Any]:
     title = f"Use the bundle without torch: score it, and name pictures among {len(labels)} unseen names"
     with demo.step(7, title, f"pocketvlm classify {bundle} PICTURE... --labels NAME..."):
         for backend, precision in RUNNABLE_QUICK if demo.quick else RUNNABLE:
-            model = EdgeModel.load(bundle, backend=backend, precision=precision, threads=1)
+            threads = 1 if backend == "onnxruntime" else None  # ExecuTorch keeps what parity gave its process
+            model = EdgeModel.load(bundle, backend=backend, precision=precision, threads=threads)
             score = evaluate_model(model, data, metrics_wanted=("retrieval",))
             size = sum(model.bundle.path(file).stat().st_size for file in set(model.variant.files.values()))
             milliseconds = _latency(model, chosen[0])

@@ -271,16 +271,16 @@ def _budgets_file(tmp_path, change):  # type: ignore[no-untyped-def]
 
 def test_a_looser_budget_needs_a_reason(tmp_path) -> None:  # type: ignore[no-untyped-def]
     def loosen(value):  # type: ignore[no-untyped-def]
-        value["precisions"]["int8"]["metrics"]["top10_overlap"]["value"] = 0.5
+        value["precisions"]["int8"]["metrics"]["one_minus_cosine_mean"]["value"] = 0.5
 
     def explain(value):  # type: ignore[no-untyped-def]
         loosen(value)
-        value["precisions"]["int8"]["metrics"]["top10_overlap"]["reason"] = "gallery of 20"
+        value["precisions"]["int8"]["metrics"]["one_minus_cosine_mean"]["reason"] = "gallery of 20"
 
-    with pytest.raises(UsageError, match=r"loosens int8 top10_overlap from 0\.9 to 0\.5 without a 'reason'"):
+    with pytest.raises(UsageError, match=r"loosens int8 one_minus_cosine_mean from 0\.01 to 0\.5 without a 'reason'"):
         load_budgets(_budgets_file(tmp_path, loosen))
     loaded = load_budgets(_budgets_file(tmp_path, explain))
-    assert loaded.for_precision("int8").metrics["top10_overlap"].value == 0.5
+    assert loaded.for_precision("int8").metrics["one_minus_cosine_mean"].value == 0.5
 
 
 def test_a_missing_or_wider_limit_is_not_smuggled_in(tmp_path) -> None:  # type: ignore[no-untyped-def]

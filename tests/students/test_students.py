@@ -349,8 +349,12 @@ def test_ridge_start_equals_the_normal_equations(tokenizer, norm, rows):
     f = torch.randn(rows, 8, generator=g, dtype=torch.float64) * torch.arange(1.0, 9.0) + 2
     t = torch.randn(rows, 4, generator=g, dtype=torch.float64) + 1
     fit_projection(head, f, t, ridge=0.5, widths=widths)
-    x = (f - f.mean(0)) / f.std(0, correction=0)
-    x = x / torch.tensor([3.0] * 3 + [5.0] * 5, dtype=torch.float64).sqrt()
+    # one scale for each part, written as sums over its columns: int8 noise is alike for all channels of a tensor
+    parts = []
+    for first, last in ((0, 3), (3, 8)):
+        part = f[:, first:last] - f[:, first:last].mean(0)
+        parts.append(part / (part.square().sum() / (rows * (last - first))).sqrt() / (last - first) ** 0.5)
+    x = torch.cat(parts, dim=1)
     strength = 0.5 * x.square().sum(1).mean()
     # the augmented least-squares form of the same ridge, solved by another routine
     stacked = torch.cat([x, strength.sqrt() * torch.eye(8, dtype=torch.float64)])

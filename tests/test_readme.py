@@ -1,0 +1,74 @@
+"""What the README tells people to type works: its road, in its quick form, and its five lines of Python."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pocketvlm.demo import QUICK
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROAD = next(block for block in re.findall(r"```bash\n(.*?)```", README, re.S) if "teacher check" in block)
+EXTRA = {"distill": [*QUICK, "train.text_pretrain_steps=20"], "export": ["--targets", "onnx:fp32", "onnx:int8"]}
+
+
+def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "pocketvlm.cli", *command[1:]] if command[0] == "pocketvlm" else command
+    return subprocess.run(program, cwd=cwd, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The road's commands, run in order in an empty folder; their outputs by subcommand."""
+    from pocketvlm.data.openmoji import openmoji_samples
+
+    folder = tmp_path_factory.mktemp("readme")
+    dolphin = next(s for s in openmoji_samples(flags="exclude") if s.captions[0].text == "dolphin")
+    (folder / "photo.png").write_bytes(dolphin.image.read())
+    outputs = {}
+    for line in ROAD.strip().splitlines():
+        command = shlex.split(line)
+        name = " ".join(command[1:3]) if command[1] in ("teacher", "reference") else command[1]
+        result = run([*command, *EXTRA.get(name, [])], folder)
+        assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+        outputs[name] = result.stdout
+    return folder, outputs
+
+
+def test_the_road_of_the_readme_runs(walked: tuple[Path, dict[str, str]]) -> None:
+    folder, outputs = walked
+    assert set(outputs) == {"teacher check", "distill", "export", "reference record", "parity", "classify"}
+    assert (folder / "runs" / "one" / "report.html").stat().st_size > 20_000
+    assert (folder / "runs" / "one-parity" / "parity.html").is_file()
+    assert "photo.png" in outputs["classify"]
+
+
+def test_the_five_lines_run(walked: tuple[Path, dict[str, str]]) -> None:
+    folder, _ = walked
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    (folder / "runs" / "demo").mkdir(exist_ok=True)
+    (folder / "runs" / "demo" / "bundle").symlink_to(folder / "runs" / "one-bundle")
+    result = run([sys.executable, "-c", "import sys; sys.modules['torch'] = None\n" + code], folder)
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r"(dolphin|horse|desert island) 0\.\d+\n", result.stdout), result.stdout
+
+
+def test_every_link_leads_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+    assert links
+    assert not missing, missing
+
+
+def test_the_table_is_the_committed_result() -> None:
+    import json
+
+    rows = json.loads((ROOT / "benchmarks" / "results" / "demo-quick.json").read_text())["results"]
+    for row in rows:
+        assert f"| {row['model']} | {row['R@1']} | {row['R@5']} |" in README, row["model"]
