@@ -62,7 +62,7 @@ def test_files_stay_readable() -> None:
     for room in (*ROOMS, "src/pocketvlm", "tests", "benchmarks"):
         for path in (ROOT / room).rglob("*.py"):
             lines = len(path.read_text().splitlines())
-            if lines > 500 and "src/pocketvlm/" + path.parent.name not in str(path):
+            if lines > (700 if room == "tests" else 500) and "src/pocketvlm/" + path.parent.name not in str(path):
                 long[str(path.relative_to(ROOT))] = lines
     assert not long, f"split these: {long}"
 

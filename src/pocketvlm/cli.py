@@ -199,6 +199,9 @@ def parity(
     bundle: Positional[BundlePath],
     reference: Annotated[Path, arg(help="A folder made by 'pocketvlm reference record'.")],
     out: Annotated[Path | None, arg(metavar="PATH", help="Folder for parity.json and parity.html.")] = None,
+    targets: Annotated[
+        tuple[str, ...] | None, arg(help="Check only these, for instance onnx or onnx:int8; left out: every variant.")
+    ] = None,
     overwrite: Annotated[bool, arg(help="Replace an earlier report in --out.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -209,7 +212,7 @@ def parity(
 
     if out is not None and (out / "parity.json").exists() and not overwrite:
         raise UsageError(f"{out} holds a parity report, which would be lost; name another folder or pass --overwrite")
-    report = check_parity(bundle, reference, out=out)
+    report = check_parity(bundle, reference, out=out, targets=targets)
     if as_json:
         _print(finite(report.to_dict()), True)
     else:
