@@ -24,7 +24,7 @@ from pocketvlm.teachers.base import TeacherOutput
 from pocketvlm.teachers.device import full_float32, pick_device
 from pocketvlm.teachers.efficientnet import IMAGE, Lite2
 from pocketvlm.teachers.files import make_fingerprint
-from pocketvlm.teachers.lit import weights_licences
+from pocketvlm.teachers.lit import centred_sentences, weights_licences
 from pocketvlm.teachers.minilm import MiniLM
 
 NAME = "ingredients"
@@ -71,9 +71,7 @@ class IngredientsTeacher:
         Raises:
             BadSampleError: a text is empty or not a string.
         """
-        with full_float32():
-            sentence = self._texts.embed(texts)
-        return TeacherOutput(F.normalize(sentence - self._mean, dim=-1), sentence)
+        return centred_sentences(self._texts, texts, self._mean)
 
 
 def load_ingredients(device: str | torch.device = "cpu") -> IngredientsTeacher:

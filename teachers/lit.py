@@ -113,9 +113,7 @@ class LitTeacher:
         Raises:
             BadSampleError: a text is empty or not a string.
         """
-        with full_float32():
-            sentence = self._texts.embed(texts)
-        return TeacherOutput(F.normalize(sentence - self._text_mean, dim=-1), sentence)
+        return centred_sentences(self._texts, texts, self._text_mean)
 
 
 def load_lit_teacher(
@@ -173,6 +171,13 @@ def load_lit_teacher(
         held_out_recall5=float(meta["held_out_recall5"]),
         device=torch_device,
     )
+
+
+def centred_sentences(model: MiniLM, texts: Sequence[str], mean: Tensor) -> TeacherOutput:
+    """embedding: unit vectors of MiniLM's minus `mean` [384]; features: MiniLM's own. Both float32 [N, 384]."""
+    with full_float32():
+        sentence = model.embed(texts)
+    return TeacherOutput(F.normalize(sentence - mean, dim=-1), sentence)
 
 
 def lite2_features(model: Lite2, pixels: Tensor, precision: str) -> Tensor:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from pocketvlm.demo import QUICK
+from pocketvlm.demo import QUICK, QUICK_DISTILLED
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROAD = next(block for block in re.findall(r"```bash\n(.*?)```", README, re.S) if "teacher check" in block)
 # int8 is judged by the quick demo, which CI runs first; here the student is hardly trained
 EXTRA = {
-    "distill": [*QUICK, "train.text_pretrain_steps=20"],
+    "distill": [*QUICK, *QUICK_DISTILLED, "train.text_pretrain_steps=20"],
     "export": ["--targets", "onnx:fp32", "onnx:int8"],
     "parity": ["--targets", "onnx:fp32"],
 }
