@@ -56,7 +56,7 @@ class ImageConfig(_Strict):
 
 # what text.weights "minilm-l6" needs; a context of up to 512 is what TextConfig allows anyway
 _MINILM = {
-    "block": "bert", "width": 384, "heads": 12, "mlp_ratio": 4.0, "embedding_width": 384,
+    "block": "bert", "width": 384, "heads": 12, "mlp_ratio": 4.0,
     "attention": "bidirectional", "pool": "mean",
 }  # fmt: skip
 
@@ -69,7 +69,8 @@ class TextConfig(_Strict):
     block: "pre-norm", or "bert" (Devlin et al., arXiv:1810.04805): a norm after the embedding and after each residual
     sum instead of before, and none at the end; the positions include BERT's first token type.
     weights: "none" (seeded random) or "minilm-l6" (all-MiniLM-L6-v2, see `students.inherit`), whose layers
-    `weights_layers` (0 to 5, one for each of `layers`) are kept.
+    `weights_layers` (0 to 5, one for each of `layers`) are kept; a narrower `embedding_width` starts at the best
+    approximation of that rank.
     """
 
     block: Literal["pre-norm", "bert"] = "pre-norm"
@@ -114,6 +115,11 @@ class TextConfig(_Strict):
             raise ValueError(
                 f"text.weights {self.weights!r} fit only a tower with {', '.join(wrong)}; the copied layers would "
                 "compute something else, so set these values or text.weights to 'none'"
+            )
+        if (self.embedding_width or self.width) > self.width:
+            raise ValueError(
+                f"text.embedding_width {self.embedding_width} is more than the {self.width} of {self.weights!r}; no "
+                f"approximation has a higher rank, so give {self.width} or less"
             )
         if len(self.weights_layers) != self.layers or not set(self.weights_layers) <= set(range(6)):
             raise ValueError(

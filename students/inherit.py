@@ -98,8 +98,9 @@ def inherit_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:
 def inherit_weights(tower: TextTower, config: TextConfig, tokenizer_json: bytes) -> None:
     """Copy MiniLM's embeddings and the layers `config.weights_layers` into a "bert" tower, in place.
 
-    Each piece of the tokenizer takes MiniLM's row of that piece; positions include the first token type. A linear
-    projection between equal widths starts as the identity, so that the tower starts as a sentence encoder.
+    Each piece of the tokenizer takes MiniLM's row of that piece; positions include the first token type. A narrower
+    `config.embedding_width` takes the best approximation of that rank (`_factorise`). A linear projection between
+    equal widths starts as the identity, so that the tower starts as a sentence encoder.
 
     Raises:
         UsageError: a piece that MiniLM has no embedding for. MissingExtraError: the package is absent.
@@ -115,10 +116,18 @@ def inherit_weights(tower: TextTower, config: TextConfig, tokenizer_json: bytes)
         )
     state = load_tensors(_read("model.safetensors"))
     words = state["embeddings.word_embeddings.weight"]
+    rows = words.new_zeros(len(tower.token.weight), words.shape[1])
     for piece, index in vocab.items():
-        tower.token.weight[index] = words[known[piece]]
-    kind = state["embeddings.token_type_embeddings.weight"][0]
-    tower.position.copy_(state["embeddings.position_embeddings.weight"][: config.context_length] + kind)
+        rows[index] = words[known[piece]]
+    shift = state["embeddings.token_type_embeddings.weight"][0]
+    if isinstance(tower.widen, torch.nn.Linear):
+        table, matrix, mean = _factorise(rows, tower.token.embedding_dim)
+        tower.token.weight.copy_(table)
+        tower.widen.weight.copy_(matrix.T)
+        shift = shift + mean
+    else:
+        tower.token.weight.copy_(rows)
+    tower.position.copy_(state["embeddings.position_embeddings.weight"][: config.context_length] + shift)
     for key in ("weight", "bias"):
         tower.embed_norm.get_parameter(key).copy_(state[f"embeddings.LayerNorm.{key}"])
         for block, layer in zip(tower.blocks, config.weights_layers):
@@ -128,6 +137,21 @@ def inherit_weights(tower: TextTower, config: TextConfig, tokenizer_json: bytes)
             for ours, theirs in _LAYER.items():
                 block.get_parameter(f"{ours}.{key}").copy_(state[f"{prefix}.{theirs}.{key}"])
     _start_as_identity(tower, config)
+
+
+def _factorise(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(table [V, rank], matrix [rank, W], mean [W]) with table @ matrix + mean the closest to rows [V, W] (squares).
+
+    Every word of a large vocabulary in a narrow row says more than some words in wide ones: most of a caption's
+    meaning lies in its rare words, and a word without a row of its own is spelled in pieces that mean little. The mean
+    costs nothing, because it can be added to the positions. (Factorised embeddings: ALBERT, arXiv:1909.11942.)
+    """
+    mean = rows.double().mean(dim=0)
+    left, values, right = torch.linalg.svd(rows.double() - mean, full_matrices=False)
+    # both factors of like size, so that one learning rate suits both
+    root = values[:rank].sqrt()
+    table, matrix = left[:, :rank] * root, root[:, None] * right[:rank]
+    return table.to(rows.dtype), matrix.to(rows.dtype), mean.to(rows.dtype)
 
 
 def _start_as_identity(tower: TextTower, config: TextConfig) -> None:

@@ -1,0 +1,37 @@
+"""Where the benchmarks keep their results, and the machine that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pocketvlm.distill.environment import describe_environment
+from pocketvlm.distill.recipe import load_recipe
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def write(name: str, value: Any) -> Path:
+    """Write `value` as JSON under the results folder, whole or not at all."""
+    path = RESULTS / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def machine() -> dict[str, Any]:
+    """Versions and processor, and how busy the machine was when it was asked."""
+    facts = {key: value for key, value in describe_environment().items() if key != "command"}
+    return facts | {"load_average": [round(value, 2) for value in os.getloadavg()]}
+
+
+def recipe_digest(recipe: str, changes: Sequence[str], texts: Sequence[str] = ()) -> str:
+    """Digest of what a run does: its recipe, and the recipes (`texts`) of what it starts from; no paths."""
+    digests = [load_recipe(recipe, changes).digest(), *texts]
+    return hashlib.sha256("|".join(digests).encode()).hexdigest()[:16]
