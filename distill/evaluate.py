@@ -9,8 +9,9 @@ runs can be pooled and compared pair by pair later (`distill.metrics.paired_boot
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketvlm.data.sample import Sample
+from pocketvlm.data.source import DataSource
 from pocketvlm.distill import metrics
 from pocketvlm.edge.errors import BadSampleError, UsageError
+from pocketvlm.edge.tokenizer import Tokenizer
 
 SCHEMA = "1.0"
 METRICS = ("retrieval", "zeroshot", "neighbours", "mixed")
@@ -47,6 +50,7 @@ class Questions:
     """What a data set asks: pictures, the texts of each language, and which belong together.
 
     samples: the pictures, flags included. texts: every text that any part needs, each once.
+    left_out: what was left out of the data before, counted by reason.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Questions:
     labels: tuple[str, ...]
     templates: tuple[str, ...]
     texts: tuple[str, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, samples: Iterable[Sample], *, name: str = "data", templates: Sequence[str] = TEMPLATES) -> Questions:
@@ -223,8 +228,14 @@ def _percent(value: float | None) -> str:
 def _caption(values: dict[str, Any]) -> str:
     own = values["model"].get("image_to_text") or values["model"].get("zero_shot") or {}
     candidates = int(own.get("gallery", 0))
-    left_out = f"; {values['data']['bad']} unreadable pictures left out" if values["data"]["bad"] else ""
-    return f"per cent; {int(own.get('queries', 0))} pictures, {candidates} candidates, ties against the model{left_out}"
+    said = f"per cent; {int(own.get('queries', 0))} pictures, {candidates} candidates, ties against the model"
+    # earlier files have no count of what the readers left out
+    gone = Counter(values["data"].get("left_out", {})) + Counter(values["data"]["bad_reasons"])
+    return f"{said}; left out: {_listed(gone)}" if gone else said
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
 
 
 def evaluate_model(
@@ -262,7 +273,19 @@ def evaluate_path(model: str | Path, data: Any, **options: Any) -> Evaluation:
 
 def questions_of(data: Any, *, templates: Sequence[str] = TEMPLATES) -> Questions:
     samples = data.samples if hasattr(data, "samples") else data
-    return Questions.of(samples, name=getattr(data, "name", "data"), templates=templates)
+    questions = Questions.of(samples, name=getattr(data, "name", "data"), templates=templates)
+    return replace(questions, left_out=dict(data.report.counts)) if hasattr(data, "report") else questions
+
+
+def read_by(encoder: Any, source: DataSource) -> DataSource:
+    """`source` without the captions that the encoder's text tower would cut; see `DataSource.within_context`.
+
+    encoder: an `EdgeModel`, or a `StudentEncoder`; any other one keeps all captions.
+    """
+    student, tokenizer = getattr(encoder, "student", None), getattr(encoder, "tokenizer", None)
+    if student is not None:
+        tokenizer = Tokenizer(student.tokenizer_json, student.text_spec)
+    return source if tokenizer is None else source.within_context(tokenizer)
 
 
 def score(
@@ -284,14 +307,16 @@ def score(
             "pictures": len(board.headline),
             "flags": len(board.flags),
             "bad": len(model.bad),
-            "bad_reasons": _count(reason for _, reason in model.bad),
+            "bad_reasons": dict(Counter(reason for _, reason in model.bad)),
+            "left_out": dict(sorted(questions.left_out.items())),
             "language": questions.language,
         },
         "model": board.part("model", model, model, headline=True, wanted=metrics_wanted),
     }
     if not values["model"]:
+        gone = f" (left out: {_listed(questions.left_out)})" if questions.left_out else ""
         raise UsageError(
-            f"{questions.name} has neither captions nor two different labels, so there is nothing to score; "
+            f"{questions.name} has neither captions nor two different labels{gone}, so there is nothing to score; "
             "give data with captions, or with a label column"
         )
     if teacher is not None:
@@ -308,13 +333,6 @@ def score(
         values["by_language"] = board.by_language()
         values["flags"] = board.score_flags()
     return Evaluation(values, board.queries)
-
-
-def _count(items: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for item in items:
-        counts[item] = counts.get(item, 0) + 1
-    return counts
 
 
 class _Board:
@@ -383,12 +401,7 @@ class _Board:
         self.queries["zero_shot/uid"] = np.array([sample.uid for sample in samples])
         self.queries[f"{side}/zero_shot/rank"] = result.rank
         values = result.summary((1, 5))
-        return {
-            "top-1": values["R@1"],
-            "top-5": values["R@5"],
-            "queries": values["queries"],
-            "gallery": values["gallery"],
-        }
+        return {"top-1": values["R@1"], "top-5": values["R@5"]} | {key: values[key] for key in ("queries", "gallery")}
 
     def part(
         self, side: str, images: Embedded, texts: Embedded, *, headline: bool, wanted: Sequence[str]

@@ -130,7 +130,11 @@ def _environment(prepared: Prepared, device: torch.device) -> str:
     facts = describe_environment(
         recipe_sha256=recipe.digest(),
         device=describe_device(device),
-        data={"train": prepared.source.summary(), "text_pool": len(prepared.texts)},
+        data={
+            "train": prepared.source.summary(),
+            "eval": prepared.held_out.summary() if prepared.held_out else None,
+            "text_pool": len(prepared.texts),
+        },
         teacher={"name": teacher.name, "fingerprint": teacher.fingerprint, "dim": teacher.dim} if teacher else None,
         licences=[list(row) for row in prepared.licences],
     )

@@ -52,6 +52,7 @@ class TeacherFacts:
 class Prepared:
     """samples: those that train, every picture readable. texts: the pool of the text-only batch.
 
+    source, held_out: training and evaluation data, without the captions that the student could not read whole.
     images / words: teacher caches of pictures with captions, and of `texts`; None without a teacher.
     digest: over everything that decides the run's arithmetic besides the recipe; a resumed run must match it.
     pictures_digest: over uids and sources of the pictures. report: where progress is told.
@@ -59,6 +60,7 @@ class Prepared:
 
     recipe: Recipe
     source: DataSource
+    held_out: DataSource | None
     samples: list[Sample]
     texts: list[str]
     tokenizer: Tokenizer
@@ -93,12 +95,11 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         BadSampleError: an unreadable sample under `on_bad_sample: refuse`.
     """
     with _one_by_one(report, "data") as progress:
-        source = open_data(recipe.data.train, on_bad_sample=recipe.data.on_bad_sample, progress=progress)
-        questions = None
-        if recipe.data.eval:
-            questions = questions_of(open_data(recipe.data.eval, progress=progress), templates=recipe.eval.templates)
+        bad = recipe.data.on_bad_sample
+        source = open_data(recipe.data.train, on_bad_sample=bad, progress=progress)
+        held_out = open_data(recipe.data.eval, on_bad_sample=bad, progress=progress) if recipe.data.eval else None
     _check_captions(recipe, source)
-    texts = _text_pool(recipe, source, questions)
+    texts = _text_pool(recipe, source, held_out)
     teacher = None
     if recipe.teacher is not None:
         from pocketvlm.teachers import load_teacher
@@ -108,13 +109,25 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
                 recipe.teacher.spec,
                 device=recipe.train.device,
                 allow_download=recipe.teacher.allow_download,
+                trust_remote_code=recipe.teacher.trust_remote_code,
                 progress=progress,
             )
         check_width(recipe, teacher.dim, teacher.name)
     student = _student(recipe, source, texts, teacher)
     tokenizer = Tokenizer(student.tokenizer_json, student.text_spec)
     policy = AugmentPolicy.from_dict(recipe.views.policy)
-    samples, pictures = _readable(recipe, source, student, tokenizer, policy, report)
+    whole, source = source, source.within_context(tokenizer)
+    gone = set(whole.captions()) - set(source.captions())
+    texts = [text for text in texts if text not in gone]
+    questions = None
+    if held_out is not None:
+        held_out = held_out.within_context(tokenizer)
+        questions = questions_of(held_out, templates=recipe.eval.templates)
+    samples, pictures = _readable(recipe, source, student, policy, report)
+    for what, data in (("training", source), ("evaluation", held_out)):
+        if data is not None and data.report.counts:
+            report.line(f"left out of the {what} data {data.name}: {dict(sorted(data.report.counts.items()))}")
+    _check_captions(recipe, source)
     images, words, answers = _teacher_outputs(recipe, teacher, samples, texts, questions, policy, report)
     facts = {
         "samples": digest_names([f"{s.uid} {[c.text for c in s.captions]}" for s in samples]),
@@ -126,6 +139,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
     return Prepared(
         recipe=recipe,
         source=source,
+        held_out=held_out,
         samples=samples,
         texts=texts,
         tokenizer=tokenizer,
@@ -166,9 +180,11 @@ def _check_captions(recipe: Recipe, source: DataSource) -> None:
     captioned = sum(bool(sample.captions) for sample in source.samples)
     asking = [s.name for s in recipe.objectives if s.batch == "pairs" and objective_needs(s.name).captions]
     if asking and captioned == 0:
+        gone = ", ".join(f"{count} x {reason}" for reason, count in sorted(source.report.counts.items()))
         raise UsageError(
             f"{', '.join(asking)} learn from picture-caption pairs and none of the {len(source)} pictures of "
-            f"{source.name} has a caption; add captions, or use objectives that need none (docs/recipes.md lists them)"
+            f"{source.name} has a caption{f' (left out: {gone})' if gone else ''}; add captions, or use objectives "
+            "that need none (docs/recipes.md lists them)"
         )
     if len(asking) == len(recipe.objectives) and captioned == 1:
         raise UsageError(
@@ -177,17 +193,17 @@ def _check_captions(recipe: Recipe, source: DataSource) -> None:
         )
 
 
-def _text_pool(recipe: Recipe, source: DataSource, questions: Questions | None) -> list[str]:
+def _text_pool(recipe: Recipe, source: DataSource, held_out: DataSource | None) -> list[str]:
     """Words without any caption that is scored or withheld, then the captions that the student may see."""
-    captions = list(dict.fromkeys(c.text for s in source.samples for c in s.captions))
+    captions = source.captions()
     words = recipe.data.words
     if words is None:
         return captions
     from pocketvlm.data.wordlist import word_list
 
-    withheld = {c.text for s in (questions.samples if questions else ()) for c in s.captions}
+    withheld = set(held_out.captions()) if held_out is not None else set()
     for spec in words.exclude:
-        withheld |= {c.text for s in open_data(spec).samples for c in s.captions}
+        withheld |= set(open_data(spec).captions())
     return list(dict.fromkeys([*word_list(words.name, size=words.size, exclude=withheld), *captions]))
 
 
@@ -245,11 +261,10 @@ def _start_from(student: Student, folder: Path, parts: Sequence[str]) -> None:
 
 
 def _readable(
-    recipe: Recipe, source: DataSource, student: Student, tokenizer: Tokenizer, policy: AugmentPolicy, report: Reporter
+    recipe: Recipe, source: DataSource, student: Student, policy: AugmentPolicy, report: Reporter
 ) -> tuple[list[Sample], Pictures]:
-    """Samples whose pictures decode and whose captions fit; the rest is counted in `source.report`."""
-    samples, too_long = _fitting(source, tokenizer, student.text_spec.context_length)
-    data, bad = recipe.data, []
+    """Samples whose pictures decode; the rest is counted in `source.report`."""
+    samples, data, bad = list(source.samples), recipe.data, []
 
     def pictures_of(kept: list[Sample]) -> Pictures:
         budget = int(data.ram_gb * 2**30)
@@ -271,27 +286,7 @@ def _readable(
         samples = [sample for index, sample in enumerate(samples) if index not in gone]
         source.report.refuse_empty(source.name, len(samples))
         pictures = pictures_of(samples)
-    if bad or too_long:
-        report.line(f"left out of {source.name}: {dict(sorted(source.report.counts.items()))}")
     return samples, pictures
-
-
-def _fitting(source: DataSource, tokenizer: Tokenizer, context: int) -> tuple[list[Sample], int]:
-    captions = list(dict.fromkeys(c.text for s in source.samples for c in s.captions))
-    long = (
-        {text for text, length in zip(captions, tokenizer.lengths(captions)) if length > context} if captions else set()
-    )
-    if not long:
-        return list(source.samples), 0
-    samples = []
-    for sample in source.samples:
-        kept = tuple(caption for caption in sample.captions if caption.text not in long)
-        for _ in range(len(sample.captions) - len(kept)):
-            source.report.add(
-                "too-long-text", sample.uid, f"a caption has more than the {context} tokens of the student's context"
-            )
-        samples.append(dataclasses.replace(sample, captions=kept))
-    return samples, len(long)
 
 
 def _teacher_outputs(

@@ -73,7 +73,8 @@ class ViewsSection(_Section):
 class TeacherSection(_Section):
     """spec: of `teachers.load_teacher`. cache: folder of its outputs (null: in the user's cache folder).
 
-    allow_download lets a spec that names a hub id reach the network. batch_size: of the teacher's forward.
+    allow_download lets a spec that names a hub id reach the network. trust_remote_code runs Python code that comes
+    with a Hugging Face checkpoint. batch_size: of the teacher's forward.
     The target of a picture's view is unit(unit((1 - smooth) * view + smooth * mean of its views) + caption_mix *
     caption), the caption part only where the student may see the caption; 0 and 0 is the teacher's own embedding.
     """
@@ -85,6 +86,7 @@ class TeacherSection(_Section):
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Count = 32
     allow_download: bool = False
+    trust_remote_code: bool = False
 
 
 class StudentSection(_Section):

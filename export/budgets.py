@@ -6,10 +6,12 @@ unless it carries a `reason`, which the report then prints beside the number.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +19,9 @@ from typing import Any, Literal
 from pocketvlm.edge.errors import UsageError, VersionError, unknown_name
 from pocketvlm.export.compare import PairedChange, plain, queries_needed
 
-Status = Literal["pass", "undecided", "fail", "not-run", "structure-only"]
+Status = Literal["pass", "undecided", "fail", "not-run", "structure-only", "not-compared"]
 SCHEMA = "1.0"
+_TIE = ("noise", "statistic", "k", "floor")
 # the most that a noise floor may widen a budget, in error units
 WIDEST = 2.0
 
@@ -112,8 +115,8 @@ class PrecisionBudgets:
     def judge_task(self, change: PairedChange, where: str, name: str = "task_loss") -> Check:
         """Verdict on a paired task change (see docs/parity.md, "When a task result counts").
 
-        pass: the one-sided 95 % bound of the loss is within the budget. fail: the lower bound is beyond it, or the
-        measured loss is beyond it and there are enough queries to decide. undecided: anything else.
+        pass: the one-sided 95 % upper bound of the loss is within the budget. fail: the lower bound is beyond it.
+        undecided: anything else, also a measured loss beyond the budget that so few queries may show by chance.
         """
         limit = self.metrics["task_loss"].value
         needed = queries_needed(limit)
@@ -121,15 +124,16 @@ class PrecisionBudgets:
         status: Status
         if change.bound <= limit:
             status = "pass"
-        elif change.floor > limit or (change.loss > limit and change.queries >= needed):
+        elif change.floor > limit:
             status = "fail"
         else:
             status = "undecided"
-            text += (
-                f"; fewer than the {needed} queries that this budget needs"
-                if change.queries < needed
-                else "; the measured loss is within the budget and its bound is not"
-            )
+            if change.queries < needed:
+                text += f"; fewer than the {needed} queries that this budget needs"
+            elif change.loss > limit:
+                text += f"; its lower bound {100 * change.floor:+.2f} is not beyond the budget, so pool folds to decide"
+            else:
+                text += "; the measured loss is within the budget and its bound is not, so pool folds to decide"
         return Check(
             name, where, change.loss, limit, "lower", status, self.metrics["task_loss"].source, text
         )  # fmt: skip
@@ -137,11 +141,13 @@ class PrecisionBudgets:
 
 @dataclass(frozen=True)
 class Budgets:
-    """A budgets file. path is its name only, never a machine's folder."""
+    """A budgets file. path: its name only, never a machine's folder. sha256: of the file. shipped: it is this kit's."""
 
     version: str
     path: str
     precisions: Mapping[str, PrecisionBudgets]
+    sha256: str = ""
+    shipped: bool = True
 
     def for_precision(self, precision: str) -> PrecisionBudgets:
         """The limits of one precision; a precision without limits cannot be judged and is refused."""
@@ -155,6 +161,7 @@ def load_budgets(path: str | Path | None = None) -> Budgets:
 
     Raises:
         UsageError: the file is absent, not JSON, incomplete, or loosens a number without saying why.
+        UnknownNameError: a key, precision or metric that the shipped file does not have.
         VersionError: it was written under a newer schema.
     """
     shipped = _parse(resources.files(__package__).joinpath("budgets.json").read_text("utf-8"), "budgets.json", None)
@@ -173,28 +180,85 @@ def _parse(text: str, name: str, shipped: Budgets | None) -> Budgets:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"budgets file {name} is not JSON (line {error.lineno}); parity was not judged") from error
-    if not isinstance(value, dict) or "schema" not in value or not value.get("precisions"):
+    if not isinstance(value, dict) or "schema" not in value or not isinstance(value.get("precisions"), dict):
         raise UsageError(f"budgets file {name} has no 'schema' or no 'precisions', so it limits nothing")
     if str(value["schema"]).split(".")[0] != SCHEMA.split(".")[0]:
         raise VersionError(f"budgets file {name} has schema {value['schema']}, this release reads {SCHEMA}; upgrade")
+    if not value["precisions"]:
+        raise UsageError(f"budgets file {name} has no precision, so it limits nothing; copy the shipped budgets.json")
+    _known_keys(name, "key", value, ("schema", "version", "rule", "precisions"))
+    if shipped:
+        _known_keys(name, "precision", value["precisions"], shipped.precisions)
     precisions = {}
     for precision, entry in value["precisions"].items():
-        try:
-            metrics = {metric: Budget(metric=metric, **fields) for metric, fields in entry["metrics"].items()}
-            precisions[precision] = PrecisionBudgets(
-                precision, entry["title"], entry["noise"], entry["rows"], entry["tie"], metrics
-            )
-        except (KeyError, TypeError) as error:
-            raise UsageError(
-                f"budgets file {name}, precision {precision!r} is incomplete or has a stray field ({error})"
-            ) from error
-        base = shipped.precisions.get(precision) if shipped else None
+        base = shipped.precisions[precision] if shipped else None
+        precisions[precision] = _precision(name, precision, entry, base)
         _refuse_silent_loosening(name, precisions[precision], base)
-    return Budgets(str(value.get("version", "unnamed")), name, precisions)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Budgets(str(value.get("version", "unnamed")), name, precisions, digest, shipped is None)
+
+
+def _precision(name: str, precision: str, entry: Any, base: PrecisionBudgets | None) -> PrecisionBudgets:
+    _known_keys(name, f"{precision} key", entry, ("title", "noise", "rows", "tie", "metrics"))
+    try:
+        if base:
+            _known_keys(name, f"{precision} metric", entry["metrics"], base.metrics)
+        fields = {field.name for field in dataclass_fields(Budget)} - {"metric"}
+        for metric, limits in entry["metrics"].items():
+            _known_keys(name, f"{precision} {metric} key", limits, fields)
+            _refuse_no_number(name, f"{precision} {metric}", limits, ("value", "start", "k"))
+        _known_keys(name, f"{precision} tie key", entry["tie"], (*_TIE, "source", "reason"))
+        _refuse_no_number(name, f"{precision} tie", entry["tie"], ("k", "floor"))
+        missing = sorted(set(_TIE) - set(entry["tie"]))
+        if missing:
+            raise KeyError(missing[0])
+        metrics = {metric: Budget(metric=metric, **limits) for metric, limits in entry["metrics"].items()}
+        return PrecisionBudgets(precision, entry["title"], entry["noise"], entry["rows"], entry["tie"], metrics)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"budgets file {name}, precision {precision!r} is incomplete ({error}), so it would judge less than it "
+            "seems to; copy what is missing from the shipped budgets.json"
+        ) from error
+
+
+def _known_keys(name: str, what: str, given: Any, known: Iterable[str]) -> None:
+    """A misspelt key would leave the shipped number, or none, in force without a word."""
+    if not isinstance(given, Mapping):
+        raise UsageError(f"budgets file {name} has a {type(given).__name__} where keys are expected ({what})")
+    for key in given:
+        if key not in known:
+            raise unknown_name(f"{what} in budgets file {name}", key, known)
+
+
+def _refuse_no_number(name: str, where: str, given: Mapping[str, Any], keys: Iterable[str]) -> None:
+    for key in keys:
+        value = given.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UsageError(
+                f"budgets file {name} gives {where} the {key} {value!r}, which is no finite number, so nothing could "
+                "be held to it; write a number"
+            )
 
 
 def _refuse_silent_loosening(name: str, new: PrecisionBudgets, base: PrecisionBudgets | None) -> None:
+    for key in ("noise", "rows"):
+        if base and getattr(new, key) != getattr(base, key):
+            raise UsageError(
+                f"budgets file {name} changes {key!r} of {new.precision} to {getattr(new, key)!r}, so that other "
+                f"values would be judged than the limits are for; restore {getattr(base, key)!r}"
+            )
     for metric, budget in new.metrics.items():
+        own = base.metrics.get(metric) if base else None
+        if own and (budget.better, budget.noise_metric) != (own.better, own.noise_metric):
+            raise UsageError(
+                f"budgets file {name} changes 'better' or 'noise_metric' of {new.precision} {metric}, which say how it "
+                "is measured and not how much is allowed; copy them from the shipped budgets.json"
+            )
+        if own and budget.k > own.k and not budget.reason.strip():
+            raise UsageError(
+                f"budgets file {name} raises k of {new.precision} {metric} from {own.k:g} to {budget.k:g} without a "
+                "'reason', which would let more noise widen the limit; add the reason or restore the number"
+            )
         origin = base.metrics[metric].value if base and metric in base.metrics else budget.start
         if budget.error(budget.value) > budget.error(origin) * (1 + 1e-12) and not budget.reason.strip():
             raise UsageError(

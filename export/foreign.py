@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pocketvlm.edge.contract import ImageSpec, ModelContract, identity
 from pocketvlm.edge.errors import IntegrityError, UsageError, unknown_name
 from pocketvlm.edge.tokenizer import Tokenizer
+from pocketvlm.export.numerics import WideConstants
 from pocketvlm.export.source import Exportable
 from pocketvlm.export.targets.base import Towers
 
@@ -25,6 +26,11 @@ KINDS = ("open_clip", "hf")
 # largest difference of any coordinate of a unit vector; float32 rounding through a deep tower stays below
 _SAME = 1e-5
 _PROBES = ("a photo of a cat", "It's a dog, isn't it?", "日本語の写真", "naïve café 🐱", "long " * 200)
+
+
+def is_foreign(source: object) -> bool:
+    """Whether `source` names an existing dual encoder ("open_clip:...", "hf:...") rather than something on disk."""
+    return isinstance(source, str) and source.split(":")[0] in KINDS and not Path(source).exists()
 
 
 def load_foreign(spec: str, *, allow_download: bool = False, trust_remote_code: bool = False) -> Exportable:
@@ -47,7 +53,7 @@ def load_foreign(spec: str, *, allow_download: bool = False, trust_remote_code: 
 def from_teacher(teacher: Any) -> Exportable:
     """An open_clip or Hugging Face teacher (`teachers.dual.DualEncoderTeacher`) as an `Exportable`; raises as above."""
     model = teacher.model
-    tokenizer_json, text = teacher.tokenizer_json(), teacher.text
+    text = teacher.text
     if hasattr(model, "visual"):
         image_tower, text_tower = _open_clip_towers(model)
     elif hasattr(model, "vision_model") and hasattr(model, "text_model"):
@@ -58,30 +64,34 @@ def from_teacher(teacher: Any) -> Exportable:
             f"{type(model).__name__} has no separate image and text towers that this release knows how to cut out; "
             "export an open_clip, CLIP or SigLIP model, or distil from it instead"
         )
+    contract = foreign_contract(teacher)
+    towers = Towers(_frozen(ForeignImage(image_tower, teacher.image)), _frozen(ForeignText(text_tower)), contract)
+    exportable = Exportable(
+        towers,
+        teacher.tokenizer_json(),
+        teacher.licences,
+        {"source": contract.name, "source_fingerprint": teacher.fingerprint, "distilled": False},
+    )
+    _refuse_difference(exportable, teacher)
+    return exportable
+
+
+def foreign_contract(teacher: Any) -> ModelContract:
+    """The contract of such a teacher; what is exported and what is recorded of one model share it."""
     # a path in the name would tell everybody where it lay
     head, _, rest = teacher.name.partition(":")
-    name = f"{head}:{Path(rest.partition('@')[0]).name or rest}"
-    contract = ModelContract(
+    return ModelContract(
         kind="dual",
-        name=name,
+        name=f"{head}:{Path(rest.partition('@')[0]).name or rest}",
         model_id=identity(head, teacher.fingerprint),
         space_id=teacher.space_id,
         embed_dim=teacher.dim,
         dims=(teacher.dim,),
         image=teacher.image,
-        text=text,
+        text=teacher.text,
         logit_scale=teacher.logit_scale,
         logit_bias=teacher.logit_bias,
     )
-    towers = Towers(_frozen(ForeignImage(image_tower, teacher.image)), _frozen(ForeignText(text_tower)), contract)
-    exportable = Exportable(
-        towers,
-        tokenizer_json,
-        teacher.licences,
-        {"source": name, "source_fingerprint": teacher.fingerprint, "distilled": False},
-    )
-    _refuse_difference(exportable, teacher)
-    return exportable
 
 
 class ForeignImage(nn.Module):
@@ -160,6 +170,12 @@ class _HfText(nn.Module):
         self.masked = masked
 
     def forward(self, ids: Tensor) -> Tensor:
+        if next(self.text_model.parameters()).dtype != torch.float64:
+            return self._embed(ids)
+        with WideConstants():  # for the conformance vectors; never while a graph is traced
+            return self._embed(ids)
+
+    def _embed(self, ids: Tensor) -> Tensor:
         mask = (ids != self.pad_id).long() if self.masked else None
         return self.projection(cast(Any, self.text_model)(input_ids=ids, attention_mask=mask).pooler_output)
 

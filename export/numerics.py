@@ -5,20 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pocketvlm
 from pocketvlm.edge.errors import UsageError
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+# the folders of an absolute path behind ":", "@" or "="; "//" begins an address, not a path
+_INNER_PATH = re.compile(r"([:@=])/(?!/)(?:[^/:@=?]*/)*")
 _WORKSPACES = (":4096:8", ":16:8")
 # operator -> positions of the factors; a bias is added in full precision by the hardware, so it is left alone
 _FACTORS = {
@@ -56,7 +64,8 @@ def reference_device(name: str | torch.device) -> torch.device:
 def strict_numerics(device: torch.device) -> Iterator[None]:
     """Deterministic algorithms, TF32 off, cudnn.benchmark off, math attention, autocast off; all restored afterwards.
 
-    On the CPU also a single thread: a sum split over threads depends in its last bits on how many cores there are.
+    On the CPU also a single thread for each sum, whose last bits would otherwise depend on how many cores there are;
+    `spread` uses the cores all the same. Enter it on the main thread.
 
     Raises:
         UsageError: on CUDA, when CUBLAS_WORKSPACE_CONFIG holds a value that cuBLAS does not treat as deterministic.
@@ -72,18 +81,41 @@ def strict_numerics(device: torch.device) -> Iterator[None]:
     saved = (matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic)
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    threads = torch.get_num_threads()
+    threads, fused = torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
     try:
         if device.type == "cpu":
             torch.set_num_threads(1)
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = False, False, False, True
         torch.use_deterministic_algorithms(True)
+        # nn.MultiheadAttention's fused kernel is not math attention, and emulated TF32 could not see into it
+        torch.backends.mha.set_fastpath_enabled(False)
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False), torch.inference_mode():
             yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = saved
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.mha.set_fastpath_enabled(fused)
         torch.set_num_threads(threads)
+
+
+def spread(step: Callable[[_Item], _Result], items: Sequence[_Item], *, threads: bool = True) -> list[_Result]:
+    """[step(item) for item in items], over the cores if `threads`.
+
+    An item runs whole on one thread, with as many threads inside as torch has now: under `strict_numerics` one, so
+    that the results have the bits of a plain loop. Inference mode and dispatch modes belong to a thread: `step` enters
+    the ones it needs.
+    """
+    workers = min(len(items), _cores()) if threads else 1
+    if workers < 2:
+        return [step(item) for item in items]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(step, items))
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def round_mantissa(x: Tensor, bits: int = 10) -> Tensor:
@@ -109,6 +141,36 @@ class EmulatedTF32(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class WideConstants(TorchFunctionMode):
+    """`torch.full` of a float makes float64 where no dtype is given.
+
+    transformers fills its causal mask with the lowest number of the model's dtype, in a tensor of torch's default
+    dtype, which cannot hold float64's. Setting that default instead would reach every thread.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.full and isinstance(args[1], float):
+            kwargs.setdefault("dtype", torch.float64)
+        return func(*args, **kwargs)
+
+
+class NarrowOperators(TorchDispatchMode):
+    """Collects the operators that answer in less than float64 (`found`: "softmax float32"), scalars aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64 and value.ndim:
+                name = func.overloadpacket.__name__.strip("_")
+                self.found.add(f"{name} {str(value.dtype).removeprefix('torch.')}")
+        return result
+
+
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor and commit, without any path or user name."""
     cuda = device.type == "cuda"
@@ -130,8 +192,9 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that is running, each absolute path cut to its last part (a reference must not name a machine)."""
-    parts = [Path(part).name if os.path.isabs(part) else part for part in sys.argv]
+    """The command that is running, each absolute path, also inside a spec such as hf:/a/model, cut to its last part:
+    a reference must not name a machine."""
+    parts = [Path(part).name if os.path.isabs(part) else _INNER_PATH.sub(r"\1", part) for part in sys.argv]
     return " ".join(["pocketvlm" if parts[:1] == ["__main__.py"] else parts[0] if parts else "python", *parts[1:]])
 
 

@@ -26,6 +26,7 @@ from pocketvlm.export.parity_stages import (
     Outputs,
     StageResult,
     guarded,
+    kept_to,
     query_keys,
     run_towers,
     stage_end_to_end,
@@ -56,7 +57,8 @@ class VariantReport:
     """One target at one precision. stages: in order. worst: the cases to look at first.
 
     status: "fail" if any stage failed, else "undecided" if one could not be decided, else "structure-only" if its
-    numbers were not run here, else "pass". failed_stage: the first stage that failed.
+    numbers were not run here, else "pass". failed_stage: the first stage that failed. A stage that is "not-compared"
+    counts for nothing and is named in `message`.
     """
 
     target: str
@@ -89,7 +91,14 @@ class VariantReport:
             for stage in self.stages:
                 if stage.status == status:
                     return f"{stage.stage} ({stage.title}): {stage.message}"
-        return "every stage is within its budget"
+        open_ = self.not_compared
+        return f"every compared stage is within its budget; {open_}" if open_ else "every stage is within its budget"
+
+    @property
+    def not_compared(self) -> str:
+        """The stages that could not be compared, for people; empty where there is none."""
+        names = [f"{stage.stage} ({stage.title})" for stage in self.stages if stage.status == "not-compared"]
+        return f"not compared: {', '.join(names)}" if names else ""
 
     def stage(self, name: str) -> StageResult:
         """The stage called "S0" ... "S5"."""
@@ -167,7 +176,8 @@ class ParityReport:
         unrun = [variant.name for variant in self.variants if variant.status == "structure-only"]
         ran = len(self.variants) - len(unrun)
         tail = f"; {', '.join(unrun)}: structure only, numerics not run here" if unrun else ""
-        return f"parity holds for {ran} of {len(self.variants)} variants{tail}" if ran else f"nothing ran{tail}"
+        open_ = next((f"; {variant.not_compared}" for variant in self.variants if variant.not_compared), "")
+        return f"parity holds for {ran} of {len(self.variants)} variants{open_}{tail}" if ran else f"nothing ran{tail}"
 
     def variant(self, target: str, precision: str) -> VariantReport:
         """The report of one variant."""
@@ -239,8 +249,12 @@ def check_parity(
         )
     report = ParityReport(
         model="", bundle={"name": folder.name}, reference={"name": Path(reference_folder).name},
-        budgets={"file": limits.path, "version": limits.version}, preflight=[], variants=[],
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        budgets={
+            "file": limits.path, "version": limits.version, "sha256": limits.sha256,
+            "whose": "shipped" if limits.shipped else "your own",
+        },
+        preflight=[], variants=[],
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
     reference = _open_reference(reference_folder, report)
     bundle = _open_bundle(folder, report)
@@ -248,8 +262,8 @@ def check_parity(
         report.queries = query_keys(reference)
         chosen = _chosen(bundle, wanted)
         shared = [
-            guarded("S0", lambda: stage_pixels(bundle, reference)),
-            guarded("S1", lambda: stage_ids(bundle, reference)),
+            kept_to(guarded("S0", lambda: stage_pixels(bundle, reference)), reference),
+            kept_to(guarded("S1", lambda: stage_ids(bundle, reference)), reference),
         ]
         for variant in chosen:
             report.variants.append(_check_variant(bundle, variant, reference, limits, shared, report))
@@ -307,7 +321,7 @@ def _same_model(bundle: Bundle, reference: ReferenceRun, report: ParityReport) -
         if ours[key] != theirs[key]:
             message = (
                 f"{key} of the bundle is {ours[key]!r} and of the reference {theirs[key]!r}; they are different "
-                "models, so record a reference of this bundle's student or give the right folder"
+                "models, so record a reference of this bundle's model or give the right folder"
             )
             report.preflight.append(StageResult("identity", "fail", message))
             return False

@@ -10,15 +10,23 @@ from pocketvlm.export.budgets import Check
 from pocketvlm.export.parity import ParityReport, VariantReport
 from pocketvlm.export.parity_stages import JUDGED_AT, TITLES, metric_name, number
 
-LIGHTS = {"pass": "●", "fail": "✕", "undecided": "◐", "structure-only": "◇", "not-run": "–"}
+LIGHTS = {"pass": "●", "fail": "✕", "undecided": "◐", "structure-only": "◇", "not-compared": "○", "not-run": "–"}
 WORDS = {
     "pass": "pass",
     "fail": "FAIL",
     "undecided": "undecided",
     "structure-only": "structure only",
+    "not-compared": "not compared",
     "not-run": "not run",
 }
-_COLORS = {"pass": "green", "fail": "bold red", "undecided": "yellow", "structure-only": "cyan", "not-run": "dim"}
+_COLORS = {
+    "pass": "green",
+    "fail": "bold red",
+    "undecided": "yellow",
+    "structure-only": "cyan",
+    "not-compared": "cyan",
+    "not-run": "dim",
+}
 _STAGES = ("S0", "S1", "S2", "S3", "S4", "S5")
 
 
@@ -65,6 +73,13 @@ def print_report(report: ParityReport, console: Any = None) -> None:
                 console.print(
                     Text(f"{LIGHTS[variant.status]} {variant.name}: {variant.message}", _COLORS[variant.status])
                 )
+        for stage in report.variants[0].stages:
+            if stage.status == "not-compared":
+                console.print(
+                    Text(f"{LIGHTS[stage.status]} {stage.stage}, every variant: {stage.message}", _COLORS[stage.status])
+                )
+    budgets = report.budgets
+    console.print(Text(f"budgets: {budgets['file']} {budgets['version']} ({budgets['whose']})", style="dim"))
     console.print(Text(report.message, style=_COLORS[report.status]))
 
 
@@ -108,16 +123,22 @@ def render_html(report: ParityReport) -> str:
     )
 
 
+_OWN_LINE = ("dtype", "narrower_operators")
+
+
 def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     numerics, machine = manifest["numerics"], manifest["environment"]
-    flags = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in numerics.items() if key != "dtype")
+    flags = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in numerics.items() if key not in _OWN_LINE)
     versions = ", ".join(
         f"{key} {machine[key]}" for key in ("torch", "cuda", "cudnn", "driver", "python") if machine[key]
     )
+    source = manifest.get("source", {})
     return [
         ("model", manifest["model_id"]),
+        *((f"recorded {key}", _flat(value)) for key, value in source.items()),
         ("arithmetic", f"{numerics['dtype']} on {machine['device_name']} ({machine['device']})"),
         ("flags", flags),
+        *([("in less than float64", ", ".join(narrow))] if (narrow := numerics.get("narrower_operators")) else []),
         ("versions", f"{versions}, kit {machine['kit']}, commit {machine['commit'] or 'unknown'}"),
         ("processor", f"{machine['cpu']['model']} ({machine['cpu_capability']})"),
         ("data", f"{manifest['data']['name']}: " + ", ".join(f"{v} {k}" for k, v in manifest["counts"].items())),
@@ -126,6 +147,10 @@ def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         ("command", manifest["command"]),
         ("date", manifest["date"]),
     ]
+
+
+def _flat(value: Any) -> str:
+    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
 
 
 _NOISE_NAMES = {
@@ -156,6 +181,6 @@ def _noise_rows(noise: dict[str, Any]) -> list[tuple[str, list[str]]]:
 def _licences(report: ParityReport) -> list[tuple[str, str, str]]:
     """Whose pictures and weights the page shows; attribution has to travel with them."""
     manifest = report.reference.get("manifest") or {}
-    rows = [tuple(row) for row in manifest.get("data", {}).get("licences", [])]
+    rows = [tuple(row) for row in (*manifest.get("data", {}).get("licences", []), *manifest.get("licences", []))]
     rows += [(row["what"], row["licence"], row["attribution"]) for row in report.bundle.get("licences", [])]
     return list(dict.fromkeys(rows))  # type: ignore[arg-type]

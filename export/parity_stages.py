@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -134,6 +134,14 @@ def judged(stage: str, checks: list[Check], details: dict[str, Any] | None = Non
         message = "; ".join(f"{check.where}: {check.note}" for check in open_)
         return StageResult(stage, "undecided", message, checks, details or {})
     return StageResult(stage, "pass", good or "within budget", checks, details or {})
+
+
+def kept_to(result: StageResult, reference: ReferenceRun) -> StageResult:
+    """`result`, or "not-compared" where the recording cannot vouch for that stage; a failure stays a failure."""
+    reason = reference.not_compared.get(result.stage)
+    if reason is None or result.status != "pass":
+        return result
+    return replace(result, status="not-compared", message=f"{reason}; by this kit's own, {result.message}")
 
 
 def guarded(stage: str, step: Callable[[], StageResult]) -> StageResult:

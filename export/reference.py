@@ -1,4 +1,4 @@
-"""Record a reference run: what the unpatched eager student answers to golden inputs, and how exact that answer is.
+"""Record a reference run: what the unpatched eager model answers to golden inputs, and how exact that answer is.
 
 float64 on the CPU, float32 with every shortcut off on CUDA; the same code. The exported, fused and quantised graphs
 are later compared with this folder and never with one another.
@@ -6,7 +6,6 @@ are later compared with this folder and never with one another.
 
 from __future__ import annotations
 
-import copy
 import datetime
 import json
 import shutil
@@ -22,12 +21,12 @@ from pocketvlm.data.sample import Sample
 from pocketvlm.edge.contract import ModelContract
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, PocketvlmError, UsageError
 from pocketvlm.edge.preprocess import load_image
-from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.export import reference_run as layout
 from pocketvlm.export.cases import golden_images, golden_texts, pick
 from pocketvlm.export.compare import drift, plain
 from pocketvlm.export.numerics import (
     EmulatedTF32,
+    NarrowOperators,
     command_line,
     describe_environment,
     reference_device,
@@ -42,12 +41,11 @@ from pocketvlm.export.reference_write import (
     Writer,
     encode_rows,
     unit_rows,
-    weight_facts,
     write_cases,
     write_taps,
     write_task,
 )
-from pocketvlm.students.student import weights_digest
+from pocketvlm.export.subject import Runner, Subject, open_subject
 
 __all__ = ["ReferenceRun", "load_reference", "record_reference", "show"]
 
@@ -55,6 +53,8 @@ REAL_CASES = 16
 # below this many texts "the top ten" is most of the gallery, and its overlap says nothing
 MIN_TASK = 20
 NOISE_ROWS = 128
+# for the checks whose answer is zero or next to it, and for half precision, which a CPU computes very slowly
+RERUN_ROWS = 32
 
 
 class Source(Protocol):
@@ -69,7 +69,7 @@ class Source(Protocol):
 
 
 def record_reference(
-    student_or_folder: Any,
+    source: Any,
     out: str | Path,
     *,
     data: Source,
@@ -78,37 +78,38 @@ def record_reference(
     max_task: int = 512,
     seed: int = 0,
     command: str | None = None,
+    allow_download: bool = False,
+    trust_remote_code: bool = False,
 ) -> ReferenceRun:
-    """Record golden inputs, outputs, taps, a task and the noise floor of one student into the folder `out`.
+    """Record golden inputs, outputs, taps, a task and the noise floor of one model into the folder `out`.
 
     Args:
-        student_or_folder: a `Student` (or anything with `contract`, `tokenizer_json`, `encode_image`, `encode_text`
-            and towers), or a folder that `students.load_student` reads. Use the eager model, not a deploy copy.
-        data: pictures with captions that the student was not trained on (for instance openmoji?pool=test&fold=0).
+        source: what `subject.open_subject` takes: a `Student` or a folder that `students.load_student` reads;
+            "open_clip:NAME@WEIGHTS" or "hf:FOLDER", recorded by upstream's own forward. Never a deploy copy.
+        data: pictures with captions that the model was not trained on (for instance openmoji?pool=test&fold=0).
         device: "cpu" (float64), "cuda" (float32, TF32 off), or "auto".
         max_task: at most this many pictures in the task; chosen by a hash of uid and seed.
         command: recorded as the command that made it; by default the running one, without machine paths.
+        allow_download, trust_remote_code: of `teachers.load_teacher`, for somebody else's model.
 
     Returns:
         The recording, read back from disk and verified.
 
     Raises:
         UsageError: `out` is not empty and `overwrite` is False, or the data has too few captions.
-        IntegrityError: the student's outputs are not finite.
+        IntegrityError: the model's outputs are not finite.
     """
     out = Path(out)
     _refuse_full_folder(out, overwrite)
     where = reference_device(device)
-    student, source_files = _student(student_or_folder)
-    contract: ModelContract = student.contract
-    if contract.image is None or contract.text is None:
-        raise UsageError(f"model {contract.name!r} is of kind {contract.kind!r}; a reference needs both towers for now")
-    weights = weights_digest(student)
+    subject = open_subject(source, allow_download=allow_download, trust_remote_code=trust_remote_code)
+    contract = subject.contract
+    assert contract.image is not None, "open_subject refuses a single tower"
+    assert contract.text is not None, "open_subject refuses a single tower"
     dtype = torch.float64 if where.type == "cpu" else torch.float32
-    tokenizer = Tokenizer(student.tokenizer_json, contract.text)
     images = golden_images(data.samples, count=REAL_CASES, seed=seed)
     texts = golden_texts(data.samples, count=REAL_CASES, context_length=contract.text.context_length, seed=seed)
-    task = _task_inputs(data.samples, contract, tokenizer, max_task, seed)
+    task = _task_inputs(data.samples, subject, max_task, seed)
 
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -116,9 +117,9 @@ def record_reference(
         (part / room).mkdir(parents=True)
     try:
         files = Writer(part)
-        pixels, ids = write_cases(files, images, texts, contract.image, tokenizer)
+        pixels, ids = write_cases(files, images, texts, contract.image, subject.ids)
         with strict_numerics(where):
-            model = _cast(student, dtype, where)
+            model = subject.runner(dtype, where)
             outputs = {"image": encode_rows(model, "image", pixels), "text": encode_rows(model, "text", ids)}
             scale, bias = contract.logit_scale, contract.logit_bias
             for tower, raw in outputs.items():
@@ -145,15 +146,20 @@ def record_reference(
                 "prompt": encode_rows(model, "text", task["prompt_ids"]) if task["labels"] else _empty(contract),
             }
             write_task(files, task, embedded)
-            files.json(layout.NOISE, _noise(student, model, dtype, where, task, embedded))
-        files.json(layout.WEIGHTS, weight_facts(student))
+            files.json(layout.NOISE, _noise(subject, model, dtype, where, task, embedded))
+            narrow = _narrow(model, pixels, ids) if dtype == torch.float64 else []
+        files.json(layout.WEIGHTS, subject.weight_facts())
         manifest = {
             "schema_version": layout.SCHEMA_VERSION,
             "model_id": contract.model_id,
             "contract": contract.to_dict(),
-            "sha256": {"weights": weights, "tokenizer": sha256(student.tokenizer_json), **source_files},
+            "source": dict(subject.provenance),
+            "licences": [list(row) for row in subject.licences],
+            "not_compared": dict(subject.not_compared),
+            "sha256": {"weights": subject.weights, "tokenizer": sha256(subject.tokenizer_json), **subject.files},
             "numerics": {
                 "dtype": str(dtype).removeprefix("torch."),
+                "narrower_operators": narrow,
                 "tf32_matmul": False,
                 "tf32_cudnn": False,
                 "cudnn_benchmark": False,
@@ -167,7 +173,7 @@ def record_reference(
             "environment": describe_environment(where),
             "seeds": {"cases": seed, "task": seed},
             "command": command or command_line(),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "data": {"name": data.name, "samples": len(data.samples), "licences": [list(row) for row in data.licences]},
             "counts": {
                 "images": len(images),
@@ -207,24 +213,6 @@ def _refuse_full_folder(out: Path, overwrite: bool) -> None:
         )
 
 
-def _student(source: Any) -> tuple[Any, dict[str, str]]:
-    if not isinstance(source, (str, Path)):
-        return source, {}
-    from pocketvlm.students import load_student
-
-    folder, files = Path(source), {}
-    for recipe in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
-        if recipe.is_file():
-            files["recipe"] = sha256(recipe.read_bytes())
-            break
-    return load_student(folder), files
-
-
-def _cast(student: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    # a copy: the caller's student keeps its dtype, device and mode
-    return copy.deepcopy(student).to(device=device, dtype=dtype).eval()
-
-
 def _caption(sample: Sample) -> str | None:
     for caption in sorted(sample.captions, key=lambda caption: not caption.language.startswith("en")):
         if isinstance(caption.text, str) and caption.text.strip():
@@ -232,19 +220,18 @@ def _caption(sample: Sample) -> str | None:
     return None
 
 
-def _task_inputs(
-    samples: Sequence[Sample], contract: ModelContract, tokenizer: Tokenizer, limit: int, seed: int
-) -> dict[str, Any]:
+def _task_inputs(samples: Sequence[Sample], subject: Subject, limit: int, seed: int) -> dict[str, Any]:
     """Pictures with a caption and the gallery of their distinct captions; classes where pictures carry labels."""
-    assert contract.image is not None
+    spec = subject.contract.image
+    assert spec is not None, "open_subject refuses a single tower"
     chosen: list[Sample] = []
     pixels: list[NDArray[np.uint8]] = []
     for sample in pick([s for s in samples if _caption(s)], len(samples), seed):
         if len(chosen) == limit:
             break
         try:
-            pixels.append(load_image(sample.image.read(), contract.image))
-            tokenizer.encode([_caption(sample) or ""])
+            pixels.append(load_image(sample.image.read(), spec))
+            subject.ids([_caption(sample) or ""])
         except BadSampleError:
             del pixels[len(chosen) :]
             continue
@@ -264,10 +251,10 @@ def _task_inputs(
         "texts": texts,
         "positives": [sorted({column[c.text] for c in s.captions if c.text in column}) for s in chosen],
         "pixels": np.stack(pixels),
-        "ids": tokenizer.encode(texts),
+        "ids": subject.ids(texts),
         "labels": labels,
         "prompts": prompts,
-        "prompt_ids": tokenizer.encode(prompts),
+        "prompt_ids": subject.ids(prompts),
         "label_of": np.array([labels.index(s.label or "") for s in chosen] if labelled else [], dtype=np.int64),
     }
 
@@ -285,9 +272,17 @@ def _workspace(device: torch.device) -> str | None:
     return os.environ.get("CUBLAS_WORKSPACE_CONFIG") if device.type == "cuda" else None
 
 
+def _narrow(model: Runner, pixels: Rows, ids: Rows) -> list[str]:
+    """Operators of a float64 model that answer in less: what upstream itself rounds, the recording has rounded too."""
+    with NarrowOperators() as seen:
+        for tower, rows in (("image", pixels), ("text", ids)):
+            model.encode(tower, torch.from_numpy(rows[:1]))
+    return sorted(seen.found)
+
+
 def _noise(
-    student: Any,
-    model: Any,
+    subject: Subject,
+    model: Runner,
     dtype: torch.dtype,
     device: torch.device,
     task: dict[str, Any],
@@ -296,7 +291,7 @@ def _noise(
     """The reference against itself under other arithmetic, on the task's inputs (real data, the same precision).
 
     Each entry: drift per tower and the deviation of the similarity matrix. "float32" compares float32 with float64
-    over every row; the others use the first `NOISE_ROWS`.
+    over every row, "tf32" uses the first `NOISE_ROWS`, the others the first `RERUN_ROWS`.
     """
     inputs = {"image": task["pixels"], "text": task["ids"]}
     cpu = torch.device("cpu")
@@ -313,28 +308,25 @@ def _noise(
         result["rows"] = {tower: len(reference[tower]) for tower in inputs}
         return result
 
-    single = model if dtype == torch.float32 else _cast(student, torch.float32, device)
+    everything = len(task["uids"])
     if dtype == torch.float64:
-        exact = embedded
+        single, exact = subject.runner(torch.float32, device), embedded
+        ordinary = {tower: encode_rows(single, tower, inputs[tower][:everything]) for tower in inputs}
     else:
-        wide = _cast(student, torch.float64, cpu)
-        exact = {tower: encode_rows(wide, tower, inputs[tower]) for tower in inputs}
-    ordinary = {tower: encode_rows(single, tower, inputs[tower][:NOISE_ROWS]) for tower in inputs}
-
-    def emulated(tower: str, rows: Rows) -> NDArray[np.float64]:
-        with EmulatedTF32():
-            return encode_rows(single, tower, rows)
+        single, ordinary = model, {tower: embedded[tower] for tower in inputs}
+        wide = subject.runner(torch.float64, cpu)
+        exact = {tower: encode_rows(wide, tower, inputs[tower][:everything]) for tower in inputs}
 
     noise = {
-        "rerun": against(lambda t, x: encode_rows(model, t, x), NOISE_ROWS, embedded),
-        "float32": against(lambda t, x: encode_rows(single, t, x), len(task["uids"]), exact),
-        "batch": against(lambda t, x: encode_rows(single, t, x, batch=1), NOISE_ROWS, ordinary),
-        "tf32": against(emulated, NOISE_ROWS, ordinary),
+        "rerun": against(lambda t, x: encode_rows(model, t, x), RERUN_ROWS, embedded),
+        "float32": against(lambda t, x: ordinary[t][: len(x)], everything, exact),
+        "batch": against(lambda t, x: encode_rows(single, t, x, batch=1), RERUN_ROWS, ordinary),
+        "tf32": against(lambda t, x: encode_rows(single, t, x, inside=EmulatedTF32), NOISE_ROWS, ordinary),
     }
     for name, half in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         try:
-            narrow = _cast(student, half, device)
-            noise[name] = against(lambda t, x, m=narrow: encode_rows(m, t, x), NOISE_ROWS, exact)  # type: ignore[misc]
+            narrow = subject.runner(half, device)
+            noise[name] = against(lambda t, x, m=narrow: encode_rows(m, t, x), RERUN_ROWS, exact)  # type: ignore[misc]
         except (RuntimeError, PocketvlmError) as error:
             # an operator without a half-precision kernel here, or an overflow: no floor, so budgets stay as they are
             noise[name] = {"unavailable": str(error).splitlines()[0]}

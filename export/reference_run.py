@@ -17,7 +17,7 @@ from PIL import Image
 from pocketvlm.edge.contract import ModelContract
 from pocketvlm.edge.errors import IntegrityError, UsageError, VersionError
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 MANIFEST = "manifest.json"
 CASES, ARRAYS = "cases/cases.json", "cases/arrays.npz"
 TAPS, TAP_STATISTICS, TAP_TENSORS = "taps/taps.json", "taps/statistics.npz", "taps/tensors.npz"
@@ -103,6 +103,11 @@ class ReferenceRun:
     def digest(self) -> str:
         """sha256 of manifest.json: names this recording."""
         return sha256((self.folder / MANIFEST).read_bytes())
+
+    @property
+    def not_compared(self) -> dict[str, str]:
+        """stage -> why agreement with this recording proves nothing about it (empty for a student)."""
+        return dict(self.manifest.get("not_compared", {}))
 
     def image_bytes(self, record: ImageRecord) -> bytes:
         return self._files[record.file]

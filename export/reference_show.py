@@ -35,6 +35,8 @@ def describe(reference: ReferenceRun) -> dict[str, Any]:
         "data": manifest["data"],
         "counts": manifest["counts"],
         "numerics": manifest["numerics"],
+        "source": manifest.get("source", {}),
+        "not_compared": reference.not_compared,
         "environment": manifest["environment"],
         "task": {f"R@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)}
         | {"queries": len(ranks), "tie_width_fp32": tie},
@@ -53,9 +55,16 @@ def show(reference: ReferenceRun) -> None:
     facts, console = describe(reference), Console()
     numerics, machine = facts["numerics"], facts["environment"]
     about = Table("reference", facts["model_id"], title="Reference run", title_justify="left")
+    if facts["source"].get("kind") == "upstream":
+        packages = ", ".join(f"{name} {version}" for name, version in facts["source"]["packages"].items())
+        about.add_row("forward", f"{facts['source']['module']}, {facts['source']['forward']} ({packages})")
+    for stage, reason in facts["not_compared"].items():
+        about.add_row(f"not compared: {stage}", reason)
     about.add_row(
         "arithmetic", f"{numerics['dtype']} on {machine['device_name']}, TF32 off, deterministic, math attention"
     )
+    if numerics.get("narrower_operators"):
+        about.add_row("in less than float64", ", ".join(numerics["narrower_operators"]))
     about.add_row(
         "made", f"{facts['date']} by torch {machine['torch']}, kit {machine['kit']}, commit {machine['commit']}"
     )

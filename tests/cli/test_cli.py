@@ -22,14 +22,52 @@ COMMANDS = {
     "demo": ("--out", "--quick", "--fold", "--overwrite"),
     "list": ("students", "teachers", "objectives", "data", "targets", "recipes", "--json"),
     "teacher": ("check",),
-    "teacher check": ("TEACHER", "--data", "--on-bad-sample", "--device", "--json"),
+    "teacher check": (
+        "TEACHER",
+        "--data",
+        "--on-bad-sample",
+        "--device",
+        "--allow-download",
+        "--trust-remote-code",
+        "--json",
+    ),
     "distill": ("RECIPE", "KEY=VALUE", "--out", "--on-bad-sample", "--resume", "--overwrite"),
-    "eval": ("MODEL", "--data", "--teacher", "--on-bad-sample", "--backend", "--precision", "--json"),
-    "export": ("SOURCE", "--out", "--from", "--targets", "--precisions", "--data", "--overwrite"),
+    "eval": (
+        "MODEL",
+        "--data",
+        "--teacher",
+        "--allow-download",
+        "--trust-remote-code",
+        "--on-bad-sample",
+        "--backend",
+        "--precision",
+        "--json",
+    ),
+    "export": (
+        "SOURCE",
+        "--out",
+        "--from",
+        "--allow-download",
+        "--trust-remote-code",
+        "--targets",
+        "--precisions",
+        "--data",
+        "--overwrite",
+    ),
     "reference": ("record", "show"),
-    "reference record": ("SOURCE", "--data", "--out", "--on-bad-sample", "--device", "--overwrite"),
+    "reference record": (
+        "SOURCE",
+        "--data",
+        "--out",
+        "--from",
+        "--allow-download",
+        "--trust-remote-code",
+        "--on-bad-sample",
+        "--device",
+        "--overwrite",
+    ),
     "reference show": ("REFERENCE", "--json"),
-    "parity": ("BUNDLE", "--reference", "--out", "--overwrite", "--json"),
+    "parity": ("BUNDLE", "--reference", "--out", "--targets", "--budgets", "--overwrite", "--json"),
     "embed": ("BUNDLE", "INPUT", "--text", "--out", "--overwrite", "--backend", "--precision"),
     "classify": ("BUNDLE", "IMAGE", "--labels", "--templates", "--backend", "--precision", "--json"),
     "doctor": ("--json",),
@@ -251,6 +289,84 @@ def test_parity_passes_and_one_changed_byte_fails(cli: Cli, exported: Path, refe
     assert file.name in cli("embed", bad, "a red circle", "--text").sentence()
 
 
+def test_somebody_elses_model_is_exported_recorded_and_held_to_upstream(
+    cli: Cli, upstream: str, shapes: Path, tmp_path: Path
+) -> None:
+    bundle, reference, out = tmp_path / "bundle", tmp_path / "reference", tmp_path / "report"
+    done = cli("export", "--from", upstream, "--targets", "onnx:fp32", "--out", bundle)
+    assert done.code == 0, done.err
+    done = cli("reference", "record", "--from", upstream, "--data", shapes, "--out", reference, "--device", "cpu")
+    assert done.code == 0, done.err
+    assert "CLIPModel" in done.out
+    done = cli("parity", bundle, "--reference", reference, "--out", out)
+    assert done.code == 0, done.out
+    assert "not compared: S0" in " ".join(done.out.split())
+    (variant,) = json.loads((out / "parity.json").read_text())["variants"]
+    assert variant["status"] == "pass"
+    assert {stage["stage"]: stage["status"] for stage in variant["stages"]}["S0"] == "not-compared"
+    both = ("reference", "record", "somewhere", "--from", upstream, "--data", shapes, "--out", tmp_path / "none")
+    assert "not both or neither" in cli(*both).sentence()
+
+
+def test_parity_by_a_budgets_file_of_ones_own(cli: Cli, exported: Path, reference: Path, tmp_path: Path) -> None:
+    from importlib import resources
+
+    text = resources.files("pocketvlm.export").joinpath("budgets.json").read_text("utf-8")
+    value, mine, out = json.loads(text), tmp_path / "mine.json", tmp_path / "report"
+    command = ("parity", exported, "--reference", reference, "--budgets", mine)
+    assert "mine.json" in cli(*command).sentence()
+    value["version"] = "mine-1"
+    value["precisions"]["fp32"]["metrics"]["sqnr_db"]["value"] = 290
+    mine.write_text(json.dumps(value))
+    done = cli(*command, "--out", out)
+    assert done.code == 1
+    said = " ".join(done.out.split())
+    assert "the budget is 2" in said
+    assert "mine.json mine-1 (your own)" in said
+    report = json.loads((out / "parity.json").read_text())
+    assert (report["budgets"]["file"], report["budgets"]["whose"]) == ("mine.json", "your own")
+    assert "mine-1 (your own)" in (out / "parity.html").read_text()
+    value["precisions"]["fp32"]["metrics"]["sqnr_db"]["vallue"] = 1
+    mine.write_text(json.dumps(value))
+    assert "did you mean 'value'" in cli(*command).sentence()
+
+
+@pytest.mark.parametrize(
+    "given", [(), ("allow_download",), ("trust_remote_code",), ("allow_download", "trust_remote_code")]
+)
+def test_permissions_reach_the_teacher_and_are_off_unless_given(
+    cli: Cli,
+    given: tuple[str, ...],
+    exported: Path,
+    recipe: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import pocketvlm.teachers
+    from pocketvlm.edge.errors import UsageError
+
+    seen: list[dict[str, bool]] = []
+
+    def load(spec: str, **options: Any) -> None:
+        seen.append({key: options.get(key, False) for key in ("allow_download", "trust_remote_code")})
+        raise UsageError(f"{spec} stops here")
+
+    monkeypatch.setattr(pocketvlm.teachers, "load_teacher", load)
+    model, flags = "hf:some/model", ["--" + name.replace("_", "-") for name in given]
+    out = ("--out", tmp_path / "out")
+    commands: list[tuple[object, ...]] = [
+        ("teacher", "check", model, "--data", shapes, *flags),
+        ("eval", exported, "--data", shapes, "--teacher", model, *flags),
+        ("export", "--from", model, "--targets", "onnx:fp32", *out, *flags),
+        ("reference", "record", "--from", model, "--data", shapes, *out, *flags),
+        ("distill", recipe, f"teacher.spec={model}", *(f"teacher.{name}=true" for name in given), *out),
+    ]
+    for command in commands:
+        assert "stops here" in cli(*command).err.splitlines()[-1], command
+    assert seen == [{name: name in given for name in ("allow_download", "trust_remote_code")}] * len(commands)
+
+
 # --- distill --------------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +459,8 @@ def test_names_and_paths_that_do_not_exist(cli: Cli, bundle: Path, student: Path
         (("export", student, "--targets", "onxx", *out), "did you mean 'onnx'"),
         (("export", tmp_path / "none", "--targets", "onnx:fp32", *out), "not a folder"),
         (("reference", "record", tmp_path, "--data", shapes, *out), "student.json"),
+        (("reference", "record", "--data", shapes, *out), "--from"),
+        (("reference", "record", "--from", "hff:x", "--data", shapes, *out), "did you mean 'hf'"),
         (("reference", "show", tmp_path), "manifest.json"),
         (("embed", tmp_path / "none", "a.png"), "does not exist"),
         (("embed", bundle), "nothing to embed"),

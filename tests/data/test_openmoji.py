@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pocketvlm.data import DataSource, open_data
+from pocketvlm.data import DataSource, open_data, openmoji_render
 from pocketvlm.data.openmoji import _names, openmoji_samples
 from pocketvlm.data.openmoji_groups import base_concept
 from pocketvlm.data.openmoji_render import render_set
@@ -211,6 +211,59 @@ def test_interrupted_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         render_set(STEMS, part="t", size=32, progress=stop)
     assert list((tmp_path / "openmoji").iterdir()) == []
+
+
+@pytest.fixture
+def twenty() -> list[str]:
+    return list(_names())[:20]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_two_processes_draw_what_one_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twenty: list[str]) -> None:
+    calls: list[tuple[int, int, str]] = []
+    drawn = {}
+    for name, least, program in (
+        ("one", 21, sys.executable),
+        ("two", 1, sys.executable),
+        ("dead", 1, "false"),
+        ("none", 1, ""),
+    ):
+        monkeypatch.setenv("POCKETVLM_CACHE", str(tmp_path / name))
+        monkeypatch.setattr(openmoji_render, "_WORTH_A_HELPER", least)
+        monkeypatch.setattr(openmoji_render.os, "cpu_count", lambda: 2)
+        monkeypatch.setattr(openmoji_render.sys, "executable", program)
+        calls.clear()
+        drawn[name] = contents(render_set(twenty, part="t", size=32, progress=lambda *call: calls.append(call)))
+        assert calls[-1][:2] == (20, 20)
+        assert [call[0] for call in calls] == sorted({call[0] for call in calls})
+    assert len(drawn["one"]) == 22
+    assert drawn["one"] == drawn["two"] == drawn["dead"] == drawn["none"]
+
+
+def test_the_helper_draws_from_the_end_and_stops_where_it_is_met(tmp_path: Path, twenty: list[str]) -> None:
+    (tmp_path / f"{twenty[16]}.webp").write_bytes(b"drawn by the other process")
+    with openmoji_render._helper(twenty, tmp_path, 32) as helper:
+        assert helper is not None
+        assert helper.wait(60) == 0
+    assert sorted(contents(tmp_path)) == sorted(f"{stem}.webp" for stem in twenty[16:])
+    assert (tmp_path / f"{twenty[16]}.webp").read_bytes() == b"drawn by the other process"
+
+
+def test_a_drawing_that_is_missing_is_the_same_error_in_two_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twenty: list[str]
+) -> None:
+    monkeypatch.setenv("POCKETVLM_CACHE", str(tmp_path))
+    said = set()
+    for least in (1, 30):
+        monkeypatch.setattr(openmoji_render, "_WORTH_A_HELPER", least)
+        with pytest.raises(UsageError) as refused:
+            render_set([*twenty, "NONE"], part="t", size=32)
+        said.add(str(refused.value))
+        assert list((tmp_path / "openmoji").iterdir()) == []
+    assert len(said) == 1
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from pocketvlm.edge.errors import UsageError, VersionError
+from pocketvlm.edge.errors import UnknownNameError, UsageError, VersionError
 from pocketvlm.export.budgets import load_budgets
 from pocketvlm.export.compare import (
     drift,
@@ -249,14 +249,38 @@ def test_noise_widens_a_budget_but_never_beyond_twice() -> None:
     assert decibel.limit(None) == 80
 
 
-def test_task_loss_is_decided_only_with_enough_queries() -> None:
+def test_task_loss_is_decided_by_its_bounds_alone() -> None:
     int8 = load_budgets().for_precision("int8")
     assert int8.judge_task(paired_change(0, 0, 1900), "x").status == "pass"
     assert int8.judge_task(paired_change(0, 0, 100), "x").status == "undecided"
     assert int8.judge_task(paired_change(4, 2, 394), "x").status == "undecided"
-    assert int8.judge_task(paired_change(9, 1, 394), "x").status == "fail"
+    # a healthy fold loses 1.5 points by chance; its bounds are on both sides of the budget
+    fold = int8.judge_task(paired_change(8, 2, 394), "x")
+    assert (fold.status, fold.value) == ("undecided", pytest.approx(6 / 394))
+    assert "pool folds" in fold.note
+    # five such folds decide
+    assert int8.judge_task(paired_change(40, 10, 1970), "x").status == "undecided"
+    assert int8.judge_task(paired_change(80, 10, 1970), "x").status == "fail"
+    assert int8.judge_task(paired_change(20, 18, 1970), "x").status == "pass"
+    assert int8.judge_task(paired_change(20, 1, 394), "x").status == "fail"
     assert int8.judge_task(paired_change(1, 0, 40), "x").status == "undecided"
     assert int8.judge_task(paired_change(12, 0, 40), "x").status == "fail"
+
+
+@pytest.mark.parametrize(("lost", "gained", "queries"), [(0, 0, 300), (9, 1, 394), (5, 9, 394), (30, 2, 394)])
+def test_a_task_verdict_follows_from_the_two_one_sided_bounds(lost: int, gained: int, queries: int) -> None:
+    change = paired_change(lost, gained, queries)
+    verdict = load_budgets().for_precision("int8").judge_task(change, "x").status
+    expected = "pass" if change.bound <= 0.01 else "fail" if change.floor > 0.01 else "undecided"
+    assert verdict == expected
+
+
+def test_int8_budgets() -> None:
+    limits = {name: budget.value for name, budget in load_budgets().for_precision("int8").metrics.items()}
+    assert limits["sqnr_db"] == 20
+    assert limits["top1_agreement"] == 0.85
+    assert limits["top10_overlap"] == 0.9
+    assert limits["task_loss"] == 0.01
 
 
 def _budgets_file(tmp_path, change):  # type: ignore[no-untyped-def]
@@ -292,3 +316,56 @@ def test_a_missing_or_wider_limit_is_not_smuggled_in(tmp_path) -> None:  # type:
         load_budgets(_budgets_file(tmp_path, lambda v: v.update(schema="2.0")))
     with pytest.raises(UsageError, match="cannot be read"):
         load_budgets(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v: v.update(presicions={}), "unknown key in budgets file mine.json 'presicions'.*'precisions'"),
+        (lambda v: v["precisions"].update(int9=v["precisions"]["int8"]), "unknown precision .*did you mean 'int8'"),
+        (lambda v: v["precisions"]["int8"].update(row="real"), "unknown int8 key .*did you mean 'rows'"),
+        (
+            lambda v: v["precisions"]["int8"]["metrics"].update(sqnr_dbs={"value": 30}),
+            "unknown int8 metric .*did you mean 'sqnr_db'",
+        ),
+        (
+            lambda v: v["precisions"]["int8"]["metrics"]["sqnr_db"].update(vallue=30),
+            "unknown int8 sqnr_db key .*did you mean 'value'",
+        ),
+        (lambda v: v["precisions"]["int8"]["tie"].update(flor=1e-9), "unknown int8 tie key .*did you mean 'floor'"),
+    ],
+)
+def test_an_unknown_key_of_a_budgets_file_is_refused_with_a_suggestion(tmp_path, change, words) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UnknownNameError, match=words):
+        load_budgets(_budgets_file(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v: v["precisions"]["int8"]["metrics"]["sqnr_db"].update(value="30"), "no finite number"),
+        (lambda v: v["precisions"]["int8"]["metrics"]["sqnr_db"].update(value=math.nan), "no finite number"),
+        (lambda v: v["precisions"]["int8"]["metrics"]["sqnr_db"].update(better="lower"), "how it is measured"),
+        (lambda v: v["precisions"]["fp32"].update(rows="real"), "changes 'rows' of fp32"),
+        (lambda v: v["precisions"]["fp32"]["metrics"]["sqnr_db"].update(k=40), "raises k of fp32 sqnr_db"),
+        (lambda v: v["precisions"]["int8"].pop("tie"), "is incomplete"),
+        (lambda v: v["precisions"]["int8"]["tie"].pop("floor"), "is incomplete"),
+        (lambda v: v["precisions"]["int8"]["metrics"]["sqnr_db"].pop("better"), "is incomplete"),
+        (lambda v: v["precisions"].update(int8=[]), "where keys are expected"),
+        (lambda v: v["precisions"].clear(), "limits nothing"),
+    ],
+)
+def test_a_broken_budgets_file_is_refused(tmp_path, change, words) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UsageError, match=words):
+        load_budgets(_budgets_file(tmp_path, change))
+
+
+def test_a_tighter_budgets_file_is_taken_and_named(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    def tighten(value):  # type: ignore[no-untyped-def]
+        value["version"] = "mine-1"
+        value["precisions"]["int8"]["metrics"]["sqnr_db"]["value"] = 30
+
+    loaded = load_budgets(_budgets_file(tmp_path, tighten))
+    assert (loaded.path, loaded.version, loaded.shipped) == ("mine.json", "mine-1", False)
+    assert loaded.for_precision("int8").metrics["sqnr_db"].value == 30
+    assert load_budgets().shipped
