@@ -74,6 +74,7 @@ def export_bundle(
     calibration_size: int = DEFAULT_SIZE,
     examples: Sequence[ImageCase] | None = None,
     allow_download: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Export a model to every target at every precision and write the bundle.
@@ -89,7 +90,7 @@ def export_bundle(
         calibration_size: pictures and texts to calibrate and judge with.
         examples: real pictures for the conformance vectors, which must be free to publish. None: three of the
             calibration source where that is the built-in set, else none.
-        allow_download: permit the network for a hub id.
+        allow_download, trust_remote_code: permit, for a hub id, the network, and code that lies beside its weights.
         progress: called with one line per step.
 
     Returns:
@@ -104,7 +105,7 @@ def export_bundle(
     out, say = Path(out), progress or (lambda line: None)
     _check_out(out, overwrite)
     plan = _plan(targets, precisions)
-    model = open_source(student_or_run, allow_download=allow_download)
+    model = open_source(student_or_run, allow_download=allow_download, trust_remote_code=trust_remote_code)
     tokenizer = model.tokenizer()
     calibration, source = None, None
     if any(precision == "int8" for _, precision in plan):
@@ -368,7 +369,7 @@ def _manifest(
     manifest: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "kit_version": pocketvlm.__version__,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "contract": contract.to_dict(),
         "contract_sha256": contract.digest(),
         "variants": [asdict(variant) for variant in variants],

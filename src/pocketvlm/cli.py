@@ -171,13 +171,10 @@ def export(
     """Freeze a student into a bundle: model files per target and precision, tokenizer, conformance vectors."""
     from pocketvlm.export.bundle import export_bundle, format_table, summarize
 
-    chosen: Any = _one_source("export", source, from_)
-    if trust_remote_code and from_ is not None:
-        from pocketvlm.export.source import open_source
-
-        # opened here, because export_bundle has no such switch
-        chosen = open_source(chosen, allow_download=allow_download, trust_remote_code=True)
-    bundle = export_bundle(chosen, out, targets, precisions, data, overwrite, allow_download=allow_download)
+    bundle = export_bundle(
+        _one_source("export", source, from_), out, targets, precisions, data, overwrite,
+        allow_download=allow_download, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     print(f"{bundle}\n{format_table(summarize(bundle))}")
 
 
