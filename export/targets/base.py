@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 from numpy.typing import NDArray
 from torch import nn
@@ -25,11 +27,17 @@ class Towers:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Real inputs for static quantization: uint8 [n, S, S, 3] pixels and int32 [n, L] ids."""
+    """Real inputs for quantization: uint8 [n, S, S, 3] pixels and int32 [n, L] ids.
+
+    memo: tower -> what `export.prepare.prepared` made of it with these inputs, so that the int8 targets share it.
+    """
 
     pixels: NDArray
     ids: NDArray
     description: str
+    memo: MutableMapping[nn.Module, Any] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,20 +12,15 @@ from torch import nn
 
 from pocketvlm.edge.errors import require
 from pocketvlm.export.prepare import (
-    CONVOLUTIONS,
-    STEM_LAYERS,
+    Prepared,
     Scheme,
     capture,
     choose_scheme,
-    correct_bias,
-    fold_batchnorm,
     prune,
-    quantize_tables,
     run_module,
-    split_calibration,
 )
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant
-from pocketvlm.export.targets.onnx import Tower, calibration_rows, check_precision, example_rows, present_towers, quiet
+from pocketvlm.export.targets.onnx import Tower, check_precision, example_rows, prepared_tower, present_towers, quiet
 
 METHODS: dict[Tower, str] = {"image": "encode_image", "text": "encode_text"}
 
@@ -38,9 +31,9 @@ class ExecuTorchTarget:
     `context_length` and `contract_sha256`. Loading one method costs no memory for the other.
 
     The batch is fixed at 1: memory is planned ahead for the largest batch, which a phone would carry for nothing.
-    int8: token tables are int8 rows with a scale each; convolutional towers are quantized statically with corrected
-    biases (their first two convolutions in float where held-out inputs ask for it), transformers dynamically; where
-    nothing meets the floor the other kind is tried, and the best is kept.
+    int8: token tables are int8 rows with a scale each; linear layers are balanced and dynamic, convolutions static but
+    for the first three, biases corrected (`export.prepare`). Where a convolutional tower does not meet the floor, one
+    with all convolutions in float is tried, and the better is kept.
     """
 
     name: ClassVar[str] = "executorch"
@@ -63,14 +56,13 @@ class ExecuTorchTarget:
         with quiet():
             for tower, module in present_towers(towers):
                 if precision == "int8":
-                    inputs = calibration_rows(calibration, tower)
-                    lowered, scheme, notes[tower] = _quantize(module, inputs, tower)
+                    lowered, notes[tower] = _quantize(prepared_tower(module, calibration, tower))
                 else:
-                    lowered, scheme = capture(module, example_rows(towers, tower)), "fp32"
+                    lowered = capture(module, example_rows(towers, tower))
                     prune(lowered)
                 example = torch.from_numpy(example_rows(towers, tower)[:1])
                 programs[METHODS[tower]] = torch.export.export(lowered, (example,))
-                partitioners[METHODS[tower]] = _partitioners(scheme)
+                partitioners[METHODS[tower]] = _partitioners(precision)
             relative = f"{self.name}/model-{precision}.pte"
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             _write(programs, partitioners, _constants(towers), folder / relative)
@@ -88,14 +80,18 @@ def _constants(towers: Towers) -> dict[str, Any]:
     return constants
 
 
-def _partitioners(scheme: str) -> list[Any]:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
-        XnnpackDynamicallyQuantizedPartitioner,
-        XnnpackPartitioner,
-    )
+def _partitioners(precision: str) -> list[Any]:
+    from executorch.backends.xnnpack.partition.config.gemm_configs import AddmmConfig, LinearConfig
+    from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    # the dynamic one goes first: the other would take its linear layers apart
-    return ([XnnpackDynamicallyQuantizedPartitioner()] if scheme == "dynamic" else []) + [XnnpackPartitioner()]
+    rest = XnnpackPartitioner()
+    if precision != "int8":
+        return [rest]
+    # dynamic linear layers go first, as the other would take them apart; and only they, because a partitioner for all
+    # that can be dynamic takes the static convolutions too and cuts the network at every residual sum
+    dynamic = ConfigPrecisionType.DYNAMIC_QUANT
+    return [XnnpackPartitioner(configs=[LinearConfig, AddmmConfig], config_precisions=dynamic), rest]
 
 
 def _write(programs: dict[str, Any], partitioners: dict[str, list[Any]], constants: dict[str, Any], path: Path) -> None:
@@ -106,44 +102,22 @@ def _write(programs: dict[str, Any], partitioners: dict[str, list[Any]], constan
         manager.to_executorch().write_to_file(file)
 
 
-def _quantize(module: nn.Module, inputs: NDArray[Any], tower: Tower) -> tuple[nn.Module, str, dict[str, object]]:
-    """The quantized graph, its kind, and notes; judged in eager mode, which XNNPACK matches to rounding."""
-    fit, held = split_calibration(inputs)
-    source = quantize_tables(module)
-    operators = {str(node.target) for node in capture(source, fit).graph.nodes}
-    attention = any("softmax" in name or "dot_product_attention" in name for name in operators)
-    dynamic = Scheme("pt2e-dynamic", lambda: _dynamic(source, fit))
-    static = Scheme("pt2e-static", lambda: _static(source, fit, 0))
-    stem = Scheme("pt2e-static-float-stem", lambda: _static(source, fit, STEM_LAYERS))
-    if any(str(target) in operators for target in CONVOLUTIONS):
-        schemes = [static, stem, replace(dynamic, last_resort=True)]
-    elif attention:
-        schemes = [dynamic, replace(static, last_resort=True)]
-    else:
-        schemes = [static, replace(dynamic, last_resort=True)]
-    graph, scheme, notes = choose_scheme(schemes, lambda graph: run_module(graph, held), run_module(module, held))
-    return graph, "dynamic" if scheme.name == dynamic.name else "static", notes
+def _quantize(ready: Prepared) -> tuple[nn.Module, dict[str, object]]:
+    """The quantized graph and notes; judged in eager mode, which XNNPACK matches to rounding."""
+    static = Scheme("pt2e-static", lambda: _lowerable(ready, static=True))
+    dynamic = Scheme("pt2e-dynamic", lambda: _lowerable(ready, static=False), last_resort=ready.convolutional)
+    schemes = [static, dynamic] if ready.convolutional else [dynamic]
+    # one row at a time, as the file runs: dynamic ranges are those of the whole batch in eager mode
+    graph, _, notes = choose_scheme(schemes, lambda graph: run_module(graph, ready.held, 1), ready.expected)
+    return graph, notes
 
 
-def _static(module: nn.Module, fit: NDArray[Any], float_layers: int) -> nn.Module:
-    from pocketvlm.export.targets.xnnpack_quantizer import StaticQuantizer
+def _lowerable(ready: Prepared, *, static: bool) -> nn.Module:
+    from pocketvlm.export.targets.xnnpack_quantizer import TowerQuantizer
 
-    graph = capture(copy.deepcopy(module), fit)
-    fold_batchnorm(graph)
-    correct_bias(graph, fit, float_layers)
-    return _convert(graph, StaticQuantizer(float_layers), fit)
-
-
-def _dynamic(module: nn.Module, fit: NDArray[Any]) -> nn.Module:
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-        XNNPACKQuantizer,
-        get_symmetric_quantization_config,
-    )
-
-    configuration = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
-    graph = capture(copy.deepcopy(module), fit)
-    fold_batchnorm(graph)
-    return _convert(graph, XNNPACKQuantizer().set_global(configuration), fit[:2])
+    graph, float_layers = ready.graph(static=static)
+    # without static ranges to observe, two rows are enough to run the graph once
+    return _convert(graph, TowerQuantizer(float_layers), ready.fit if static else ready.fit[:2])
 
 
 @torch.no_grad()

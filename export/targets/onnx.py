@@ -9,7 +9,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,15 +20,10 @@ from torch import nn
 import pocketvlm
 from pocketvlm.edge.errors import UsageError, require
 from pocketvlm.export.prepare import (
-    STEM_LAYERS,
+    Prepared,
     Scheme,
-    capture,
     choose_scheme,
-    correct_bias,
-    fold_batchnorm,
-    quantize_tables,
-    run_module,
-    split_calibration,
+    prepared,
 )
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant
 
@@ -38,15 +32,16 @@ Tower = Literal["image", "text"]
 INPUTS: dict[Tower, str] = {"image": "pixels", "text": "ids"}
 OUTPUT = "embedding"
 _OUTPUT_DRAFT = "pocketvlm_output"
+_RELU6 = (torch.ops.aten.hardtanh.default, torch.ops.aten.hardtanh_.default)
 
 
 class OnnxTarget:
     """`onnx/image-fp32.onnx` and so on. Inputs `pixels` (uint8 [B, S, S, 3]) or `ids` (int32 [B, L]), output
     `embedding` (float32 [B, D]); the contract's digest and the kit's version are in the model's properties.
 
-    int8: token tables are int8 rows with a scale each. A convolutional tower gets corrected biases and static
-    quantization, with its first two convolutions in float where held-out inputs ask for it; a transformer gets dynamic
-    quantization of its matrix products. Where nothing meets the floor the other kind is tried, and the best is kept.
+    int8: token tables are int8 rows with a scale each; linear layers are balanced and dynamic, convolutions static but
+    for the first three, biases corrected (`export.prepare`). Where a convolutional tower does not meet the floor, one
+    with all convolutions in float is tried, and the better is kept.
     """
 
     name: ClassVar[str] = "onnx"
@@ -74,8 +69,8 @@ class OnnxTarget:
                 if precision == "fp32":
                     export_graph(module, rows, tower, path, contract_digest=towers.contract.digest())
                 else:
-                    inputs = calibration_rows(calibration, tower)
-                    notes[tower] = _export_int8(module, inputs, tower, path, towers.contract.digest())
+                    ready = prepared_tower(module, calibration, tower)
+                    notes[tower] = _export_int8(ready, tower, path, towers.contract.digest())
             files[tower] = relative
         return Variant(self.name, precision, files, "dynamic", towers.contract.embed_dim, notes)
 
@@ -98,19 +93,20 @@ def check_precision(target: str, known: tuple[str, ...], precision: str, calibra
         )
 
 
-def calibration_rows(calibration: Calibration | None, tower: Tower) -> NDArray[Any]:
-    """The inputs of one tower.
+def prepared_tower(module: nn.Module, calibration: Calibration | None, tower: Tower) -> Prepared:
+    """One tower made ready for int8, shared by all targets that are given the same calibration.
 
     Raises:
         UsageError: fewer than four, of which one has to judge the result.
     """
-    rows = np.zeros(0) if calibration is None else calibration.pixels if tower == "image" else calibration.ids
+    assert calibration is not None, "check_precision has refused int8 without it"
+    rows = calibration.pixels if tower == "image" else calibration.ids
     if len(rows) < 4:
         raise UsageError(
             f"int8 calibration of the {tower} tower was given {len(rows)} inputs and needs at least 4 (better 100 or "
             "more); nothing could be measured, so pass a data set that has them"
         )
-    return np.ascontiguousarray(rows)
+    return prepared(module, np.ascontiguousarray(rows), calibration.memo)
 
 
 def present_towers(towers: Towers) -> Iterator[tuple[Tower, nn.Module]]:
@@ -153,11 +149,16 @@ def export_graph(module: nn.Module, rows: NDArray[Any], tower: Tower, path: Path
     """One float32 tower to one self-contained ONNX file with a free batch size."""
     onnx = require("onnx", "onnx")
     batch = torch.export.Dim("batch", min=1, max=4096)
+    captured = torch.export.export(module, (torch.from_numpy(rows),), dynamic_shapes=({0: batch},))
+    for node in captured.graph.nodes:
+        if node.target in _RELU6:
+            # one operator of ONNX; decomposed with a free batch size, each costs a tenth of a second
+            node.target = torch.ops.aten.clamp.default
+    captured.graph_module.recompile()
     program = torch.onnx.export(
-        module,
-        (torch.from_numpy(rows),),
+        captured,
+        (),
         dynamo=True,
-        dynamic_shapes=({0: batch},),
         input_names=[INPUTS[tower]],
         output_names=[_OUTPUT_DRAFT],
         opset_version=OPSET,
@@ -185,45 +186,38 @@ def run_file(path: Path, rows: NDArray[Any], tower: Tower, batch: int = 32) -> N
     return np.concatenate(parts)
 
 
-def _export_int8(module: nn.Module, inputs: NDArray[Any], tower: Tower, path: Path, digest: str) -> dict[str, object]:
-    fit, held = split_calibration(inputs)
+def _export_int8(ready: Prepared, tower: Tower, path: Path, digest: str) -> dict[str, object]:
     onnx = require("onnx", "onnx")
     with tempfile.TemporaryDirectory() as scratch:
-        schemes = _schemes(module, fit, tower, Path(scratch), digest)
-        candidate, _, notes = choose_scheme(schemes, lambda file: run_file(file, held, tower), run_module(module, held))
+        schemes = _schemes(ready, tower, Path(scratch), digest)
+        candidate, _, notes = choose_scheme(schemes, lambda file: run_file(file, ready.held, tower), ready.expected)
         model = onnx.load(str(candidate))
         _stamp(model, tower, "int8", digest)
         onnx.save(model, str(path))
     return notes
 
 
-def _schemes(module: nn.Module, fit: NDArray[Any], tower: Tower, folder: Path, digest: str) -> list[Scheme[Path]]:
-    """What to try, in order: static first where there are convolutions, dynamic first for pure transformers."""
-    plain = folder / "plain.onnx"
-    export_graph(quantize_tables(module), fit[:2], tower, plain, contract_digest=digest)
-    kinds = {node.op_type for node in require("onnx", "onnx").load(str(plain)).graph.node}
-    attention, convolutional = "Softmax" in kinds, "Conv" in kinds
+def _schemes(ready: Prepared, tower: Tower, folder: Path, digest: str) -> list[Scheme[Path]]:
+    """What to try, in order: linear layers are always dynamic, convolutions static where there are any."""
+
+    def exported(static: bool) -> tuple[Path, int]:
+        graph, float_layers = ready.graph(static=static)
+        path = folder / f"prepared-{float_layers}.onnx"
+        export_graph(graph, ready.fit[:2], tower, path, contract_digest=digest)
+        return path, float_layers
 
     def dynamic() -> Path:
-        return _quantize_dynamic(plain, folder / "dynamic.onnx")
+        return _quantize_dynamic(exported(False)[0], folder / "dynamic.onnx")
 
-    def static(float_layers: int) -> Path:
-        graph = capture(quantize_tables(module), fit)
-        fold_batchnorm(graph)
-        correct_bias(graph, fit, float_layers)
-        corrected = folder / f"corrected-{float_layers}.onnx"
-        export_graph(graph, fit[:2], tower, corrected, contract_digest=digest)
-        target = folder / f"static-{float_layers}.onnx"
-        return _quantize_static(corrected, target, fit, tower, attention, float_layers)
+    def static() -> Path:
+        source, float_layers = exported(True)
+        target = folder / "static.onnx"
+        _quantize_static(source, target, ready.fit, tower, ready.attention, float_layers)
+        return _quantize_dynamic(target, folder / "mixed.onnx")
 
-    if not convolutional:
-        first, second = Scheme("dynamic", dynamic), Scheme("static-qdq", lambda: static(0))
-        return [first, replace(second, last_resort=True)] if attention else [second, replace(first, last_resort=True)]
-    return [
-        Scheme("static-qdq", lambda: static(0)),
-        Scheme("static-qdq-float-stem", lambda: static(STEM_LAYERS)),
-        Scheme("dynamic", dynamic, last_resort=True),
-    ]
+    if not ready.convolutional:
+        return [Scheme("dynamic", dynamic)]
+    return [Scheme("static-qdq", static), Scheme("dynamic", dynamic, last_resort=True)]
 
 
 def _quantize_dynamic(source: Path, target: Path) -> Path:
@@ -256,9 +250,9 @@ def _quantize_static(
     onnx.save(model, str(source))
     prepared = source.with_suffix(".prepared.onnx")
     quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-    kinds = ["Conv", "MatMul", "Gemm", "Clip", "Relu"]
-    # 8-bit residual sums and pools ruin transformers; convolutional towers run them in int8 from end to end
-    kinds += [] if attention else ["Add", "GlobalAveragePool", "ReduceMean"]
+    kinds = ["Conv", "Clip", "Relu"]
+    # 8-bit residual sums ruin transformers; convolutional towers run them in int8 from end to end
+    kinds += [] if attention else ["Add"]
     quantize_static(
         str(prepared),
         str(target),

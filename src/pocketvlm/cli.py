@@ -6,6 +6,7 @@ Edge commands (`embed`, `classify`, `list`, `doctor`) work on the base install, 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -413,6 +414,9 @@ def _fail(message: str) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `pocketvlm`; a user's mistake prints one sentence and exits with 2."""
     call: Callable[..., Any] = app.cli
+    # torch warns of torchao's enums at every import of it, and transformers of its own renamed arguments
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         call(prog="pocketvlm", args=argv, description=ABOUT, config=(tyro.conf.FlagCreatePairsOff,))
     except PocketvlmError as error:
