@@ -11,14 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pocketvlm.edge.errors import require
-from pocketvlm.export.prepare import (
-    Prepared,
-    Scheme,
-    capture,
-    choose_scheme,
-    prune,
-    run_module,
-)
+from pocketvlm.export.fidelity import Scheme, choose_scheme, run_module
+from pocketvlm.export.prepare import Prepared, capture, prune
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant
 from pocketvlm.export.targets.onnx import Tower, check_precision, example_rows, prepared_tower, present_towers, quiet
 

@@ -19,12 +19,8 @@ from torch import nn
 
 import pocketvlm
 from pocketvlm.edge.errors import UsageError, require
-from pocketvlm.export.prepare import (
-    Prepared,
-    Scheme,
-    choose_scheme,
-    prepared,
-)
+from pocketvlm.export.fidelity import Scheme, choose_scheme
+from pocketvlm.export.prepare import Prepared, prepared
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant
 
 OPSET = 18  # the newest that every onnxruntime since 1.14 (mobile and web builds included) runs in full

@@ -18,7 +18,7 @@ from torch import nn
 
 from pocketvlm.edge.backends import open_backend
 from pocketvlm.edge.errors import IntegrityError, MissingExtraError, UnknownNameError, UsageError
-from pocketvlm.export import prepare
+from pocketvlm.export import fidelity, prepare
 from pocketvlm.export.targets import get_target, list_targets
 from pocketvlm.export.targets.base import Towers, Variant
 from pocketvlm.export.targets.coreml import check_package
@@ -115,7 +115,7 @@ def test_int8_meets_the_floors_on_unseen_inputs(lowered: Any, towers: Towers, na
     rows = INPUTS[tower](100)
     backend = open_backend(name, folder, variant)
     found = backend.run_image(rows) if tower == "image" else backend.run_text(rows)
-    result = prepare.fidelity(found, expected(towers, tower, rows))
+    result = fidelity.fidelity(found, expected(towers, tower, rows))
     assert result.mean >= 0.99
     assert result.p1 >= 0.98
     assert result.mean < 1 - 1e-9, "an int8 file that equals float32 to the bit is not int8"
@@ -281,7 +281,7 @@ def test_folding_batchnorm_changes_nothing_and_leaves_none() -> None:
     assert prepare.fold_batchnorm(graph) == 4
     assert not any("batch_norm" in str(node.target) for node in graph.graph.nodes)
     rows = toy.pictures(9, 3)
-    np.testing.assert_allclose(prepare.run_module(graph, rows), prepare.run_module(towers.image, rows), atol=1e-6)
+    np.testing.assert_allclose(fidelity.run_module(graph, rows), fidelity.run_module(towers.image, rows), atol=1e-6)
     assert not [name for name, _ in graph.named_buffers() if "running" in name]
 
 
@@ -387,7 +387,7 @@ def test_balancing_is_exact_in_float_and_tames_a_loud_channel() -> None:
     unseen = np.random.default_rng(1).normal(size=(64, 6, 24)).astype(np.float32)
     expected = copy.deepcopy(module).double()(torch.from_numpy(unseen).double()).numpy()
     spread = np.abs(expected).max()
-    np.testing.assert_allclose(prepare.run_module(graph, unseen), expected, atol=2e-6 * spread)
+    np.testing.assert_allclose(fidelity.run_module(graph, unseen), expected, atol=2e-6 * spread)
     # the shared LayerNorm took the division in; the other, which a sum reads, and the GELU got a multiplication
     factors = [n for n in graph.graph.nodes if "mul" in str(n.target) and "balance_" in str(n.args[1])]
     assert sorted(str(n.args[0]) for n in factors) == ["gelu", "layer_norm_1"]
@@ -460,9 +460,9 @@ def test_fidelity_counts_broken_rows_as_opposite() -> None:
     good = np.eye(4)
     broken = good.copy()
     broken[0] = np.nan
-    assert prepare.fidelity(good, good).mean == 1.0
-    assert prepare.fidelity(broken, good).minimum == -1.0
-    assert not prepare.fidelity(broken, good).comfortable
+    assert fidelity.fidelity(good, good).mean == 1.0
+    assert fidelity.fidelity(broken, good).minimum == -1.0
+    assert not fidelity.fidelity(broken, good).comfortable
 
 
 def test_a_scheme_below_the_floor_gives_way_to_a_better_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -489,7 +489,7 @@ def test_a_scheme_below_the_floor_gives_way_to_a_better_one(monkeypatch: pytest.
     assert notes["tried"] == ["static-qdq", "dynamic"]
     assert notes["meets_floor"]
     found = run_file(tmp_path / variant.files["image"], toy.pictures(8), "image")
-    assert prepare.fidelity(found, prepare.run_module(towers.image, toy.pictures(8))).p1 > 0.98
+    assert fidelity.fidelity(found, fidelity.run_module(towers.image, toy.pictures(8))).p1 > 0.98
 
 
 def test_no_rounding_between_a_convolution_and_its_clamp() -> None:
