@@ -68,7 +68,7 @@ def recipe_of(protocol: str, arm: str, fold: int, seed: int) -> tuple[str, list[
 def digest_of(protocol: str, arm: str, fold: int, seed: int) -> str:
     """What the result file of a run must carry to be still good."""
     text = recipe_digest(TEXT, [f"train.seed={seed}", "train.threads=1"])
-    return recipe_digest(*recipe_of(protocol, arm, fold, seed), texts=(text,))
+    return recipe_digest(*recipe_of(protocol, arm, fold, seed), starts=(text,))
 
 
 def run_folder(protocol: str, arm: str, fold: int, seed: int, work: Path) -> Path:

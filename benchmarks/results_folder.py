@@ -11,6 +11,7 @@ from typing import Any
 
 from pocketvlm.distill.environment import describe_environment
 from pocketvlm.distill.recipe import load_recipe
+from pocketvlm.students import load_config
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -31,7 +32,13 @@ def machine() -> dict[str, Any]:
     return facts | {"load_average": [round(value, 2) for value in os.getloadavg()]}
 
 
-def recipe_digest(recipe: str, changes: Sequence[str], texts: Sequence[str] = ()) -> str:
-    """Digest of what a run does: its recipe, and the recipes (`texts`) of what it starts from; no paths."""
-    digests = [load_recipe(recipe, changes).digest(), *texts]
-    return hashlib.sha256("|".join(digests).encode()).hexdigest()[:16]
+def recipe_digest(recipe: str, changes: Sequence[str], starts: Sequence[str] = ()) -> str:
+    """Digest of what a run does: its recipe and student, as far as they are no defaults, and the digests (`starts`) of
+    what it starts from. A key that a later release adds does not make a result stale; a changed default does not show.
+    """
+    loaded = load_recipe(recipe, changes)
+    student = load_config(loaded.student.name, loaded.student.overrides)
+    facts = [part.model_dump(mode="json", exclude_defaults=True) for part in (loaded, student)]
+    for part in facts:
+        part.pop("description", None)
+    return hashlib.sha256(json.dumps([*facts, *starts], sort_keys=True).encode()).hexdigest()[:16]

@@ -137,7 +137,7 @@ def _build(
 
 def _draw_missing(stems: Sequence[str], folder: Path, draw: _Drawer, progress: Progress | None) -> None:
     """Draw in order; where a helper draws from the end, stop when all of the rest is there."""
-    rest = len(stems)
+    rest, said = len(stems), 0
     for index, stem in enumerate(stems):
         while rest > index and (folder / f"{stems[rest - 1]}.webp").exists():
             rest -= 1
@@ -145,7 +145,11 @@ def _draw_missing(stems: Sequence[str], folder: Path, draw: _Drawer, progress: P
             break
         _replace(folder / f"{stem}.webp", draw(stem))
         if progress is not None:
-            progress(index + 1 + len(stems) - rest, len(stems), "drawing openmoji")
+            said = index + 1 + len(stems) - rest
+            progress(said, len(stems), "drawing openmoji")
+    if progress is not None and said < len(stems):
+        # the helper finished the last ones
+        progress(len(stems), len(stems), "drawing openmoji")
 
 
 @contextmanager
@@ -168,7 +172,9 @@ def _helper(stems: Sequence[str], folder: Path, size: int) -> Iterator[subproces
         with suppress(BrokenPipeError), process.stdin as pipe:
             json.dump({"stems": list(stems), "folder": str(folder), "size": size}, pipe)
         yield process
-        process.wait()
+        # everything is drawn by now; it may still be at a picture that both began
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
     finally:
         process.kill()
         process.wait()

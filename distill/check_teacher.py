@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pocketvlm.data.sample import Sample
+from pocketvlm.data.source import DataSource
 from pocketvlm.data.splits import group_of, stable_hash
 from pocketvlm.distill import metrics
-from pocketvlm.distill.encoders import TeacherEncoder
-from pocketvlm.distill.evaluate import Evaluation, embed_questions, is_flag, questions_of, score
+from pocketvlm.distill.encoders import TeacherEncoder, read_by
+from pocketvlm.distill.evaluate import Evaluation, embed_questions, is_flag, left_out, questions_of, score
 from pocketvlm.edge.errors import BadSampleError, UsageError
 
 Array = NDArray[np.float64]
@@ -70,7 +71,9 @@ class TeacherCheck:
         """A rich table with the verdict as its caption."""
         from rich.table import Table
 
-        table = Table(title=f"{self.teacher}: pictures to texts, R@{self.k}", caption=self.verdict)
+        gone = left_out(self.evaluation.values)
+        caption = self.verdict + (f" Left out: {gone}." if gone else "")
+        table = Table(title=f"{self.teacher}: pictures to texts, R@{self.k}", caption=caption)
         table.add_column("who")
         table.add_column("all pictures", justify="right")
         table.add_column(f"held-out half ({self.queries})", justify="right")
@@ -91,10 +94,14 @@ def _percent(value: float | None) -> str:
 def check_teacher(teacher: Any, data: Any, *, k: int = 5, batch_size: int = 32, seed: int = 0) -> TeacherCheck:
     """Score `teacher` on a DataSource (or samples) against chance and a colour baseline.
 
+    Captions of a DataSource that the teacher's text tower would cut are left out and counted, where it tells
+    (`encoders.read_by`).
+
     Raises:
         UsageError: fewer than two captioned pictures, or as many candidates as `k`.
     """
-    questions = questions_of(data)
+    encoder = TeacherEncoder(teacher)
+    questions = questions_of(read_by(encoder, data) if isinstance(data, DataSource) else data)
     captioned = [s for s in questions.samples if _texts(s, questions.language) and not is_flag(s)]
     candidates = len(dict.fromkeys(t for s in captioned for t in _texts(s, questions.language)))
     if len(captioned) < 2 or candidates < 2:
@@ -104,7 +111,7 @@ def check_teacher(teacher: Any, data: Any, *, k: int = 5, batch_size: int = 32, 
         )
     while k > 1 and k >= candidates / 2:
         k = {5: 3, 3: 1}.get(k, 1)
-    embedded = embed_questions(TeacherEncoder(teacher), questions, name=teacher.name, batch_size=batch_size)
+    embedded = embed_questions(encoder, questions, name=teacher.name, batch_size=batch_size)
     evaluation = score(questions, embedded)
     own = evaluation.values["model"]["image_to_text"]
     recall = own.get(f"R@{k}", float((evaluation.queries["model/image_to_text/rank"] <= k).mean()))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
-from pocketvlm.distill.evaluate import Encoder, Evaluation, evaluate_model, read_by
+from pocketvlm.data.source import DataSource
+from pocketvlm.distill.evaluate import Encoder, Evaluation, evaluate_model
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.edge.preprocess import load_image, stack
 from pocketvlm.edge.tokenizer import Tokenizer
@@ -58,6 +60,22 @@ class TeacherEncoder:
     def embed_text(self, x: Sequence[str], /) -> Array:
         with torch.inference_mode():
             return self.teacher.encode_texts(list(x)).embedding.float().cpu().numpy()
+
+
+def read_by(encoder: Any, source: DataSource) -> DataSource:
+    """`source` without the captions that the encoder's text tower would cut; see `DataSource.within_context`.
+
+    encoder: an `EdgeModel`, a `StudentEncoder`, or a `TeacherEncoder` of a dual encoder whose tokenizer can be written
+    as tokenizer.json; any other one keeps all captions.
+    """
+    student, tokenizer = getattr(encoder, "student", None), getattr(encoder, "tokenizer", None)
+    teacher: Any = getattr(encoder, "teacher", None)
+    if student is not None:
+        tokenizer = Tokenizer(student.tokenizer_json, student.text_spec)
+    if hasattr(teacher, "tokenizer_json"):
+        with suppress(UsageError):
+            tokenizer = Tokenizer(teacher.tokenizer_json(), teacher.text)
+    return source if tokenizer is None else source.within_context(tokenizer)
 
 
 def open_encoder(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -13,6 +14,8 @@ from typing import Any
 
 import pocketvlm
 
+# the folders of an absolute path that begins a value or stands behind ":", "=" and the like; "//" begins an address
+_FOLDERS = re.compile(r"""((?:^|[:@=,\["'])\s*)/(?!/)(?:[^/:@=?&,"'\]]*/)*(?=[^/:@=?&,"'\]])""")
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "Pillow", "tokenizers", "safetensors", "pydantic")
 
 
@@ -36,9 +39,7 @@ def describe_environment(**extra: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "packages": versions,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(
-            [Path(sys.argv[0]).name, *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])]
-        ),
+        "command": command_line(),
     }
     if torch.cuda.is_available():
         facts["cuda"] = {
@@ -47,7 +48,27 @@ def describe_environment(**extra: Any) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
             "tf32": torch.backends.cuda.matmul.allow_tf32,
         }
-    return facts | extra
+    return without_folders(facts | extra)
+
+
+def command_line() -> str:
+    """The command that is running, without the folders of absolute paths."""
+    parts = without_folders(sys.argv)
+    return " ".join(["pocketvlm" if parts[:1] == ["__main__.py"] else parts[0] if parts else "python", *parts[1:]])
+
+
+def without_folders(value: Any) -> Any:
+    """JSON-like `value` whose strings have every absolute path, also inside hf:/a/model or data.train=/a/x.jsonl, cut
+    to its last part: what is recorded and shipped must not name a machine."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    path, mark, options = value.partition("?")
+    path = Path(path).name or path if os.path.isabs(path) else _FOLDERS.sub(r"\1", path)
+    return path + mark + _FOLDERS.sub(r"\1", options)
 
 
 def git_commit() -> str | None:

@@ -19,10 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketvlm.data.sample import Sample
-from pocketvlm.data.source import DataSource
 from pocketvlm.distill import metrics
 from pocketvlm.edge.errors import BadSampleError, UsageError
-from pocketvlm.edge.tokenizer import Tokenizer
 
 SCHEMA = "1.0"
 METRICS = ("retrieval", "zeroshot", "neighbours", "mixed")
@@ -80,7 +78,7 @@ class Questions:
         labels = tuple(sorted({s.label for s in pictures if s.label and not is_flag(s)}))
         texts = dict.fromkeys(c.text for s in pictures for c in s.captions)
         if len(labels) > 1:
-            texts |= dict.fromkeys(template.format(label) for label in labels for template in templates)
+            texts |= dict.fromkeys(_prompt(template, label) for label in labels for template in templates)
         return cls(name, pictures, languages[0] if languages else "", languages, labels, tuple(templates), tuple(texts))
 
 
@@ -96,6 +94,11 @@ class Embedded:
     images: Array
     texts: Array
     bad: list[tuple[str, str]] = field(default_factory=list)
+
+
+def _prompt(template: str, label: str) -> str:
+    # not str.format: a label or a template may hold other braces
+    return template.replace("{}", label)
 
 
 def is_flag(sample: Sample) -> bool:
@@ -229,9 +232,14 @@ def _caption(values: dict[str, Any]) -> str:
     own = values["model"].get("image_to_text") or values["model"].get("zero_shot") or {}
     candidates = int(own.get("gallery", 0))
     said = f"per cent; {int(own.get('queries', 0))} pictures, {candidates} candidates, ties against the model"
+    gone = left_out(values)
+    return f"{said}; left out: {gone}" if gone else said
+
+
+def left_out(values: dict[str, Any]) -> str:
+    """What was not scored and why ("2 too-long-text, 1 undecodable"), empty where nothing was left out."""
     # earlier files have no count of what the readers left out
-    gone = Counter(values["data"].get("left_out", {})) + Counter(values["data"]["bad_reasons"])
-    return f"{said}; left out: {_listed(gone)}" if gone else said
+    return _listed(Counter(values["data"].get("left_out", {})) + Counter(values["data"]["bad_reasons"]))
 
 
 def _listed(counts: Mapping[str, int]) -> str:
@@ -275,17 +283,6 @@ def questions_of(data: Any, *, templates: Sequence[str] = TEMPLATES) -> Question
     samples = data.samples if hasattr(data, "samples") else data
     questions = Questions.of(samples, name=getattr(data, "name", "data"), templates=templates)
     return replace(questions, left_out=dict(data.report.counts)) if hasattr(data, "report") else questions
-
-
-def read_by(encoder: Any, source: DataSource) -> DataSource:
-    """`source` without the captions that the encoder's text tower would cut; see `DataSource.within_context`.
-
-    encoder: an `EdgeModel`, or a `StudentEncoder`; any other one keeps all captions.
-    """
-    student, tokenizer = getattr(encoder, "student", None), getattr(encoder, "tokenizer", None)
-    if student is not None:
-        tokenizer = Tokenizer(student.tokenizer_json, student.text_spec)
-    return source if tokenizer is None else source.within_context(tokenizer)
 
 
 def score(
@@ -392,7 +389,7 @@ class _Board:
         if len(labels) < 2 or not samples:
             return {}
         classes = np.mean(
-            [metrics.normalize(self._texts(texts, [t.format(label) for label in labels])) for t in templates], axis=0
+            [metrics.normalize(self._texts(texts, [_prompt(t, label) for label in labels])) for t in templates], axis=0
         )
         index = {label: place for place, label in enumerate(labels)}
         result = metrics.retrieval(

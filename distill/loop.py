@@ -79,9 +79,16 @@ def distill_run(
     """
     out = Path(out_dir)
     checkpoint = open_run_folder(out, recipe, resume=resume, overwrite=overwrite)
-    report = Reporter(progress)
+    threads = torch.get_num_threads()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
+    try:
+        return _run(recipe, out, checkpoint, Reporter(progress), resume)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(recipe: Recipe, out: Path, checkpoint: Path | None, report: Reporter, resume: bool) -> RunResult:
     try:
         device = pick_device(recipe.train.device)
         prepared = prepare(recipe, report)

@@ -18,7 +18,7 @@ from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource
 from pocketvlm.distill.batches import Pictures
 from pocketvlm.distill.evaluate import Embedded, Questions, embed_questions, questions_of
-from pocketvlm.distill.progress import Reporter
+from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.recipe import Recipe
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         UsageError: parts that do not fit each other (see the checks below), an empty data set.
         BadSampleError: an unreadable sample under `on_bad_sample: refuse`.
     """
-    with _one_by_one(report, "data") as progress:
+    with Stages(report, "data") as progress:
         bad = recipe.data.on_bad_sample
         source = open_data(recipe.data.train, on_bad_sample=bad, progress=progress)
         held_out = open_data(recipe.data.eval, on_bad_sample=bad, progress=progress) if recipe.data.eval else None
@@ -104,7 +104,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
     if recipe.teacher is not None:
         from pocketvlm.teachers import load_teacher
 
-        with _one_by_one(report, "teacher") as progress:
+        with Stages(report, "teacher") as progress:
             teacher = load_teacher(
                 recipe.teacher.spec,
                 device=recipe.train.device,
@@ -309,7 +309,7 @@ def _teacher_outputs(
         key = digest_names([*facts, "|", *(s.uid for s in pictures), "|", *words])
         folder = root / f"{_slug(teacher.name)}-{part}-{key[:16]}"
         found = (folder / "cache.json").exists()
-        with _one_by_one(report, f"teacher: {part}") as progress:
+        with Stages(report, f"teacher: {part}") as progress:
             cache = build_cache(
                 teacher, pictures, words, folder, dtype=section.cache_dtype, batch_size=section.batch_size,
                 progress=progress, **how,
@@ -408,31 +408,6 @@ def _answers(teacher: Any, questions: Questions, root: Path, recipe: Recipe, rep
     )
     temporary.replace(path)
     return answers
-
-
-class _one_by_one:
-    """Turns (done, total, what) calls into one stage per `what`, opened when first heard of."""
-
-    def __init__(self, report: Reporter, title: str) -> None:
-        self.report, self.title = report, title
-        self.open: Any = None
-        self.what = ""
-        self.update: Callable[[int, str], None] = lambda done, note: None
-
-    def __enter__(self) -> Callable[[int, int, str], None]:
-        return self._tell
-
-    def _tell(self, done: int, total: int, what: str) -> None:
-        if what != self.what:
-            self.__exit__()
-            self.open = self.report.stage(f"{self.title} ({what})", total)
-            self.update, self.what = self.open.__enter__(), what
-        self.update(done, "")
-
-    def __exit__(self, *_: object) -> None:
-        if self.open is not None:
-            self.open.__exit__(None, None, None)
-            self.open = None
 
 
 def _slug(name: str) -> str:

@@ -66,3 +66,28 @@ class Reporter:
                 bars.update(task, completed=now, note=note)
 
             yield update
+
+
+class Stages:
+    """Turns (done, total, what) calls, as data and teachers make them, into one stage per `what`."""
+
+    def __init__(self, report: Reporter, title: str) -> None:
+        self.report, self.title = report, title
+        self.open: Any = None
+        self.what = ""
+        self.update: Callable[[int, str], None] = lambda done, note: None
+
+    def __enter__(self) -> Callable[[int, int, str], None]:
+        return self._tell
+
+    def _tell(self, done: int, total: int, what: str) -> None:
+        if what != self.what:
+            self.__exit__()
+            self.open = self.report.stage(f"{self.title} ({what})", total)
+            self.update, self.what = self.open.__enter__(), what
+        self.update(done, "")
+
+    def __exit__(self, *_: object) -> None:
+        if self.open is not None:
+            self.open.__exit__(None, None, None)
+            self.open = None

@@ -163,9 +163,7 @@ class EdgeModel:
             )
         return self._embed(ids, self.backend.run_text, batch_size)
 
-    def embed_labels(
-        self, labels: Sequence[str], templates: str | Sequence[str] = ("a picture of {}",)
-    ) -> NDArray[np.float32]:
+    def embed_labels(self, labels: Sequence[str], templates: str | Sequence[str] = ("{}",)) -> NDArray[np.float32]:
         """One embedding per label: the normalised mean of its normalised prompt embeddings, float32 [N, D].
 
         Raises:
@@ -198,7 +196,7 @@ class EdgeModel:
         self,
         images: ImageSource | Iterable[ImageSource],
         labels: Sequence[str],
-        templates: str | Sequence[str] = ("a picture of {}",),
+        templates: str | Sequence[str] = ("{}",),
         *,
         batch_size: int = 32,
     ) -> list[Classification]:
@@ -210,7 +208,7 @@ class EdgeModel:
         Args:
             images: as for `embed_image`.
             labels: at least one, all different.
-            templates: prompts with "{}" where the label goes.
+            templates: prompts with "{}" where the label goes; by default the bare label, as on the command line.
 
         Returns:
             One `Classification` per image, in order. Probabilities are relative to `labels`: they sum to 1 even

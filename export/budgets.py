@@ -254,16 +254,18 @@ def _refuse_silent_loosening(name: str, new: PrecisionBudgets, base: PrecisionBu
                 f"budgets file {name} changes 'better' or 'noise_metric' of {new.precision} {metric}, which say how it "
                 "is measured and not how much is allowed; copy them from the shipped budgets.json"
             )
-        if own and budget.k > own.k and not budget.reason.strip():
+        # the shipped reason explains the shipped number, and no other
+        explained = bool(budget.reason.strip()) and (own is None or budget.reason.strip() != own.reason.strip())
+        if own and budget.k > own.k and not explained:
             raise UsageError(
                 f"budgets file {name} raises k of {new.precision} {metric} from {own.k:g} to {budget.k:g} without a "
-                "'reason', which would let more noise widen the limit; add the reason or restore the number"
+                "'reason' of its own, which would let more noise widen the limit; add the reason or restore the number"
             )
         origin = base.metrics[metric].value if base and metric in base.metrics else budget.start
-        if budget.error(budget.value) > budget.error(origin) * (1 + 1e-12) and not budget.reason.strip():
+        if budget.error(budget.value) > budget.error(origin) * (1 + 1e-12) and not explained:
             raise UsageError(
                 f"budgets file {name} loosens {new.precision} {metric} from {origin:g} to {budget.value:g} without a "
-                "'reason'; a limit nobody can explain protects nothing, so add the reason or restore the number"
+                "'reason' of its own; a limit nobody can explain protects nothing, so give one or restore the number"
             )
     if base and not str(new.tie.get("reason", "")).strip() and any(new.tie[k] > base.tie[k] for k in ("k", "floor")):
         raise UsageError(

@@ -34,13 +34,12 @@ from pocketvlm.export.conformance import VECTORS, Vectors, widen_tolerance, writ
 from pocketvlm.export.probe import Probe, probe_variants
 from pocketvlm.export.source import Exportable, Source, open_source
 from pocketvlm.export.targets import Calibration, Target, Variant, get_target
+from pocketvlm.export.targets.onnx import check_precision
 
 DEFAULT_TARGETS = ("onnx", "executorch", "coreml")
 # the issue's floor for full precision against float64; int8 is judged by the parity check on real data
 _FP32_LIMIT = 1e-6
 _EXAMPLES = 3
-# data sets whose pictures may be published, so that a few of them travel in the conformance vectors
-_PUBLISHABLE = ("openmoji",)
 _PACKAGES = (
     *("torch", "timm", "numpy", "Pillow", "tokenizers", "onnx", "onnxscript", "onnxruntime"),
     *("executorch", "torchao", "coremltools", "open_clip_torch", "transformers"),
@@ -113,6 +112,9 @@ def export_bundle(
         calibration, source = open_calibration(
             calibration_data or _data_of_run(student_or_run), model.towers.contract, tokenizer, size=calibration_size
         )
+    for target, precision in plan:
+        # before anything slow is done
+        check_precision(target.name, target.precisions, precision, calibration)
     if examples is None:
         examples = _examples(source)
     with _staged(out, overwrite) as folder:
@@ -255,7 +257,8 @@ def _data_of_run(source: object) -> str | None:
 
 
 def _examples(source: DataSource | None) -> list[ImageCase]:
-    if source is None or not source.name.startswith(_PUBLISHABLE):
+    """Pictures of the built-in set, which may be published; its licence tells it, as any folder may bear its name."""
+    if source is None or not any(what.startswith("OpenMoji ") for what, _, _ in source.licences):
         return []
     return [case for case in golden_images(source.samples, count=_EXAMPLES) if case.real]
 

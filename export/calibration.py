@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource
 from pocketvlm.data.splits import group_of, stable_hash
+from pocketvlm.data.wordlist import DEFAULT as WORDS
+from pocketvlm.data.wordlist import word_list, word_list_licences
 from pocketvlm.edge.contract import ModelContract
 from pocketvlm.edge.errors import BadSampleError, UsageError
 from pocketvlm.edge.preprocess import load_image
@@ -37,14 +40,16 @@ def build_calibration(
     """Pick up to `size` pictures and `size` texts, spread evenly over labels (or groups), by hash of their uid.
 
     The same data gives the same picks in any order and on any machine. Unreadable pictures are passed over and
-    counted in the description. Texts are captions (labels where there is none), every second one inside the prompt
-    that classification uses, because an app sends both.
+    counted in the description. Texts are captions (labels where there is none), every second one inside a prompt,
+    because an app sends both. Data with fewer than 16 is filled up from the word list that
+    students learn from, as pictures without captions are enough to train on.
 
     Returns:
         uint8 [n, S, S, 3] and int32 [m, L]; empty arrays for towers that the contract does not have.
 
     Raises:
-        UsageError: `size` too small, or fewer than 16 usable pictures (or texts) for a tower that needs them.
+        UsageError: `size` too small, or fewer than 16 usable pictures for a tower that needs them.
+        MissingExtraError: words are needed and the packages that hold them are not installed.
     """
     samples = list(data)
     name = name or getattr(data, "name", "") or "given samples"
@@ -65,11 +70,13 @@ def build_calibration(
     if contract.text is not None:
         if tokenizer is None:
             raise UsageError("a text tower cannot be calibrated without its tokenizer; pass the model's tokenizer")
-        texts = _texts(samples, size)
-        _refuse_few(len(texts), "captions or labels", name)
+        found = _texts(samples, size)
+        words = _words(tokenizer, size - len(found)) if len(found) < MIN_SIZE else []
+        texts = [text if index % 2 == 0 else TEMPLATE.format(text) for index, text in enumerate([*found, *words])]
         ids = tokenizer.encode(texts)
         picked.update("\n".join(texts).encode())
-        parts.append(f"{len(texts)} texts, every second one as {TEMPLATE!r}")
+        origin = f" ({len(found)} of the data, {len(words)} of the word list {WORDS})" if words else ""
+        parts.append(f"{len(texts)} texts{origin}, every second one as {TEMPLATE!r}")
     description = f"{name}: {' and '.join(parts)}; picked by stable hash, digest {picked.hexdigest()[:16]}"
     return Calibration(pixels, ids, description)
 
@@ -133,7 +140,21 @@ def _texts(samples: Sequence[Sample], size: int) -> list[str]:
                 found.setdefault(text)
         if len(found) == size:
             break
-    return [text if index % 2 == 0 else TEMPLATE.format(text) for index, text in enumerate(found)]
+    return list(found)
+
+
+def _words(tokenizer: Tokenizer, count: int) -> list[str]:
+    """The first `count` of the word list, in the order of a stable hash, that the tokenizer has tokens for."""
+    found: list[str] = []
+    for text in sorted(word_list(WORDS, size=10 * count), key=lambda text: stable_hash(f"calibration:{text}")):
+        if len(found) == count:
+            break
+        try:
+            tokenizer.encode([text])
+        except BadSampleError:
+            continue
+        found.append(text)
+    return found
 
 
 def _refuse_few(count: int, what: str, name: str) -> None:
@@ -165,4 +186,8 @@ def open_calibration(
     else:
         source = data
     calibration = build_calibration(source, contract, tokenizer, size=size)
-    return calibration, source if isinstance(source, DataSource) else None
+    if not isinstance(source, DataSource):
+        return calibration, None
+    if WORDS in calibration.description:
+        source = dataclasses.replace(source, licences=(*source.licences, *word_list_licences(WORDS)))
+    return calibration, source

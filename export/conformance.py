@@ -34,6 +34,8 @@ VECTORS = f"{FOLDER}/vectors.json"
 _IMAGES = ("exif-6", "rgba", "cmyk", "gray", "gray-16-bit", "palette", "animated", "progressive", "1xN", "odd-crop")
 # measured int8 distances on such far-fetched pictures, times this, become the tolerance where they exceed the default
 _HEADROOM = 1.5
+# vectors that allow more than this test nothing: some other model would pass them
+_WIDEST = 0.1
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,24 @@ def widen_tolerance(folder: Path, measured: dict[str, float]) -> None:
 
     measured: precision -> largest 1 - cosine over the vectors on this machine's runtimes. Only int8 is widened, as
     full-precision graphs have no excuse.
+
+    Raises:
+        IntegrityError: int8 is so far from the model that no tolerance could tell it from another model.
     """
     path = folder / VECTORS
     content = json.loads(path.read_text(encoding="utf-8"))
     worst = measured.get("int8", 0.0)
+    if not worst <= _WIDEST:
+        raise IntegrityError(
+            f"an int8 file is {worst:.3g} (1 - cosine) away from the model on the conformance inputs and at most "
+            f"{_WIDEST} is allowed; a port could not be told from another model, so no bundle was written: leave int8 "
+            "out, or give other calibration data"
+        )
     if worst > content["tolerance"]["int8"]:
-        content["tolerance"]["int8"] = round(min(1.0, worst * _HEADROOM), 6)
-        content["tolerance_source"] = f"int8: {_HEADROOM} times the largest 1 - cosine measured at export ({worst:.6f})"
+        content["tolerance"]["int8"] = round(min(_WIDEST, worst * _HEADROOM), 6)
+        content["tolerance_source"] = (
+            f"int8: {_HEADROOM} times the largest 1 - cosine measured at export ({worst:.6f}), at most {_WIDEST}"
+        )
         _dump(folder, content)
 
 

@@ -52,7 +52,8 @@ def load_foreign(spec: str, *, allow_download: bool = False, trust_remote_code: 
 
 def from_teacher(teacher: Any) -> Exportable:
     """An open_clip or Hugging Face teacher (`teachers.dual.DualEncoderTeacher`) as an `Exportable`; raises as above."""
-    model = teacher.model
+    # a copy, because the towers are changed below and the teacher is the caller's
+    model = copy.deepcopy(teacher.model)
     text = teacher.text
     if hasattr(model, "visual"):
         image_tower, text_tower = _open_clip_towers(model)
@@ -192,7 +193,7 @@ def _first(output: Any) -> Tensor:
 
 
 def _frozen(tower: nn.Module) -> nn.Module:
-    return copy.deepcopy(tower).float().eval().requires_grad_(False)
+    return tower.float().eval().requires_grad_(False)
 
 
 @torch.no_grad()

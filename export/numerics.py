@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,13 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pocketvlm
+from pocketvlm.distill.environment import command_line as command_line
 from pocketvlm.edge.errors import UsageError
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-# the folders of an absolute path behind ":", "@" or "="; "//" begins an address, not a path
-_INNER_PATH = re.compile(r"([:@=])/(?!/)(?:[^/:@=?]*/)*")
 _WORKSPACES = (":4096:8", ":16:8")
 # operator -> positions of the factors; a bias is added in full precision by the hardware, so it is left alone
 _FACTORS = {
@@ -150,7 +147,7 @@ class WideConstants(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.full and isinstance(args[1], float):
+        if func is torch.full and isinstance(kwargs["fill_value"] if "fill_value" in kwargs else args[1], float):
             kwargs.setdefault("dtype", torch.float64)
         return func(*args, **kwargs)
 
@@ -189,13 +186,6 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "compute_capability": list(torch.cuda.get_device_capability(device)) if cuda else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def command_line() -> str:
-    """The command that is running, each absolute path, also inside a spec such as hf:/a/model, cut to its last part:
-    a reference must not name a machine."""
-    parts = [Path(part).name if os.path.isabs(part) else _INNER_PATH.sub(r"\1", part) for part in sys.argv]
-    return " ".join(["pocketvlm" if parts[:1] == ["__main__.py"] else parts[0] if parts else "python", *parts[1:]])
 
 
 def _processor() -> dict[str, Any]:

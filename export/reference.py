@@ -80,6 +80,7 @@ def record_reference(
     command: str | None = None,
     allow_download: bool = False,
     trust_remote_code: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> ReferenceRun:
     """Record golden inputs, outputs, taps, a task and the noise floor of one model into the folder `out`.
 
@@ -91,6 +92,7 @@ def record_reference(
         max_task: at most this many pictures in the task; chosen by a hash of uid and seed.
         command: recorded as the command that made it; by default the running one, without machine paths.
         allow_download, trust_remote_code: of `teachers.load_teacher`, for somebody else's model.
+        progress: called with one line per step.
 
     Returns:
         The recording, read back from disk and verified.
@@ -99,7 +101,8 @@ def record_reference(
         UsageError: `out` is not empty and `overwrite` is False, or the data has too few captions.
         IntegrityError: the model's outputs are not finite.
     """
-    out = Path(out)
+    # resolved, because a path like "." has no name to put a neighbour beside
+    out, say = Path(out).resolve(), progress or (lambda line: None)
     _refuse_full_folder(out, overwrite)
     where = reference_device(device)
     subject = open_subject(source, allow_download=allow_download, trust_remote_code=trust_remote_code)
@@ -118,6 +121,7 @@ def record_reference(
     try:
         files = Writer(part)
         pixels, ids = write_cases(files, images, texts, contract.image, subject.ids)
+        say(f"answering {len(pixels)} golden pictures and {len(ids)} golden texts")
         with strict_numerics(where):
             model = subject.runner(dtype, where)
             outputs = {"image": encode_rows(model, "image", pixels), "text": encode_rows(model, "text", ids)}
@@ -140,12 +144,14 @@ def record_reference(
                 logits=scale * unit["image"] @ unit["text"].T + bias,
             )
             write_taps(files, model, {"image": pixels, "text": ids})
+            say(f"answering the task: {len(task['uids'])} pictures, {len(task['texts'])} texts")
             embedded = {
                 "image": encode_rows(model, "image", task["pixels"]),
                 "text": encode_rows(model, "text", task["ids"]),
                 "prompt": encode_rows(model, "text", task["prompt_ids"]) if task["labels"] else _empty(contract),
             }
             write_task(files, task, embedded)
+            say("measuring the noise floor: float32, TF32, bfloat16, float16")
             files.json(layout.NOISE, _noise(subject, model, dtype, where, task, embedded))
             narrow = _narrow(model, pixels, ids) if dtype == torch.float64 else []
         files.json(layout.WEIGHTS, subject.weight_facts())
@@ -240,7 +246,7 @@ def _task_inputs(samples: Sequence[Sample], subject: Subject, limit: int, seed: 
     if len(texts) < MIN_TASK:
         raise UsageError(
             f"the data gives {len(texts)} distinct captions with readable pictures and the reference task needs "
-            f"{MIN_TASK}; a smaller gallery would call every ranking equal, so use more data or a larger --max-task"
+            f"{MIN_TASK}; a smaller gallery would call every ranking equal, so use more data"
         )
     column = {text: index for index, text in enumerate(texts)}
     labelled = all(sample.label for sample in chosen)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
+from pocketvlm.distill.environment import without_folders
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.export.targets.base import Towers
@@ -79,9 +80,9 @@ def _from_folder(folder: Path) -> Exportable:
     licences: Licences = ()
     recipe, environment = folder / "recipe.yaml", folder / "environment.json"
     if recipe.is_file():
-        provenance["recipe"] = recipe.read_text(encoding="utf-8")
+        provenance["recipe"] = _recipe_text(recipe)
     if environment.is_file():
-        facts = _read_json(environment)
+        facts = without_folders(_read_json(environment))
         licences = tuple((str(w), str(licence), str(who)) for w, licence, who in facts.pop("licences", []))
         provenance["teacher"] = facts.pop("teacher", None)
         provenance["data"] = (facts.get("data") or {}).get("train", {}).get("name")
@@ -98,6 +99,17 @@ def _from_student(student: Student, provenance: dict[str, Any], licences: Licenc
     rows = tuple(dict.fromkeys((*student.licences, *licences)))
     facts = {"student": student.config.name} | provenance
     return Exportable(towers, student.tokenizer_json, rows, facts)
+
+
+def _recipe_text(path: Path) -> str:
+    """The recipe as it travels: without the folders of this machine; the run folder keeps it whole."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{str(path)!r} is not YAML ({error}); restore it, or export the student folder") from error
+    return str(yaml.safe_dump(without_folders(recipe), sort_keys=False, allow_unicode=True, width=110))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

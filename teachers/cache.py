@@ -14,6 +14,7 @@ format with one view. `cache.json` is written last: a folder without it is an un
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -225,7 +226,8 @@ def build_cache(
         refuse_difference(folder, cache.info.to_dict(), info.to_dict())
         return cache
     plan = {"schema_version": SCHEMA_VERSION, "info": info.to_dict(), "batch_size": batch_size}
-    if (folder / "build.json").exists():
+    # another process that builds the same cache removes the file when it is done
+    with contextlib.suppress(FileNotFoundError):
         started = json.loads((folder / "build.json").read_text(encoding="utf-8"))
         check_version(folder, started)
         refuse_difference(

@@ -1,7 +1,7 @@
 """Teachers from Hugging Face transformers: CLIP, SigLIP and fixed-resolution SigLIP 2.
 
     hf:FOLDER        a folder made by `save_pretrained` (config.json, weights, preprocessor_config.json, tokenizer)
-    hf:ORG/NAME      a hub id; read from the local cache, or downloaded with allow_download=True
+    hf:ORG/NAME      a hub id; read from the local cache, or downloaded with allow_download
 
 Fixed-resolution SigLIP 2 checkpoints carry model_type "siglip" and are loaded as such; the variable-resolution
 ("NaFlex") ones take patch lists instead of a picture and are refused.
@@ -22,7 +22,7 @@ from pocketvlm.edge.contract import ImageSpec, TextSpec
 from pocketvlm.edge.errors import UsageError, require, unknown_name
 from pocketvlm.teachers.device import pick_device
 from pocketvlm.teachers.dual import DualEncoderTeacher
-from pocketvlm.teachers.hub import network
+from pocketvlm.teachers.hub import ASK, network
 from pocketvlm.teachers.open_clip import fast_tokenizer_json
 
 _MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
@@ -205,7 +205,7 @@ def _explain(target: str, error: Exception, allow_download: bool) -> str:
             f"'hf:{target}' cannot be loaded ({first}); the folder holds {present}{kind}, and config.json, weights, "
             "preprocessor_config.json and tokenizer files are expected"
         )
-    hint = "check the id and the connection" if allow_download else "pass allow_download=True, or give a folder"
+    hint = "check the id and the connection" if allow_download else f"{ASK}, or give a folder"
     return f"'hf:{target}' is not on this machine and nothing is downloaded unasked ({first}); {hint}"
 
 

@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterator
 from types import ModuleType
 
+# what a message asks of a user who named a hub id
+ASK = "pass --allow-download (in a recipe, teacher.allow_download: true)"
+
 
 @contextlib.contextmanager
 def network(allowed: bool) -> Iterator[None]:

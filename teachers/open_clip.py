@@ -3,7 +3,7 @@
     open_clip:ViT-B-32@weights.safetensors      built-in architecture, your weights file (.safetensors, .pt, .bin)
     open_clip:my_model.json@weights.pt          your architecture file
     open_clip:FOLDER                            open_clip_config.json beside its weights
-    open_clip:ViT-B-32@laion2b_s34b_b79k        a published tag; needs allow_download=True unless already cached
+    open_clip:ViT-B-32@laion2b_s34b_b79k        a published tag; needs allow_download unless already cached
 
 This module is pocketvlm.teachers.open_clip; the library is imported by its absolute name.
 """
@@ -24,7 +24,7 @@ from pocketvlm.edge.errors import MissingExtraError, UsageError, require, unknow
 from pocketvlm.teachers.clip_tokenizer import build_clip_tokenizer, text_spec
 from pocketvlm.teachers.device import pick_device
 from pocketvlm.teachers.dual import DualEncoderTeacher, without
-from pocketvlm.teachers.hub import network
+from pocketvlm.teachers.hub import ASK, network
 
 _RESIZE = {"shortest": "crop", "squash": "squash", "longest": "pad"}
 
@@ -122,7 +122,7 @@ def load_open_clip(target: str, *, device: str | torch.device = "cpu", allow_dow
     except Exception as error:  # open_clip raises RuntimeError, ValueError, OSError and hub errors alike
         hint = "check that the weights belong to this architecture"
         if weights and not Path(weights).is_file() and not allow_download:
-            hint = "the weights are not on this machine, so pass allow_download=True or give a weights file"
+            hint = f"the weights are not on this machine, so {ASK} or give a weights file"
         raise UsageError(
             f"'open_clip:{target}' cannot be loaded ({str(error).splitlines()[0][:200]}); {hint}"
         ) from error
@@ -214,9 +214,7 @@ def _check_tag(library: Any, name: str, weights: str) -> None:
 
 def _refuse_network(allowed: bool, what: str, instead: str) -> None:
     if not allowed:
-        raise UsageError(
-            f"'{what}' is on a hub and nothing is downloaded unasked; pass allow_download=True, or give {instead}"
-        )
+        raise UsageError(f"'{what}' is on a hub and nothing is downloaded unasked; {ASK}, or give {instead}")
 
 
 def _first(output: Any) -> Tensor:

@@ -85,7 +85,7 @@ def check_precision(target: str, known: tuple[str, ...], precision: str, calibra
     if precision == "int8" and calibration is None:
         raise UsageError(
             f"target {target!r} was asked for int8 without calibration data; ranges guessed from noise lose accuracy, "
-            "so pass real data (calibration_data=..., on the command line --calibration-data)"
+            "so pass real data (--data, in Python calibration_data=...)"
         )
 
 

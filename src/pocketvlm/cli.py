@@ -84,9 +84,14 @@ def teacher_check(
 ) -> None:
     """Score a teacher on your own data, beside chance and a simple baseline, before anyone trains on it."""
     from pocketvlm.distill.check_teacher import check_teacher
+    from pocketvlm.distill.progress import Reporter, Stages
     from pocketvlm.teachers import load_teacher
 
-    loaded = load_teacher(teacher, device=device, allow_download=allow_download, trust_remote_code=trust_remote_code)
+    with Stages(Reporter(), "teacher") as progress:
+        loaded = load_teacher(
+            teacher, device=device, allow_download=allow_download, trust_remote_code=trust_remote_code,
+            progress=progress,
+        )  # fmt: skip
     report = check_teacher(loaded, _open(data, on_bad_sample))
     _print(report.to_dict() if as_json else report.table(), as_json)
     if report.worse_than_baseline:
@@ -170,11 +175,12 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Freeze a student into a bundle: model files per target and precision, tokenizer, conformance vectors."""
+    from pocketvlm.distill.progress import Reporter
     from pocketvlm.export.bundle import export_bundle, format_table, summarize
 
     bundle = export_bundle(
         _one_source("export", source, from_), out, targets, precisions, data, overwrite,
-        allow_download=allow_download, trust_remote_code=trust_remote_code,
+        allow_download=allow_download, trust_remote_code=trust_remote_code, progress=Reporter().line,
     )  # fmt: skip
     print(f"{bundle}\n{format_table(summarize(bundle))}")
 
@@ -193,6 +199,7 @@ def reference_record(
     overwrite: Overwrite = False,
 ) -> None:
     """Run the unpatched eager model once and keep everything that parity compares with."""
+    from pocketvlm.distill.progress import Reporter
     from pocketvlm.export.reference import record_reference, show
 
     chosen = _one_source("reference record", source, from_)
@@ -204,6 +211,7 @@ def reference_record(
         overwrite=overwrite,
         allow_download=allow_download,
         trust_remote_code=trust_remote_code,
+        progress=Reporter().line,
     )
     show(recorded)
 
@@ -236,10 +244,14 @@ def parity(
     budgets: Annotated[
         Path | None, arg(metavar="FILE", help="Your own budgets, in the form of export/budgets.json.")
     ] = None,
+    strict: Annotated[bool, arg(help="Exit with 1 also where too few queries leave a task result undecided.")] = False,
     overwrite: Annotated[bool, arg(help="Replace an earlier report in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare a bundle's files, run by their real runtimes, with a reference; exits 1 unless everything passes."""
+    """Compare a bundle's files, run by their real runtimes, with a reference; exits with 1 if anything fails.
+
+    A task result that too few queries leave undecided is no failure unless --strict says so; see docs/parity.md.
+    """
     from pocketvlm.export.compare import finite
     from pocketvlm.export.parity import check_parity
     from pocketvlm.export.parity_report import print_report
@@ -251,7 +263,7 @@ def parity(
         _print(finite(report.to_dict()), True)
     else:
         print_report(report)
-    sys.exit(report.exit_code)
+    sys.exit(1 if strict and report.status == "undecided" else report.exit_code)
 
 
 @app.command
@@ -375,8 +387,10 @@ def _cell(value: Any) -> str:
 def _open(spec: str, on_bad_sample: str) -> Any:
     """Open a data source; what was left out of it is said on stderr, so that --json stays JSON."""
     from pocketvlm.data import open_data
+    from pocketvlm.distill.progress import Reporter, Stages
 
-    source = open_data(spec, on_bad_sample=on_bad_sample)
+    with Stages(Reporter(), "data") as progress:
+        source = open_data(spec, on_bad_sample=on_bad_sample, progress=progress)
     if source.report.counts:
         print(f"left out of {source.name}:\n{source.report.table()}", file=sys.stderr)
     return source

@@ -6,7 +6,6 @@ Everything it does is a call that a user can make: `commands` in demo.json lists
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -129,6 +128,7 @@ def _fresh(out: Path, overwrite: bool) -> Path:
 def _data_and_teacher(demo: Demo) -> None:
     from pocketvlm.data import open_data
     from pocketvlm.distill.check_teacher import check_teacher
+    from pocketvlm.distill.progress import Reporter, Stages
     from pocketvlm.teachers import load_teacher
 
     with demo.step(
@@ -136,8 +136,11 @@ def _data_and_teacher(demo: Demo) -> None:
         "Render the pictures, make the teacher, check it on concepts it never saw",
         f"pocketvlm teacher check '{demo.teacher}' --data '{demo.test}'",
     ):
-        data = open_data(demo.test)
-        check = check_teacher(load_teacher(demo.teacher), data)
+        with Stages(Reporter(), "data") as progress:
+            data = open_data(demo.test, progress=progress)
+        with Stages(Reporter(), "teacher") as progress:
+            teacher = load_teacher(demo.teacher, progress=progress)
+        check = check_teacher(teacher, data)
         demo.console.print(check.table())
 
 
@@ -169,18 +172,20 @@ def _row(name: str, part: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def _export(demo: Demo, run: Any) -> Path:
+    from pocketvlm.distill.progress import Reporter
     from pocketvlm.export.bundle import export_bundle, format_table, summarize
 
     bundle, variants = demo.out / "bundle", QUICK_VARIANTS if demo.quick else VARIANTS
     title = "Freeze the student for ONNX, ExecuTorch and Core ML"
     with demo.step(4, title, f"pocketvlm export {run.folder} --targets {' '.join(variants)} --out {bundle}"):
-        export_bundle(run.folder, bundle, variants)
+        export_bundle(run.folder, bundle, variants, progress=Reporter().line)
         demo.console.print(format_table(summarize(bundle)), highlight=False)
     return bundle
 
 
 def _prove(demo: Demo, run: Any, bundle: Path) -> Any:
     from pocketvlm.data import open_data
+    from pocketvlm.distill.progress import Reporter
     from pocketvlm.export.parity import check_parity, write_parity_summary
     from pocketvlm.export.parity_report import print_report
     from pocketvlm.export.reference import record_reference
@@ -188,7 +193,8 @@ def _prove(demo: Demo, run: Any, bundle: Path) -> Any:
     reference, parity = demo.out / "reference", demo.out / "parity"
     command = f"pocketvlm reference record {run.folder} --data '{demo.test}' --out {reference}"
     with demo.step(5, "Record the reference: the unpatched eager student in float64", command):
-        record_reference(run.folder, reference, data=open_data(demo.test), command=command)
+        data = open_data(demo.test)
+        record_reference(run.folder, reference, data=data, command=command, progress=Reporter().line)
     command = f"pocketvlm parity {bundle} --reference {reference} --out {parity}"
     with demo.step(6, "Check parity: the files from disk, in their real runtimes, stage by stage", command):
         report = check_parity(bundle, reference, out=parity)
@@ -203,11 +209,14 @@ def _use(demo: Demo, bundle: Path) -> dict[str, Any]:
     from pocketvlm.data.splits import stable_hash
     from pocketvlm.distill.evaluate import evaluate_model
     from pocketvlm.edge.model import EdgeModel
+    from pocketvlm.export.bundle import summarize
 
     data = open_data(demo.test)
     samples = [sample for sample in data.samples if "flag" not in sample.tags]
     labels = sorted({sample.captions[0].text for sample in samples})
     chosen = sorted(samples, key=lambda sample: stable_hash(sample.uid))[:SHOWN]
+    # of the exporting process: one thread, one picture, decoded pixels to embedding
+    latency = {(row.target, row.precision): row.latency_ms["image"] for row in summarize(bundle)}
     title = f"Use the bundle without torch: score it, and name pictures among {len(labels)} unseen names"
     with demo.step(7, title, f"pocketvlm classify {bundle} PICTURE... --labels NAME..."):
         for backend, precision in _runnable(QUICK_VARIANTS if demo.quick else VARIANTS):
@@ -215,16 +224,16 @@ def _use(demo: Demo, bundle: Path) -> dict[str, Any]:
             model = EdgeModel.load(bundle, backend=backend, precision=precision, threads=threads)
             score = evaluate_model(model, data, metrics_wanted=("retrieval",))
             size = sum(model.bundle.path(file).stat().st_size for file in set(model.variant.files.values()))
-            milliseconds = _latency(model, chosen[0])
             demo.rows.append(
                 _row(
                     f"bundle, {backend} {precision}",
                     score.values["model"],
-                    **{"MB": f"{size / 1e6:.1f}", "ms per picture": f"{milliseconds:.1f}"},
+                    **{"MB": f"{size / 1e6:.1f}", "ms per picture": f"{latency[model.variant.target, precision]:.1f}"},
                 )
             )
         model = EdgeModel.load(bundle, backend="onnxruntime", precision="int8", threads=1)
         results = model.classify([sample.image.read() for sample in chosen], labels, templates=("{}",))
+        _save_pictures(chosen, demo.out / "pictures")
     shown: list[dict[str, Any]] = [
         {"sample": sample, "truth": sample.captions[0].text, "top": result.top(3)}
         for sample, result in zip(chosen, results)
@@ -235,6 +244,18 @@ def _use(demo: Demo, bundle: Path) -> dict[str, Any]:
     return {"shown": shown, "labels": len(labels), "queries": len(samples)}
 
 
+def _save_pictures(samples: Sequence[Any], folder: Path) -> None:
+    """Pictures to try the bundle on, each under its name."""
+    from PIL import Image
+
+    from pocketvlm.edge.preprocess import decode_image
+
+    folder.mkdir()
+    for sample in samples:
+        name = "-".join(sample.captions[0].text.split())
+        Image.fromarray(decode_image(sample.image.read())).save(folder / f"{name}.png")
+
+
 def _runnable(variants: Sequence[str]) -> Iterator[tuple[BackendName, str]]:
     """(backend, precision) of the exported variants that run on any machine; Core ML predicts on macOS only."""
     for variant in variants:
@@ -243,19 +264,6 @@ def _runnable(variants: Sequence[str]) -> Iterator[tuple[BackendName, str]]:
             yield "onnxruntime", precision
         elif target == "executorch":
             yield "executorch", precision
-
-
-def _latency(model: Any, sample: Any, repeats: int = 20) -> float:
-    """Median milliseconds from decoded pixels to embedding, one picture, one thread."""
-    from pocketvlm.edge.preprocess import load_image, stack
-
-    pixels = stack([load_image(sample.image.read(), model.contract.image)])
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        model.embed_pixels(pixels)
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
 
 
 def _finish(demo: Demo, runs: dict[str, Any], parity: Any, used: dict[str, Any], *, total: float) -> Path:

@@ -67,7 +67,7 @@ COMMANDS = {
         "--overwrite",
     ),
     "reference show": ("REFERENCE", "--json"),
-    "parity": ("BUNDLE", "--reference", "--out", "--targets", "--budgets", "--overwrite", "--json"),
+    "parity": ("BUNDLE", "--reference", "--out", "--targets", "--budgets", "--strict", "--overwrite", "--json"),
     "embed": ("BUNDLE", "INPUT", "--text", "--out", "--overwrite", "--backend", "--precision"),
     "classify": ("BUNDLE", "IMAGE", "--labels", "--templates", "--backend", "--precision", "--json"),
     "doctor": ("--json",),

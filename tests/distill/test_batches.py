@@ -139,7 +139,11 @@ def test_prefetch_keeps_order_stays_ahead_and_passes_errors_on() -> None:
 
     steps = prefetch(make, range(2, 9), depth=2)
     assert next(steps) == 20
-    time.sleep(0.2)
+    deadline = time.monotonic() + 60
+    # one handed out, two waiting; a fourth begins only when one of them is taken
+    while len(made) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     assert made == [2, 3, 4]
     assert [next(steps) for _ in range(4)] == [30, 40, 50, 60]
     with pytest.raises(ValueError, match="step seven"):

@@ -17,7 +17,9 @@ from rich.console import Console
 
 from pocketvlm.data import open_data
 from pocketvlm.distill.check_teacher import _chance, check_teacher
+from pocketvlm.edge.contract import TextSpec
 from pocketvlm.edge.errors import UsageError
+from pocketvlm.students import train_tokenizer
 from pocketvlm.teachers.base import TeacherOutput
 
 
@@ -127,6 +129,41 @@ def test_few_pictures_get_no_baseline_and_one_picture_is_refused(tmp_path: Path)
     assert "too few captioned pictures for a fair baseline" in few.verdict
     with pytest.raises(UsageError, match="1 captioned pictures with 1 different texts"):
         check_teacher(ToyTeacher(), open_data(str(make_world(tmp_path / "one", pictures=1))))
+
+
+class ShortSighted(ToyTeacher):
+    """Says, as the dual encoders do, how it cuts texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._json = train_tokenizer(["amber beige black thing"] * 3, 120)
+        size = json.loads(self._json)["model"]["vocab"]
+        self.text = TextSpec(context_length=12, vocab_size=len(size))
+
+    def tokenizer_json(self) -> bytes:
+        return self._json
+
+
+class Unwritable(ShortSighted):
+    def tokenizer_json(self) -> bytes:
+        raise UsageError("no tokenizer.json gives this model's ids")
+
+
+def test_captions_that_the_teacher_would_cut_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = make_world(tmp_path / "world")
+    with open(path, "a") as file:
+        long = "red " + "thing " * 40
+        file.write(json.dumps({"image": "red.png", "caption": long, "uid": "long"}) + "\n")
+    data = open_data(f"{path}?check=none")
+    found = check_teacher(ShortSighted(), data)
+    assert found.evaluation.values["data"]["left_out"] == {"too-long-text": 1}
+    assert found.evaluation.values["model"]["image_to_text"]["queries"] == 40
+    assert str(found.table().caption).endswith("Left out: 1 too-long-text.")
+    # no notion of a context: everything is asked, as before
+    for teacher in (ToyTeacher(), Unwritable()):
+        kept = check_teacher(teacher, data)
+        assert kept.evaluation.values["model"]["image_to_text"]["queries"] == 41
+        assert kept.table().caption == kept.verdict
 
 
 def test_it_prints_and_serialises(world: Path) -> None:

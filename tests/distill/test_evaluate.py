@@ -146,6 +146,13 @@ def test_prompt_templates_are_averaged_and_checked() -> None:
         evaluate_model(Oracle(), samples, templates=("picture",))
 
 
+def test_a_template_or_a_label_may_hold_other_braces() -> None:
+    samples = [Sample(name, picture(name), label=name + "{y}") for name in NAMES]
+    assert "a {} {x}".replace("{}", "n3{y}") in Questions.of(samples, templates=("a {} {x}",)).texts
+    found = evaluate_model(Oracle(), samples, templates=("{} {x}",))
+    assert found.values["model"]["zero_shot"]["gallery"] == 12
+
+
 def test_data_without_captions_or_labels_cannot_be_scored() -> None:
     with pytest.raises(UsageError, match="neither captions nor two different labels"):
         evaluate_model(Oracle(), [Sample(name, picture(name)) for name in NAMES])

@@ -17,6 +17,7 @@ import torch
 from distill_toys import make_world, toy_recipe
 
 from pocketvlm.distill import checkpoint
+from pocketvlm.distill.environment import describe_environment, without_folders
 from pocketvlm.distill.loop import DivergedError, Trainer, distill_run
 from pocketvlm.distill.prepare import prepare
 from pocketvlm.distill.progress import Reporter
@@ -111,8 +112,9 @@ def test_a_killed_run_resumes_to_the_same_loss(recipe: Make, tmp_path: Path) -> 
     changed = recipe("train.steps=24", "train.log_every=1", "student.overrides.text.dropout=0.2")
     file = tmp_path / "recipe.yaml"
     file.write_text(changed.to_yaml())
-    victim = child(file, tmp_path / "killed")
+    # first, so that the teacher's answers are cached and nothing but the loop below watches the victim
     whole = distill_run(changed, tmp_path / "whole", progress=False)
+    victim = child(file, tmp_path / "killed")
     log = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 100
     # past a checkpoint, and between two of them
@@ -134,6 +136,65 @@ def test_a_killed_run_resumes_to_the_same_loss(recipe: Make, tmp_path: Path) -> 
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     same = [load_student(tmp_path / name).contract.model_id for name in ("killed", "whole")]
     assert same[0] == same[1]
+
+
+def test_the_number_of_threads_is_the_callers_again(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen = []
+
+    def step(self: Trainer, batch: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        raise DivergedError("stop")
+
+    try:
+        distill_run(recipe("train.steps=2"), tmp_path / "run", progress=False)
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr(Trainer, "one_step", step)
+        with pytest.raises(DivergedError, match="stop"):
+            distill_run(recipe(), tmp_path / "failed", progress=False)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]
+
+
+def test_no_folder_of_the_machine_is_recorded(
+    recipe: Make, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [
+        "/a/bin/pocketvlm",
+        "distill",
+        "quick",
+        f"data.train={world}?check=none",
+        f'data.words.exclude=["{world}"]',
+    ]
+    monkeypatch.setattr(sys, "argv", given)
+    recorded = describe_environment(teacher={"name": f"hf:{world}"})
+    assert recorded["command"] == (
+        'pocketvlm distill quick data.train=world.jsonl?check=none data.words.exclude=["world.jsonl"]'
+    )
+    assert recorded["teacher"]["name"] == "hf:world.jsonl"
+    assert str(world.parent) not in json.dumps(recorded)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("/a/b=c/x.jsonl?images=/a/b/p&check=none", "x.jsonl?images=p&check=none"),
+        ("open_clip:/a/c.json@/a/d/w.pt", "open_clip:c.json@w.pt"),
+        ("student.init=/a/run/", "student.init=run/"),
+        (["/a b/c", {"exclude": "['/a/b', /c/d]"}], ["c", {"exclude": "['b', d]"}]),
+        ("https://host/a/b", "https://host/a/b"),
+        ("runs/mine and/or a / b", "runs/mine and/or a / b"),
+        (3, 3),
+        ("/", "/"),
+    ],
+)
+def test_paths_lose_their_folders(given: Any, expected: Any) -> None:
+    assert without_folders(given) == expected
 
 
 def test_a_full_disk_stops_the_run_and_the_run_goes_on_later(

@@ -102,6 +102,9 @@ def test_classify_edges(model: EdgeModel) -> None:
     assert model.classify(RED, ["red"])[0].probability == 1.0
     assert model.classify([], ["red", "blue"]) == []
     assert model.classify(RED, ["red", "blue"], "{}")[0].label == "red"
+    # the default is that of the command line
+    assert model.classify(RED, ["red", "blue"]) == model.classify(RED, ["red", "blue"], ("{}",))
+    assert np.array_equal(model.embed_labels(["red", "blue"]), model.embed_labels(["red", "blue"], "{}"))
     assert set(model.classify(RED, ["{odd} {}", "red"])[0].scores) == {"{odd} {}", "red"}
 
 

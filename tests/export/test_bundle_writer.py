@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -25,7 +26,7 @@ from pocketvlm.edge.errors import IntegrityError, MissingExtraError, UnknownName
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.export import bundle as writer
 from pocketvlm.export.bundle import export_bundle, format_table, summarize
-from pocketvlm.export.calibration import build_calibration, stratified
+from pocketvlm.export.calibration import build_calibration, open_calibration, stratified
 from pocketvlm.export.source import Exportable, open_source
 from pocketvlm.export.targets.onnx import OnnxTarget
 from pocketvlm.students import build_student, save_student, train_tokenizer
@@ -136,18 +137,21 @@ def test_a_student_folder_and_a_run_folder_can_be_exported(tmp_path: Path) -> No
         overrides={"image.size": 32, "text": {"layers": 1, "width": 32, "heads": 2, "context_length": 8}},
     )
     save_student(student, tmp_path / "run" / "student")
-    (tmp_path / "run" / "recipe.yaml").write_text("name: x\n")
+    (tmp_path / "run" / "recipe.yaml").write_text("name: x\nstudent:\n  init: /a/b/init\n")
     facts = {
-        "teacher": {"name": "t", "fingerprint": "f" * 64},
+        "teacher": {"name": "hf:/a/b/t", "fingerprint": "f" * 64},
         "data": {"train": {"name": "openmoji"}},
         "licences": [["teacher weights", "MIT", "them"]],
         "packages": {"torch": "2"},
+        "command": "pocketvlm distill quick data.train=/a/b/x.jsonl",
     }
     (tmp_path / "run" / "environment.json").write_text(json.dumps(facts))
     opened = open_source(tmp_path / "run")
     assert opened.provenance["teacher"]["fingerprint"] == "f" * 64
     assert opened.provenance["data"] == "openmoji"
-    assert opened.provenance["recipe"] == "name: x\n"
+    assert opened.provenance["recipe"] == "name: x\nstudent:\n  init: init\n"
+    assert "/a" not in json.dumps(opened.provenance), "no folder of the machine that trained it"
+    assert "/a/b/init" in (tmp_path / "run" / "recipe.yaml").read_text()
     assert ("teacher weights", "MIT", "them") in opened.licences
     assert open_source(student).towers.contract == opened.towers.contract
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
@@ -274,7 +278,10 @@ def test_int8_without_data_is_refused_and_private_pictures_stay_private(
     shipped = {hashlib.sha256(p.read_bytes()).hexdigest() for p in (bundle / "conformance/images").iterdir()}
     mine = {hashlib.sha256(sample.image.read()).hexdigest() for sample in make_data()}
     assert not shipped & mine
-    public = writer._examples(make_data(40, name="openmoji"))
+    # a name proves nothing: any folder may be called so
+    assert writer._examples(make_data(40, name="openmoji")) == []
+    source = make_data(40)
+    public = writer._examples(dataclasses.replace(source, licences=(("OpenMoji 17 pictures", "CC BY-SA 4.0", "x"),)))
     assert len(public) == 3
     assert all(case.real for case in public)
 
@@ -305,8 +312,24 @@ def test_calibration_counts_unreadable_pictures_and_refuses_too_few(model: Expor
     assert "20 unreadable passed over" in found.description
     with pytest.raises(UsageError, match="10 readable pictures"):
         build_calibration(make_data(10), model.towers.contract, tokenizer)
-    mute = [replace(sample, captions=(), label=None) for sample in data.samples]
-    with pytest.raises(UsageError, match="0 captions or labels"):
-        build_calibration(mute, model.towers.contract, tokenizer)
     with pytest.raises(UsageError, match="size 4 is too small"):
         build_calibration(data, model.towers.contract, tokenizer, size=4)
+
+
+def test_data_without_captions_is_calibrated_with_words_and_says_so(model: Exportable) -> None:
+    data, tokenizer = make_data(40), model.tokenizer()
+    assert isinstance(tokenizer, Tokenizer)
+    mute = replace(data, samples=[replace(sample, captions=(), label=None) for sample in data.samples])
+    found, source = open_calibration(mute, model.towers.contract, tokenizer, size=30)
+    assert found is not None
+    assert source is not None
+    assert "30 texts (0 of the data, 30 of the word list wordfreq-en+" in found.description
+    assert len({row.tobytes() for row in found.ids}) > 20
+    assert source.licences[0] == data.licences[0]
+    assert any("wordfreq" in what for what, _, _ in source.licences)
+    few = replace(data, samples=[*data.samples[:10], *mute.samples[10:]])
+    assert "(10 of the data, 20 of the" in build_calibration(few, model.towers.contract, tokenizer, size=30).description
+    enough, source = open_calibration(data, model.towers.contract, tokenizer, size=30)
+    assert enough is not None
+    assert "word list" not in enough.description
+    assert source is data

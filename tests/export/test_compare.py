@@ -301,8 +301,17 @@ def test_a_looser_budget_needs_a_reason(tmp_path) -> None:  # type: ignore[no-un
         loosen(value)
         value["precisions"]["int8"]["metrics"]["one_minus_cosine_mean"]["reason"] = "gallery of 20"
 
-    with pytest.raises(UsageError, match=r"loosens int8 one_minus_cosine_mean from 0\.01 to 0\.5 without a 'reason'"):
+    with pytest.raises(
+        UsageError, match=r"loosens int8 one_minus_cosine_mean from 0\.01 to 0\.5 without a 'reason' of its own"
+    ):
         load_budgets(_budgets_file(tmp_path, loosen))
+
+    def hide(value):  # type: ignore[no-untyped-def]
+        # its reason is the shipped one, which explains .85 and no other number
+        value["precisions"]["int8"]["metrics"]["top1_agreement"]["value"] = 0.05
+
+    with pytest.raises(UsageError, match=r"loosens int8 top1_agreement .* without a 'reason' of its own"):
+        load_budgets(_budgets_file(tmp_path, hide))
     loaded = load_budgets(_budgets_file(tmp_path, explain))
     assert loaded.for_precision("int8").metrics["one_minus_cosine_mean"].value == 0.5
 

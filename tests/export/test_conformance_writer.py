@@ -119,6 +119,13 @@ def test_only_int8_may_be_widened_and_says_why(written: tuple[Path, Vectors], to
     after = content(tmp_path)
     assert after["tolerance"] == before | {"int8": pytest.approx(0.06)}
     assert "0.04" in after["tolerance_source"]
+    widen_tolerance(tmp_path, {"int8": 0.09})
+    assert content(tmp_path)["tolerance"]["int8"] == 0.1
+    before = (tmp_path / VECTORS).read_bytes()
+    for lost in (0.11, 1.0, float("nan")):
+        with pytest.raises(IntegrityError, match=r"at most 0\.1 is allowed"):
+            widen_tolerance(tmp_path, {"int8": lost})
+    assert (tmp_path / VECTORS).read_bytes() == before
 
 
 def test_a_model_that_gives_nan_is_refused(towers: Towers) -> None:

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 
 from pocketvlm.edge.errors import IntegrityError, UnknownNameError, UsageError
 from pocketvlm.export import foreign
-from pocketvlm.export.foreign import load_foreign
+from pocketvlm.export.foreign import from_teacher, load_foreign
 from pocketvlm.export.source import Exportable, open_source
 from pocketvlm.export.targets import get_target
 from pocketvlm.export.targets.base import Towers
 from pocketvlm.export.targets.onnx import run_file
+from pocketvlm.teachers import load_teacher
 
 SIZE, LENGTH = 32, 16
 TEXTS = ["a photo of a cat", "two dogs!", "naïve café", "the quick brown fox " * 12]
@@ -221,6 +222,21 @@ def test_a_tower_that_differs_from_upstream_is_refused(models: Any, monkeypatch:
     )
     with pytest.raises(IntegrityError, match="image tower cut out of"):
         load_foreign(upstream.spec)
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "hf_clip", "hf_siglip"])
+def test_the_callers_teacher_stays_as_it_was(models: Any, kind: str) -> None:
+    upstream, model = models[kind]
+    teacher: Any = load_teacher(upstream.spec)
+    configs = [part.config for part in teacher.model.modules() if hasattr(part, "config")]
+    before = [config._attn_implementation for config in configs]
+    assert from_teacher(teacher).towers.contract == model.towers.contract
+    assert [config._attn_implementation for config in configs] == before
+    assert ("eager" in before) is False
+    own = {id(parameter) for parameter in teacher.model.parameters()}
+    found = from_teacher(teacher).towers
+    for tower in (found.image, found.text):
+        assert not own & {id(parameter) for parameter in tower.parameters()}  # type: ignore[union-attr]
 
 
 def test_unknown_sources_are_named(tmp_path: Path) -> None:

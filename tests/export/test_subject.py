@@ -210,6 +210,15 @@ def test_the_recorded_command_names_no_machine(monkeypatch: pytest.MonkeyPatch) 
     )
 
 
+def test_wide_constants_take_the_value_by_position_or_by_name() -> None:
+    lowest = torch.finfo(torch.float64).min
+    with numerics.WideConstants():
+        assert torch.full((2,), lowest).dtype == torch.float64
+        assert torch.full((2,), fill_value=lowest).dtype == torch.float64
+        assert torch.full(size=(2,), fill_value=1).dtype == torch.int64
+        assert torch.full((2,), fill_value=0.5, dtype=torch.float32).dtype == torch.float32
+
+
 # --- threads --------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,23 @@ def test_a_killed_build_resumes_to_the_same_bytes(samples: list[Sample], tmp_pat
     # the first shard of four was kept; one probe picture asks the teacher for its widths
     assert again.seen == len(samples) - 4 + 1
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
+
+
+def test_a_build_that_another_process_finishes_meanwhile_is_no_error(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`build.json` is seen, and gone when it is read."""
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(TinyTeacher(fail_after=7), samples, TEXTS, tmp_path, shard_size=4, batch_size=2)
+    real = Path.read_text
+
+    def vanishing(self: Path, *args: Any, **kwargs: Any) -> str:
+        if self.name == "build.json":
+            self.unlink(missing_ok=True)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", vanishing)
+    assert len(build_cache(TinyTeacher(), samples, TEXTS, tmp_path, shard_size=4, batch_size=2)) == len(samples)
 
 
 def test_a_finished_cache_is_reused(samples: list[Sample], folder: Path) -> None:

@@ -216,7 +216,7 @@ def test_fingerprint_follows_weights_preprocessing_and_tokenizer(checkpoints: di
 def test_mistakes(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="neither a folder here nor a hub id"):
         load_teacher("hf:./nowhere")
-    with pytest.raises(UsageError, match="pass allow_download=True"):
+    with pytest.raises(UsageError, match="pass --allow-download"):
         load_teacher("hf:openai/clip-vit-base-patch32")
     with pytest.raises(UsageError, match=r"config\.json, weights"):
         load_teacher(f"hf:{tmp_path}")
