@@ -6,6 +6,7 @@ An objective is built by name with `build_objective` and called with keyword-onl
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from pocketvlm.distill.objectives.affinity import AffinityMimicking
@@ -13,11 +14,16 @@ from pocketvlm.distill.objectives.bank import Bank
 from pocketvlm.distill.objectives.base import Needs, Objective, Outputs
 from pocketvlm.distill.objectives.common import BatchObjective, Widths
 from pocketvlm.distill.objectives.contrastive import Contrastive
+from pocketvlm.distill.objectives.correlation import CorrelationCongruence
 from pocketvlm.distill.objectives.crd import ContrastiveRelational
 from pocketvlm.distill.objectives.feature import Feature, Hint
 from pocketvlm.distill.objectives.gram import Gram
 from pocketvlm.distill.objectives.icl import Interactive
+from pocketvlm.distill.objectives.matryoshka import Matryoshka
+from pocketvlm.distill.objectives.order import NeighbourOrder
+from pocketvlm.distill.objectives.rankclip import RankConsistency
 from pocketvlm.distill.objectives.rkd import RelationalKD
+from pocketvlm.distill.objectives.token_gram import TokenGram
 from pocketvlm.edge.errors import UsageError, unknown_name
 
 __all__ = [
@@ -39,11 +45,16 @@ _CLASSES: dict[str, type[BatchObjective]] = {
         Bank,
         Contrastive,
         ContrastiveRelational,
+        CorrelationCongruence,
         Feature,
         Gram,
         Hint,
         Interactive,
+        Matryoshka,
+        NeighbourOrder,
+        RankConsistency,
         RelationalKD,
+        TokenGram,
     )
 }
 _BUILT_WITH = ("self", "student", "teacher", "seed")
@@ -65,13 +76,13 @@ def objective_class(name: str) -> type[BatchObjective]:
     return _CLASSES[name]
 
 
-def objective_needs(name: str) -> Needs:
-    """What `name` must be given, known before it is built.
+def objective_needs(name: str, options: Mapping[str, Any] | None = None) -> Needs:
+    """What `name` must be given when built with `options`, known before it is built.
 
     Raises:
-        UnknownNameError: no such objective.
+        UnknownNameError: no such objective. UsageError: options that cannot work.
     """
-    return objective_class(name).needs
+    return objective_class(name).needs_with(options or {})
 
 
 def objective_options(name: str) -> dict[str, Any]:
@@ -107,7 +118,7 @@ def build_objective(
                 if known
                 else UsageError(f"objective {name!r} takes no options but {key!r} was given; remove it")
             )
-    if cls.needs.teacher and teacher is None:
+    if cls.needs_with(options).teacher and teacher is None:
         raise UsageError(
             f"objective {name!r} learns from a teacher and none was given; name a teacher in the recipe or leave the "
             "objective out"

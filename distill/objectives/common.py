@@ -6,15 +6,15 @@ import dataclasses
 import hashlib
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pocketvlm.distill.objectives.base import Objective, Outputs
+from pocketvlm.distill.objectives.base import Needs, Objective, Outputs
 from pocketvlm.edge.errors import UsageError, unknown_name
 
 _T = TypeVar("_T")
@@ -48,10 +48,17 @@ class BatchObjective(Objective):
     order in bfloat16.
 
     name: as registered. minimum_rows: with fewer rows the value and the gradient are identically zero.
+    coordinates: whether equally wide embeddings of student and teacher are compared number by number.
     """
 
     name: ClassVar[str]
+    coordinates: ClassVar[bool] = False
     minimum_rows: int = 1
+
+    @classmethod
+    def needs_with(cls, options: Mapping[str, Any]) -> Needs:
+        """What it must be given when built with these options."""
+        return cls.needs
 
     @abstractmethod
     def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
@@ -200,6 +207,20 @@ def positive(option: str, value: float | None) -> float | None:
         raise UsageError(
             f"objective option {option!r} is {value!r} but must be a number above 0; the loss would not be defined, so "
             "give a positive one"
+        )
+    return value
+
+
+def not_negative(option: str, value: float) -> float:
+    """Check a weight, which may be 0.
+
+    Raises:
+        UsageError: negative, or not a number.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0:
+        raise UsageError(
+            f"objective option {option!r} is {value!r} but must be a number from 0; the student would be pushed away "
+            "from what it shall learn, so give 0 or a positive weight"
         )
     return value
 

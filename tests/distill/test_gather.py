@@ -42,7 +42,7 @@ class Towers(nn.Module):
             logit_scale=self.log_scale.exp(),
             image_features=features,
             text_features=text_features,
-            taps={"b": features.reshape(-1, 7, 1), "a": text_features},
+            taps={"b": features.reshape(-1, 7, 1), "a": text_features, "tokens": features[:, :6].reshape(-1, 2, 3)},
             bank=torch.tanh(words @ self.body.T) @ self.text.T,
             **labels,
         )
@@ -53,7 +53,7 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
     g = torch.Generator().manual_seed(1)
     draw = {k: torch.randn(n, w, generator=g, dtype=torch.float64) for k, n, w in (
         ("pixels", ROWS, 3), ("ids", ROWS, 3), ("words", N, 3), ("image", ROWS, 5), ("text", ROWS, 5),
-        ("features", ROWS, 6), ("bank", N, 5),
+        ("features", ROWS, 6), ("bank", N, 5), ("tokens", ROWS, 8),
     )}  # fmt: skip
     has_text = torch.tensor([1, 1, 0, 1, 0, 1, 1, 0, 1], dtype=torch.bool)[start:stop]
     group = torch.tensor([0, 1, -3, 0, -5, 2, 1, -8, 3])[start:stop]
@@ -64,6 +64,7 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
         logit_scale=torch.tensor(8.0, dtype=torch.float64),
         image_features=draw["features"][start:stop],
         bank=draw["bank"],
+        taps={"tokens": draw["tokens"][start:stop].reshape(-1, 2, 4)},
     )
     inputs = {"pixels": draw["pixels"][start:stop], "ids": draw["ids"][start:stop], "words": draw["words"]}
     return {**inputs, "has_text": has_text, "group": group}, teacher
@@ -71,6 +72,8 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
 
 def objectives() -> list[tuple[str, dict[str, object]]]:
     extra = [("bank", {"anchors": "teacher"}), ("gram", {"variant": "spkd", "of": ("image", "text")})]
+    extra += [("order", {"of": ("image", "text", "image-to-text", "text-to-image"), "neighbours": 2})]
+    extra += [("matryoshka", {"inner": {"name": "icl"}, "dims": (2, 4)}), ("token-gram", {"variant": "scd"})]
     return [*((name, {}) for name in list_objectives()), *extra]
 
 
