@@ -404,11 +404,18 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 def _cross_checks(recipe: Recipe) -> Iterator[str]:
     """What the parts must know of each other; whatever needs the data itself is checked in `prepare`."""
     from pocketvlm.distill.objectives import Widths, build_objective, list_objectives, objective_needs
+    from pocketvlm.distill.objectives.matryoshka import listed_dims
     from pocketvlm.students.config import load_config
 
     train = recipe.train
+    trained = {m for spec in recipe.objectives if spec.name == "matryoshka" for m in listed_dims(spec.options)}
     try:
-        load_config(recipe.student.name, recipe.student.overrides)
+        promised = load_config(recipe.student.name, recipe.student.overrides).dims
+        if untrained := sorted(set(promised) - trained):
+            yield (
+                f"the student promises embeddings cut to {untrained} (dims) and no matryoshka objective trains these "
+                "prefixes, so a device would search with untrained ones; list them in its dims, or leave them out"
+            )
     except UsageError as error:
         yield str(error).rstrip(".")
     yield from _policy_problems(recipe.views.policy)
@@ -418,13 +425,20 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
         if spec.name not in known:
             yield str(unknown_name("objective", spec.name, known)).rstrip(".")
             continue
-        needs = objective_needs(spec.name)
+        # wide enough for every listed prefix; the real width is known with the teacher
+        needs, wide = objective_needs(spec.name), Widths(max([8, *listed_dims(spec.options)]), 8, 8)
         try:
-            build_objective(spec.name, student=Widths(8, 8, 8), teacher=Widths(8, 8, 8), **spec.options)
+            needs = objective_needs(spec.name, spec.options)
+            build_objective(spec.name, student=wide, teacher=wide, **spec.options)
         except (UsageError, TypeError, ValueError) as error:
             yield f"{here}: {error}".rstrip(".")
-        if needs.taps or needs.masked_view:
-            yield f"{here} wants inner activations or a masked view, which this loop does not provide; leave it out"
+        if needs.taps:
+            yield (
+                f"{here} compares inner activations of both models, and a teacher's cache keeps none (embeddings and "
+                "pooled features only), so there would be nothing to compare with; leave it out, or call it from Python"
+            )
+        if needs.masked_view:
+            yield f"{here} wants a masked view, which this loop does not provide; leave it out"
         if needs.teacher and recipe.teacher is None:
             yield f"{here} learns from a teacher and the recipe has none; add 'teacher', or leave the objective out"
         if needs.bank and isinstance(train.bank, str) and train.text_batch < 1:

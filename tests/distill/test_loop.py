@@ -82,6 +82,37 @@ def test_two_runs_of_one_recipe_are_equal_and_another_seed_is_not(recipe: Make, 
     assert load_student(first.student).contract == load_student(again.student).contract
 
 
+def test_prefixes_and_orders_are_trained_and_promised(recipe: Make, tmp_path: Path) -> None:
+    """Projectors of every prefix, terms by width, the contract's dims, and a resume to the same loss."""
+    objectives = [
+        {"name": "matryoshka", "options": {"inner": {"name": "icl"}, "dims": [4, 16]}},
+        {"name": "order", "options": {"of": ["image", "text-to-image"], "neighbours": 3}},
+        {"name": "rankclip", "weight": 0.06, "schedule": "warmup", "schedule_steps": 4},
+        {"name": "correlation-congruence", "batch": "texts"},
+    ]
+    wanted = recipe("student.overrides.dims=[4]", objectives=objectives)
+    result = distill_run(wanted, tmp_path / "run", progress=False)
+    row = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert {f"loss/{name}" for name in (
+        "icl_4", "icl_16", "order_image", "order_text-to-image", "rankclip_cross", "rankclip_within",
+        "correlation-congruence_image@texts",
+    )} <= row.keys()  # fmt: skip
+    assert load_student(result.student).contract.dims == (4, 16)
+    for path in (tmp_path / "run" / "checkpoints").glob("step-00000008*"):
+        path.unlink()
+    again = distill_run(wanted, tmp_path / "run", resume=True, progress=False)
+    assert again.final_loss == result.final_loss
+
+
+def test_a_prefix_beyond_the_embedding_stops_before_the_first_step(recipe: Make, tmp_path: Path) -> None:
+    """The teacher's width, 16, is known only after it was loaded."""
+    wide = [{"name": "matryoshka", "options": {"dims": [4, 32]}}]
+    with pytest.raises(UsageError, match="to 16, the student's width"):
+        distill_run(recipe(objectives=wide), tmp_path / "a", progress=False)
+    with pytest.raises(UsageError, match="prefix of 32 numbers"):
+        distill_run(recipe("student.overrides.dims=[32]", objectives=wide), tmp_path / "b", progress=False)
+
+
 CHILD = """
 import sys
 from pathlib import Path

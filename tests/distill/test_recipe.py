@@ -124,12 +124,29 @@ def test_a_recipe_without_a_teacher_is_legal_but_not_with_objectives_that_need_o
         (["objectives=[]"], "at least 1 item"),
         (["objectives=[{name: clip, weight: 0}]"], "every objective has weight 0"),
         (["objectives=[{name: clip}]", "train.text_pretrain_steps=3"], "no objective with batch: texts to train by"),
+        (["objectives=[{name: token-gram}]"], "compares inner activations of both models, and a teacher's cache keeps"),
+        (["student.overrides.dims=[4, 8]"], "promises embeddings cut to [4, 8] (dims) and no matryoshka objective"),
+        (["objectives=[{name: matryoshka, options: {inner: {name: clip}}, batch: texts}]"], "needs picture-caption"),
+        (["objectives=[{name: matryoshka, options: {inner: {name: bank}}}]", "train.text_batch=0"], "needs a bank"),
+        (["objectives=[{name: matryoshka, options: {inner: {name: crdd}}}]"], "did you mean 'crd'"),
+        (["objectives=[{name: matryoshka, options: {dims: [96, 48]}}]"], "increasing whole numbers"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(raw: dict[str, Any], change: list[str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         load_recipe(raw, change)
     assert message in str(caught.value)
+
+
+def test_what_a_wrapper_needs_is_what_it_wraps(raw: dict[str, Any]) -> None:
+    """crd, the default, needs captions and a teacher; gram and clip each lack one of these needs."""
+    wrapped = {"name": "matryoshka", "options": {"inner": {"name": "gram"}, "dims": [96, 384]}}
+    raw["student"]["overrides"] = {**raw["student"]["overrides"], "dims": [96]}
+    raw["objectives"] = [wrapped, {**wrapped, "batch": "texts"}]
+    assert load_recipe(raw).objectives[0].options["dims"] == [96, 384]
+    raw["objectives"][0]["options"] = {"inner": {"name": "clip"}, "dims": [96]}
+    raw["objectives"], raw["teacher"] = raw["objectives"][:1], None
+    assert load_recipe(raw).teacher is None
 
 
 def test_a_file_that_is_no_recipe_says_so(tmp_path: Path) -> None:
