@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,9 +33,9 @@ def spatial_correlation(student: Tensor, teacher: Tensor, temperature: float) ->
 
 
 def minmax_rows(x: Tensor) -> Tensor:
-    """Rows to 0..1; a row of equal entries becomes 0, with no gradient."""
+    """Rows to 0..1; a row of entries that are equal up to rounding becomes 0, with no gradient."""
     low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
-    flat = high <= low
+    flat = high - low <= 1e-6 * torch.maximum(high.abs(), low.abs())
     return ((x - low) / (high - low).masked_fill(flat, 1.0)).masked_fill(flat, 0.0)
 
 
@@ -91,7 +92,8 @@ class TokenGram(BatchObjective):
 
     Formula: with X [N, W_S], Y [N, W_T] the tokens of a picture, G = X X^T and T = Y Y^T,
     variant "rdist" (default): L = mean_pictures ( 1 - <G, T> / (|G|_F |T|_F) );
-    variant "scd": with G' = X sg(X)^T (one side detached), u(.) each *row* scaled to 0..1 by its minimum and maximum,
+    variant "scd": with G' = X sg(X)^T (one side detached), u(.) each *row* scaled to 0..1 by its minimum and maximum (0
+        for a row that is constant up to rounding),
         L = mean over rows and pictures of CE( softmax(u(T) / tau), softmax(u(G') / tau) ), tau = `temperature` (0.2).
     Direction: the teacher is the target; the minimum of "scd" is the teacher's entropy, not 0; "rdist" lies in 0..2.
     Inputs: student.taps[`student_tap`], teacher.taps[`teacher_tap`]: [B, N, W] or [B, C, H, W], any widths; the first

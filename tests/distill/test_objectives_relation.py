@@ -321,9 +321,17 @@ def test_order_of_the_rows_changes_nothing(name):
         assert float(total(objective, cut(student, turn), cut(teacher, turn))) == pytest.approx(wanted, rel=1e-10)
 
 
-@pytest.mark.parametrize("name", list_objectives())
+VARIANTS = [
+    *((name, {}) for name in list_objectives()),
+    ("token-gram", {"variant": "scd"}),
+    ("token-gram", {"normalize": True}),
+]
+every_variant = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=[f"{n}-{label(o)}" for n, o in VARIANTS])
+
+
+@every_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_range_of_half_precision_is_enough(name, dtype):
+def test_range_of_half_precision_is_enough(name, options, dtype):
     """Of every registered objective: at a logit scale of 100 and outputs of size 200, values and gradients are finite,
     with two models that agree and with two that contradict each other."""
     for sign in (1.0, -1.0):
@@ -339,23 +347,38 @@ def test_range_of_half_precision_is_enough(name, dtype):
         for leaf in leaves:
             leaf.requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            value = total(build(name), student, teacher)
+            value = total(build(name, **options), student, teacher)
         value.backward()
         assert torch.isfinite(value), (name, sign)
         assert all(leaf.grad is None or torch.isfinite(leaf.grad).all() for leaf in leaves), (name, sign)
 
 
-@pytest.mark.parametrize("name", list_objectives())
-def test_equal_rows_give_finite_gradients(name):
-    """A collapsed student, of every registered objective."""
+@every_variant
+@pytest.mark.parametrize("noise", [0.0, 1e-12])
+def test_equal_rows_give_finite_gradients(name, options, noise):
+    """A collapsed student, of every registered objective, exactly and up to rounding."""
+    student, g = outputs(1, grad=True), torch.Generator().manual_seed(0)
+    tokens = student.taps["tokens"]
+    with torch.no_grad():
+        for part in (student.image, student.text, student.image_features, tokens):
+            part[:] = part[0].clone() if part is not tokens else 1.0
+            part += noise * torch.randn(part.shape, generator=g)
+    total(build(name, **options), student, outputs(2)).backward()
+    for part in (student.image, student.text, student.image_features, tokens):
+        if part.grad is not None:
+            assert torch.isfinite(part.grad).all()
+            assert part is not tokens or part.grad.abs().max() < 10
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "scd"}, {"normalize": True}])
+def test_dead_tokens_are_no_accident(options):
     student = outputs(1, grad=True)
     with torch.no_grad():
-        for part in (student.image, student.text, student.image_features):
-            part[:] = part[0].clone()
-        student.taps["tokens"][:] = 1.0
-    total(build(name), student, outputs(2)).backward()
-    parts = (student.image, student.text, student.image_features, student.taps["tokens"])
-    assert all(torch.isfinite(part.grad).all() for part in parts if part.grad is not None)
+        student.taps["tokens"].zero_()
+    value = total(build("token-gram", **options), student, outputs(2))
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(student.taps["tokens"].grad).all()
 
 
 # ------------------------------------------------------------------------------------------------ rankings
