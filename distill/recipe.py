@@ -426,7 +426,7 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
             yield str(unknown_name("objective", spec.name, known)).rstrip(".")
             continue
         # wide enough for every listed prefix; the real width is known with the teacher
-        needs, wide = objective_needs(spec.name), Widths(max([8, *listed_dims(spec.options)]), 8, 8)
+        needs, wide = objective_needs(spec.name), Widths(min(max([8, *listed_dims(spec.options)]), 1 << 14), 8, 8)
         try:
             needs = objective_needs(spec.name, spec.options)
             build_objective(spec.name, student=wide, teacher=wide, **spec.options)
