@@ -18,6 +18,7 @@ from distill_toys import make_world, toy_recipe
 
 from pocketvlm.distill import checkpoint
 from pocketvlm.distill.loop import DivergedError, Trainer, distill_run
+from pocketvlm.distill.objectives import Objective
 from pocketvlm.distill.prepare import prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe, load_recipe
@@ -134,6 +135,19 @@ def test_a_killed_run_resumes_to_the_same_loss(recipe: Make, tmp_path: Path) -> 
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     same = [load_student(tmp_path / name).contract.model_id for name in ("killed", "whole")]
     assert same[0] == same[1]
+
+
+def test_objectives_that_change_during_training_are_told_where_it_is(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, float]] = []
+    monkeypatch.setattr(Objective, "at", lambda self, step, progress: told.append((step, progress)))
+    changed = recipe("train.text_pretrain_steps=2", "train.steps=3", "train.warmup_steps=0")
+    trainer = Trainer(prepare(changed, SILENT), torch.device("cpu"))
+    for step in range(5):
+        trainer.one_step(trainer.feed.make(step))
+    count = len(trainer.objectives)
+    assert told[::count] == told[count - 1 :: count] == [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.5), (4, 1.0)]
 
 
 def test_a_full_disk_stops_the_run_and_the_run_goes_on_later(
