@@ -403,7 +403,7 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _cross_checks(recipe: Recipe) -> Iterator[str]:
     """What the parts must know of each other; whatever needs the data itself is checked in `prepare`."""
-    from pocketvlm.distill.objectives import Widths, build_objective, list_objectives, objective_needs
+    from pocketvlm.distill.objectives import Widths, build_objective, list_objectives, objective_class, objective_needs
     from pocketvlm.students.config import load_config
 
     train = recipe.train
@@ -438,7 +438,8 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
             yield f"{here} is set on texts, and train.text_batch is {train.text_batch}; set it to 2 or more"
         if spec.schedule_steps is not None and spec.schedule_steps > train.steps:
             yield f"{here} has schedule_steps {spec.schedule_steps} but only {train.steps} steps are trained"
-        if train.batch_size == 1 and spec.batch == "pairs" and needs.captions:
+        contrasts = needs.captions and objective_class(spec.name).minimum_rows > 1
+        if train.batch_size == 1 and spec.batch == "pairs" and contrasts:
             yield (
                 f"{here} contrasts each pair with the others of its batch, and train.batch_size is 1, so its "
                 "loss would be 0 for any student; use a batch of 2 or more"
