@@ -8,16 +8,27 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from pocketvlm.distill.objectives.afd import AugmentedFeature
 from pocketvlm.distill.objectives.affinity import AffinityMimicking
 from pocketvlm.distill.objectives.bank import Bank
 from pocketvlm.distill.objectives.base import Needs, Objective, Outputs
 from pocketvlm.distill.objectives.common import BatchObjective, Widths
 from pocketvlm.distill.objectives.contrastive import Contrastive
 from pocketvlm.distill.objectives.crd import ContrastiveRelational
+from pocketvlm.distill.objectives.cross_kd import CrossDistributions
+from pocketvlm.distill.objectives.cwcl import ContinuouslyWeighted
 from pocketvlm.distill.objectives.feature import Feature, Hint
+from pocketvlm.distill.objectives.gradient import GradientDistillation
 from pocketvlm.distill.objectives.gram import Gram
+from pocketvlm.distill.objectives.hycd import HybridContrastive
 from pocketvlm.distill.objectives.icl import Interactive
+from pocketvlm.distill.objectives.multi_positive import DistributionMatching
+from pocketvlm.distill.objectives.multi_teacher import MultiTeacher
+from pocketvlm.distill.objectives.rafa import RandomFeatureAlignment
 from pocketvlm.distill.objectives.rkd import RelationalKD
+from pocketvlm.distill.objectives.siglip import PairwiseSigmoid
+from pocketvlm.distill.objectives.soft_negatives import SoftNegatives
+from pocketvlm.distill.objectives.vl2v import VisionLanguageToVision
 from pocketvlm.edge.errors import UsageError, unknown_name
 
 __all__ = [
@@ -36,14 +47,25 @@ _CLASSES: dict[str, type[BatchObjective]] = {
     cls.name: cls
     for cls in (
         AffinityMimicking,
+        AugmentedFeature,
         Bank,
+        ContinuouslyWeighted,
         Contrastive,
         ContrastiveRelational,
+        CrossDistributions,
+        DistributionMatching,
         Feature,
+        GradientDistillation,
         Gram,
         Hint,
+        HybridContrastive,
         Interactive,
+        MultiTeacher,
+        PairwiseSigmoid,
+        RandomFeatureAlignment,
         RelationalKD,
+        SoftNegatives,
+        VisionLanguageToVision,
     )
 }
 _BUILT_WITH = ("self", "student", "teacher", "seed")

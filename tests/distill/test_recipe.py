@@ -110,6 +110,11 @@ def test_a_recipe_without_a_teacher_is_legal_but_not_with_objectives_that_need_o
     assert load_recipe(raw).teacher is None
 
 
+def test_a_batch_of_one_is_legal_for_objectives_that_do_not_compare_rows(raw: dict[str, Any]) -> None:
+    raw["objectives"] = [{"name": "vl2v"}, {"name": "rafa"}]
+    assert load_recipe(raw, ["train.batch_size=1"]).train.batch_size == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
