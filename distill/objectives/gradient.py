@@ -44,7 +44,8 @@ class GradientDistillation(BatchObjective):
     the embeddings); the teacher's is a constant.
     Temperature: `temperature` = 1/c of both models; None (default) takes each model's own logit scale, and the
     student's is trained. Here the logit scale multiplies; the released code passes it as a temperature and divides.
-    Paper: Yang et al. 2024 (CLIP-KD, 2307.12732), "gradient distillation".
+    Paper: Yang et al. 2024 (CLIP-KD, 2307.12732), "gradient distillation". The four separate errors and the mean over D
+    are read from the released code; how the paper's own equation reduces them could not be read.
     Ours: `duplicates`: both models' gradients are those of `clip` with the same option (default "ignore").
     Related: `crd` matches p alone; this matches p - y as seen through each model's embeddings.
     Cost: two P x P matrices and eight products of P x P by P x D; no P x D x P tensor, as the released code has.
