@@ -425,11 +425,13 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
         if spec.name not in known:
             yield str(unknown_name("objective", spec.name, known)).rstrip(".")
             continue
+        compares_rows = False
         # wide enough for every listed prefix; the real width is known with the teacher
         needs, wide = objective_needs(spec.name), Widths(min(max([8, *listed_dims(spec.options)]), 1 << 14), 8, 8)
         try:
             needs = objective_needs(spec.name, spec.options)
-            build_objective(spec.name, student=wide, teacher=wide, **spec.options)
+            built = build_objective(spec.name, student=wide, teacher=wide, **spec.options)
+            compares_rows = built.minimum_rows > 1  # asked of what was built: a wrapper compares what its inner does
         except (UsageError, TypeError, ValueError) as error:
             yield f"{here}: {error}".rstrip(".")
         if needs.taps:
@@ -452,7 +454,7 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
             yield f"{here} is set on texts, and train.text_batch is {train.text_batch}; set it to 2 or more"
         if spec.schedule_steps is not None and spec.schedule_steps > train.steps:
             yield f"{here} has schedule_steps {spec.schedule_steps} but only {train.steps} steps are trained"
-        if train.batch_size == 1 and spec.batch == "pairs" and needs.captions:
+        if train.batch_size == 1 and spec.batch == "pairs" and needs.captions and compares_rows:
             yield (
                 f"{here} contrasts each pair with the others of its batch, and train.batch_size is 1, so its "
                 "loss would be 0 for any student; use a batch of 2 or more"

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from pocketvlm.distill.objectives.afd import AugmentedFeature
 from pocketvlm.distill.objectives.affinity import AffinityMimicking
 from pocketvlm.distill.objectives.bank import Bank
 from pocketvlm.distill.objectives.base import Needs, Objective, Outputs
@@ -16,14 +17,24 @@ from pocketvlm.distill.objectives.common import BatchObjective, Widths
 from pocketvlm.distill.objectives.contrastive import Contrastive
 from pocketvlm.distill.objectives.correlation import CorrelationCongruence
 from pocketvlm.distill.objectives.crd import ContrastiveRelational
+from pocketvlm.distill.objectives.cross_kd import CrossDistributions
+from pocketvlm.distill.objectives.cwcl import ContinuouslyWeighted
 from pocketvlm.distill.objectives.feature import Feature, Hint
+from pocketvlm.distill.objectives.gradient import GradientDistillation
 from pocketvlm.distill.objectives.gram import Gram
+from pocketvlm.distill.objectives.hycd import HybridContrastive
 from pocketvlm.distill.objectives.icl import Interactive
 from pocketvlm.distill.objectives.matryoshka import Matryoshka
+from pocketvlm.distill.objectives.multi_positive import DistributionMatching
+from pocketvlm.distill.objectives.multi_teacher import MultiTeacher
 from pocketvlm.distill.objectives.order import NeighbourOrder
+from pocketvlm.distill.objectives.rafa import RandomFeatureAlignment
 from pocketvlm.distill.objectives.rankclip import RankConsistency
 from pocketvlm.distill.objectives.rkd import RelationalKD
+from pocketvlm.distill.objectives.siglip import PairwiseSigmoid
+from pocketvlm.distill.objectives.soft_negatives import SoftNegatives
 from pocketvlm.distill.objectives.token_gram import TokenGram
+from pocketvlm.distill.objectives.vl2v import VisionLanguageToVision
 from pocketvlm.edge.errors import UsageError, unknown_name
 
 __all__ = [
@@ -42,19 +53,30 @@ _CLASSES: dict[str, type[BatchObjective]] = {
     cls.name: cls
     for cls in (
         AffinityMimicking,
+        AugmentedFeature,
         Bank,
+        ContinuouslyWeighted,
         Contrastive,
         ContrastiveRelational,
         CorrelationCongruence,
+        CrossDistributions,
+        DistributionMatching,
         Feature,
+        GradientDistillation,
         Gram,
         Hint,
+        HybridContrastive,
         Interactive,
         Matryoshka,
+        MultiTeacher,
         NeighbourOrder,
+        PairwiseSigmoid,
+        RandomFeatureAlignment,
         RankConsistency,
         RelationalKD,
+        SoftNegatives,
         TokenGram,
+        VisionLanguageToVision,
     )
 }
 _BUILT_WITH = ("self", "student", "teacher", "seed")
@@ -97,7 +119,7 @@ def objective_options(name: str) -> dict[str, Any]:
 
 def build_objective(
     name: str, *, student: Widths, teacher: Widths | None = None, seed: int = 0, **options: Any
-) -> Objective:
+) -> BatchObjective:
     """Build a registered objective.
 
     Args:

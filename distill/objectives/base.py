@@ -69,5 +69,16 @@ class Objective(nn.Module):
 
     needs: Needs = Needs()
 
+    def at(self, step: int, progress: float) -> None:
+        """Told by the loop before every step; does nothing unless the objective changes during training.
+
+        What an objective takes from here is a function of the step alone, never of earlier calls, so that a resumed run
+        and every rank have the same and no checkpoint needs to hold it.
+
+        Args:
+            step: 0-based step of the whole run.
+            progress: 0 in the first step of the main phase (and before it), 1 in its last.
+        """
+
     def forward(self, *, student: Outputs, teacher: Outputs | None = None) -> dict[str, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} must define forward")

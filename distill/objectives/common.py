@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,12 @@ class Pairs:
     teacher_image: Tensor | None
     teacher_text: Tensor | None
     group: Tensor | None
+
+    def taught(self) -> tuple[Tensor, Tensor]:
+        """The teacher's raw image and text embeddings [P, D], for a caller that gave `pairs` a teacher."""
+        assert self.teacher_image is not None, "pairs() was given no teacher"
+        assert self.teacher_text is not None, "pairs() was given no teacher"
+        return self.teacher_image, self.teacher_text
 
 
 class BatchObjective(Objective):
@@ -88,7 +95,8 @@ class BatchObjective(Objective):
 
     def zero(self, student: Outputs) -> Tensor:
         """Exactly 0, connected to everything that the objective could have trained, so that no parameter is unused."""
-        parts = [student.image, student.text, student.bank, student.image_features, student.logit_scale]
+        parts = [student.image, student.text, student.bank, student.image_features]
+        parts += [student.logit_scale, student.logit_bias]
         tensors: Iterable[Tensor] = [part for part in (*parts, *self.parameters()) if part is not None]
         total = student.image.new_zeros(())
         for tensor in tensors:
@@ -180,9 +188,30 @@ def cross_entropy_rows(target_logits: Tensor, logits: Tensor) -> Tensor:
     return -(target_logits.softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
+def own_scale(log_scale: nn.Parameter) -> Tensor:
+    """Exponential of a trained log scale, which is first put back into [1, 100]."""
+    with torch.no_grad():
+        log_scale.clamp_(0.0, math.log(100.0))
+    return log_scale.exp()
+
+
 def inverse_temperature(temperature: float | None, outputs: Outputs) -> Tensor | float:
     """1 / temperature, or the model's own logit scale when no temperature is set."""
     return outputs.logit_scale if temperature is None else 1.0 / temperature
+
+
+def share(option: str, value: float) -> float:
+    """Check a number that must lie in [0, 1].
+
+    Raises:
+        UsageError: outside, or not a number.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise UsageError(
+            f"objective option {option!r} is {value!r} but must be a number from 0 to 1; it mixes two targets, so give "
+            "the part of one of them"
+        )
+    return value
 
 
 def choice(option: str, value: str, allowed: Iterable[str]) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.base import Needs, Objective, Outputs
 from pocketvlm.distill.objectives.common import BatchObjective, Widths, positive
 from pocketvlm.edge.errors import UsageError, unknown_name
 
@@ -40,10 +40,11 @@ class Matryoshka(BatchObjective):
     dims: increasing widths (default: a quarter, a half and the whole of the student's). Only what is listed is trained:
     list the full width too. `student.overrides.dims` promises the same widths to those who use the student.
     The teacher: keeps its full width, since inner losses of similarities or distributions compare no coordinates; what
-    has a projector (`icl`, `bank` with anchors "teacher", `feature` between unequal widths) gets one of its own for
-    each m, from m to the teacher's width. Only `feature` between equal widths compares coordinates: there the teacher
-    is cut to m too. A teacher that is no Matryoshka model itself has no reason to keep much in its first numbers, so
-    prefer a loss of similarities. A student's `bank` that the loop took from the teacher is cut like the student's.
+    has a projector (`icl`, `cross-kd`, `gradient`, `afd`, `bank` with anchors "teacher", `feature` and `vl2v` between
+    unequal widths) gets one of its own for each m, from m to the teacher's width. Only `feature` and `vl2v` between
+    equal widths compare coordinates: there the teacher is cut to m too. A teacher that is no Matryoshka model itself
+    has no reason to keep much in its first numbers, so prefer a loss of similarities. A student's `bank` that the loop
+    took from the teacher is cut like the student's. What depends on the step is told it (`at`).
     Inputs: as the inner objective's; image, text and bank are cut, logit scale shared by all prefixes.
     Output: {"<inner term>_<m>"}, times c_m. Reduction, temperature, KL direction, rows: the inner objective's.
     With dims = [full width] and weight 1 it *is* the inner objective, projectors included.
@@ -93,6 +94,10 @@ class Matryoshka(BatchObjective):
 
         name, inner_options = _inner(options.get("inner", _DEFAULT_INNER))
         return objective_needs(name, inner_options)
+
+    def at(self, step: int, progress: float) -> None:
+        for inner in self.inners:
+            cast(Objective, inner).at(step, progress)
 
     def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         found = {}

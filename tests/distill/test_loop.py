@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from distill_toys import make_world, toy_recipe
 
 from pocketvlm.distill import checkpoint
 from pocketvlm.distill.loop import DivergedError, Trainer, distill_run
+from pocketvlm.distill.objectives import Objective
 from pocketvlm.distill.prepare import prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe, load_recipe
@@ -165,6 +167,38 @@ def test_a_killed_run_resumes_to_the_same_loss(recipe: Make, tmp_path: Path) -> 
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     same = [load_student(tmp_path / name).contract.model_id for name in ("killed", "whole")]
     assert same[0] == same[1]
+
+
+def test_objectives_that_change_during_training_are_told_where_it_is(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, float]] = []
+    monkeypatch.setattr(Objective, "at", lambda self, step, progress: told.append((step, progress)))
+    changed = recipe("train.text_pretrain_steps=2", "train.steps=3", "train.warmup_steps=0")
+    trainer = Trainer(prepare(changed, SILENT), torch.device("cpu"))
+    for step in range(5):
+        trainer.one_step(trainer.feed.make(step))
+    count = len(trainer.objectives)
+    assert told[::count] == told[count - 1 :: count] == [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.5), (4, 1.0)]
+
+
+def test_objectives_that_change_during_training_resume_where_they_were(recipe: Make) -> None:
+    """Random points and softness are functions of the step: nothing of them is in a checkpoint, and nothing is lost."""
+    names = "{name: rafa}, {name: soft-negatives, options: {softness: 0.9}}, {name: afd}, {name: siglip}"
+    changed = recipe(f"objectives=[{names}]", "train.steps=6")
+
+    def trainer() -> Trainer:
+        return Trainer(prepare(changed, SILENT), torch.device("cpu"))
+
+    whole, resumed = trainer(), trainer()
+    for step in range(6):
+        if step == 3:
+            state = copy.deepcopy(whole.state())
+        whole.one_step(whole.feed.make(step))
+    resumed.restore(state, Path("checkpoint"))
+    for step in range(3, 6):
+        resumed.one_step(resumed.feed.make(step))
+    assert resumed.last == whole.last
 
 
 def test_a_full_disk_stops_the_run_and_the_run_goes_on_later(

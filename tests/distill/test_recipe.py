@@ -110,10 +110,17 @@ def test_a_recipe_without_a_teacher_is_legal_but_not_with_objectives_that_need_o
     assert load_recipe(raw).teacher is None
 
 
+def test_a_batch_of_one_is_legal_for_objectives_that_do_not_compare_rows(raw: dict[str, Any]) -> None:
+    raw["objectives"] = [{"name": "vl2v"}, {"name": "rafa"}]
+    raw["objectives"] += [{"name": "matryoshka", "options": {"inner": {"name": "vl2v"}}}]
+    assert load_recipe(raw, ["train.batch_size=1"]).train.batch_size == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (["train.batch_size=1"], "contrasts each pair with the others of its batch"),
+        (["objectives=[{name: matryoshka}]", "train.batch_size=1"], "(matryoshka) contrasts each pair"),
         (["train.text_batch=0"], "needs a bank of texts, and train.text_batch is 0"),
         (["objectives.crd.batch=texts"], "needs picture-caption pairs, which a text-only batch has not"),
         (["data.words=null"], "train.text_batch draws from data.words, which is not given"),
