@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from pocketvlm.distill.environment import describe_environment
 from pocketvlm.distill.evaluate import Evaluation, embed_questions, score
 from pocketvlm.distill.feed import Feed, Step, build_objectives
 from pocketvlm.distill.gather import gather_outputs
+from pocketvlm.distill.objectives import Objective
 from pocketvlm.distill.prepare import Prepared, prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe
@@ -228,6 +229,8 @@ class Trainer:
         main = self.step - self.config.text_pretrain_steps
         optim.apply_freezing(self.student, self.config, max(main, 0))
         lr = self._set_learning_rate()
+        for objective in self.objectives:
+            cast(Objective, objective).at(self.step, optim.progress(main, self.config.steps))
         mixed = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
         with mixed:
             outputs = self.feed.forward(self.student, batch)

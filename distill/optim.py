@@ -91,11 +91,16 @@ def learning_rate(step: int, total: int, train: TrainSection) -> float:
     return train.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
 
 
+def progress(step: int, total: int) -> float:
+    """0 at the first of `total` 0-based steps (and before), 1 at the last (and after)."""
+    return min(1.0, max(0, step) / max(1, total - 1))
+
+
 def objective_weight(spec: ObjectiveSection, step: int, total: int) -> float:
     """The weight of an objective at a 0-based step of the main phase (see `ObjectiveSection.schedule`)."""
     if spec.schedule == "constant":
         return spec.weight
-    share = min(1.0, step / max(1, (spec.schedule_steps or total) - 1))
+    share = progress(step, spec.schedule_steps or total)
     if spec.schedule == "warmup":
         return spec.weight * share
     if spec.schedule == "cosine":

@@ -134,7 +134,8 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         "texts": digest_names(texts),
         "tokenizer": hashlib.sha256(student.tokenizer_json).hexdigest(),
         "teacher": teacher.fingerprint if teacher else None,
-        "student": student.config.model_dump(mode="json"),
+        # dims say how far embeddings may be cut afterwards and change no step
+        "student": student.config.model_dump(mode="json", exclude={"dims"}),
     }
     return Prepared(
         recipe=recipe,
@@ -178,7 +179,7 @@ def _check_captions(recipe: Recipe, source: DataSource) -> None:
     from pocketvlm.distill.objectives import objective_needs
 
     captioned = sum(bool(sample.captions) for sample in source.samples)
-    asking = [s.name for s in recipe.objectives if s.batch == "pairs" and objective_needs(s.name).captions]
+    asking = [s.name for s in recipe.objectives if s.batch == "pairs" and objective_needs(s.name, s.options).captions]
     if asking and captioned == 0:
         gone = ", ".join(f"{count} x {reason}" for reason, count in sorted(source.report.counts.items()))
         raise UsageError(

@@ -404,11 +404,18 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 def _cross_checks(recipe: Recipe) -> Iterator[str]:
     """What the parts must know of each other; whatever needs the data itself is checked in `prepare`."""
     from pocketvlm.distill.objectives import Widths, build_objective, list_objectives, objective_needs
+    from pocketvlm.distill.objectives.matryoshka import listed_dims
     from pocketvlm.students.config import load_config
 
     train = recipe.train
+    trained = {m for spec in recipe.objectives if spec.name == "matryoshka" for m in listed_dims(spec.options)}
     try:
-        load_config(recipe.student.name, recipe.student.overrides)
+        promised = load_config(recipe.student.name, recipe.student.overrides).dims
+        if untrained := sorted(set(promised) - trained):
+            yield (
+                f"the student promises embeddings cut to {untrained} (dims) and no matryoshka objective trains these "
+                "prefixes, so a device would search with untrained ones; list them in its dims, or leave them out"
+            )
     except UsageError as error:
         yield str(error).rstrip(".")
     yield from _policy_problems(recipe.views.policy)
@@ -418,13 +425,22 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
         if spec.name not in known:
             yield str(unknown_name("objective", spec.name, known)).rstrip(".")
             continue
-        needs = objective_needs(spec.name)
+        compares_rows = False
+        # wide enough for every listed prefix; the real width is known with the teacher
+        needs, wide = objective_needs(spec.name), Widths(min(max([8, *listed_dims(spec.options)]), 1 << 14), 8, 8)
         try:
-            build_objective(spec.name, student=Widths(8, 8, 8), teacher=Widths(8, 8, 8), **spec.options)
+            needs = objective_needs(spec.name, spec.options)
+            built = build_objective(spec.name, student=wide, teacher=wide, **spec.options)
+            compares_rows = built.minimum_rows > 1  # asked of what was built: a wrapper compares what its inner does
         except (UsageError, TypeError, ValueError) as error:
             yield f"{here}: {error}".rstrip(".")
-        if needs.taps or needs.masked_view:
-            yield f"{here} wants inner activations or a masked view, which this loop does not provide; leave it out"
+        if needs.taps:
+            yield (
+                f"{here} compares inner activations of both models, and a teacher's cache keeps none (embeddings and "
+                "pooled features only), so there would be nothing to compare with; leave it out, or call it from Python"
+            )
+        if needs.masked_view:
+            yield f"{here} wants a masked view, which this loop does not provide; leave it out"
         if needs.teacher and recipe.teacher is None:
             yield f"{here} learns from a teacher and the recipe has none; add 'teacher', or leave the objective out"
         if needs.bank and isinstance(train.bank, str) and train.text_batch < 1:
@@ -438,7 +454,7 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
             yield f"{here} is set on texts, and train.text_batch is {train.text_batch}; set it to 2 or more"
         if spec.schedule_steps is not None and spec.schedule_steps > train.steps:
             yield f"{here} has schedule_steps {spec.schedule_steps} but only {train.steps} steps are trained"
-        if train.batch_size == 1 and spec.batch == "pairs" and needs.captions:
+        if train.batch_size == 1 and spec.batch == "pairs" and needs.captions and compares_rows:
             yield (
                 f"{here} contrasts each pair with the others of its batch, and train.batch_size is 1, so its "
                 "loss would be 0 for any student; use a batch of 2 or more"

@@ -45,16 +45,18 @@ class EdgeModel:
     """Embeds images and texts with a bundle's towers. Make one with `EdgeModel.load`; safe to share among threads.
 
     contract: what the model expects and promises. bundle: where it came from. variant: which files run.
-    backend: the runtime that runs them (`backend.name`, `backend.threads`). dim: width of the embeddings.
+    backend: the runtime that runs them (`backend.name`, `backend.threads`). dim: width of the embeddings; below
+    `graph_dim`, the width that the files give, embeddings are cut to their first `dim` numbers and normalised again.
     tokenizer: None where the model has no text tower.
     """
 
-    def __init__(self, bundle: Bundle, variant: BundleVariant, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, variant: BundleVariant, backend: Backend, dim: int | None = None) -> None:
         self.bundle = bundle
         self.contract: ModelContract = bundle.contract
         self.variant = variant
         self.backend = backend
-        self.dim = variant.dim or bundle.contract.embed_dim
+        self.graph_dim = variant.dim or bundle.contract.embed_dim
+        self.dim = dim or self.graph_dim
         self.tokenizer: Tokenizer | None = None
         if bundle.contract.text is not None:
             if not bundle.raw.get("tokenizer"):
@@ -77,6 +79,7 @@ class EdgeModel:
         precision: str = "auto",
         threads: int | None = None,
         *,
+        dim: int | None = None,
         verify: bool = True,
     ) -> EdgeModel:
         """Open a bundle folder or zip with one runtime.
@@ -87,6 +90,9 @@ class EdgeModel:
                 onnxruntime, executorch, coreml.
             precision: "fp32", "fp16" or "int8"; "auto" takes the most faithful that there is, in this order.
             threads: for one call of the runtime; None means up to 4.
+            dim: width of the embeddings, one of `contract.dims`; None means all that there is. A file of this width
+                is taken where the bundle has one, else the first `dim` numbers, normalised again. Galleries must be
+                embedded at the same width.
             verify: check every file's hash first.
 
         Raises:
@@ -101,8 +107,9 @@ class EdgeModel:
                 "only; its outputs would be misread, so use a release that knows this kind"
             )
         target = _pick_target(opened) if backend == "auto" else target_of(backend)
-        variant = opened.variant(target, precision)
-        return cls(opened, variant, open_backend(target, opened.folder, variant, threads))
+        own_file = _check_dim(opened, target, precision, dim)
+        variant = opened.variant(target, precision, dim if own_file else None)
+        return cls(opened, variant, open_backend(target, opened.folder, variant, threads), dim)
 
     def embed_image(self, images: ImageSource | Iterable[ImageSource], *, batch_size: int = 32) -> NDArray[np.float32]:
         """L2-normalised embeddings of images.
@@ -250,16 +257,18 @@ class EdgeModel:
         if not parts:
             return np.zeros((0, self.dim), np.float32)
         embeddings = np.concatenate(parts)
-        if embeddings.shape != (len(inputs), self.dim):
+        if embeddings.shape != (len(inputs), self.graph_dim):
             raise IntegrityError(
                 f"the {self.backend.name} graph gave embeddings of shape {embeddings.shape} for {len(inputs)} inputs "
-                f"and the contract promises width {self.dim}; they belong to another model, so export it again"
+                f"and the contract promises width {self.graph_dim}; they belong to another model, so export it again"
             )
         if not np.isfinite(embeddings).all():
             raise IntegrityError(
                 f"the {self.backend.name} {self.variant.precision} graph gave NaN or infinity; no result from it can "
                 "be trusted, so use another precision and check the bundle with 'pocketvlm parity'"
             )
+        if self.dim < self.graph_dim:
+            return _normalize(embeddings[:, : self.dim])
         return embeddings if self.contract.normalized else _normalize(embeddings)
 
 
@@ -278,6 +287,26 @@ def _pick_target(bundle: Bundle) -> str:
         )
     # where none can run, opening the first one explains what is missing
     return next((target for target in known if runnable[target]), known[0])
+
+
+def _check_dim(bundle: Bundle, target: str, precision: str, dim: int | None) -> bool:
+    """Whether the bundle has a file of width `dim` for this target and precision.
+
+    Raises:
+        UsageError: a width that the contract does not promise and no file has.
+    """
+    full = bundle.contract.embed_dim
+    of_target = [variant for variant in bundle.variants if variant.target == target]
+    files = {v.dim or full for v in of_target if precision in ("auto", v.precision)}
+    widest = max(files, default=full)
+    usable = sorted(files | {width for width in bundle.contract.dims if width <= widest})
+    if dim is not None and dim not in usable:
+        nearest = sorted(sorted(usable, key=lambda width: abs(width - dim))[:2])
+        raise UsageError(
+            f"embeddings of width {dim} were asked for and this bundle's {target} model gives {usable}; another prefix "
+            f"was never trained to be used alone, so take {' or '.join(map(str, nearest))}"
+        )
+    return dim in files
 
 
 def _several_images(images: Any) -> Any:

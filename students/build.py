@@ -67,6 +67,11 @@ def assemble(
     """`build_student` after its inputs were read; load_weights=False when a state dict follows."""
     if embed_dim < 1:
         raise UsageError(f"embed_dim {embed_dim} leaves no embedding; give the width of the joint space, 1 or more")
+    if config.dims and config.dims[-1] > embed_dim:
+        raise UsageError(
+            f"student {config.name!r} promises a prefix of {config.dims[-1]} numbers (dims) but its embedding has "
+            f"{embed_dim}; there is nothing to cut, so give dims up to {embed_dim}"
+        )
     spec = text_spec(config.text, tokenizer_json)
     with seeded(seed, "image"):
         image = build_image_tower(config.image, embed_dim, load_weights=load_weights)

@@ -130,13 +130,27 @@ class TextConfig(_Strict):
 
 
 class StudentConfig(_Strict):
-    """A whole student. logit_scale: initial multiplier of the cosine (1/0.07, as CLIP starts)."""
+    """A whole student. logit_scale: initial multiplier of the cosine (1/0.07, as CLIP starts).
+
+    dims: increasing widths below the embedding's at which a prefix, normalised again, may be used too. It is a promise
+    to those who use the student; a `matryoshka` objective keeps it.
+    """
 
     name: str
     description: str = ""
     image: ImageConfig
     text: TextConfig = TextConfig()
     logit_scale: float = Field(default=1 / 0.07, gt=0, le=100)
+    dims: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _dims_increase(self) -> StudentConfig:
+        if list(self.dims) != sorted(set(self.dims)) or (self.dims and self.dims[0] < 2):
+            raise ValueError(
+                f"dims {list(self.dims)} are not increasing widths from 2 (one normalised number is only a sign); "
+                "prefixes could not be told apart, so sort them and name each once"
+            )
+        return self
 
 
 def student_names() -> list[str]:

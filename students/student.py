@@ -83,7 +83,7 @@ class Student(nn.Module):
             model_id=model_id,
             space_id=self.space_id or model_id,
             embed_dim=self.embed_dim,
-            dims=(self.embed_dim,),
+            dims=tuple(dict.fromkeys((*self.config.dims, self.embed_dim))),
             image=self.image_spec,
             text=self.text_spec,
             logit_scale=float(self.logit_scale.detach()),

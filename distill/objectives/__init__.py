@@ -6,18 +6,35 @@ An objective is built by name with `build_objective` and called with keyword-onl
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
+from pocketvlm.distill.objectives.afd import AugmentedFeature
 from pocketvlm.distill.objectives.affinity import AffinityMimicking
 from pocketvlm.distill.objectives.bank import Bank
 from pocketvlm.distill.objectives.base import Needs, Objective, Outputs
 from pocketvlm.distill.objectives.common import BatchObjective, Widths
 from pocketvlm.distill.objectives.contrastive import Contrastive
+from pocketvlm.distill.objectives.correlation import CorrelationCongruence
 from pocketvlm.distill.objectives.crd import ContrastiveRelational
+from pocketvlm.distill.objectives.cross_kd import CrossDistributions
+from pocketvlm.distill.objectives.cwcl import ContinuouslyWeighted
 from pocketvlm.distill.objectives.feature import Feature, Hint
+from pocketvlm.distill.objectives.gradient import GradientDistillation
 from pocketvlm.distill.objectives.gram import Gram
+from pocketvlm.distill.objectives.hycd import HybridContrastive
 from pocketvlm.distill.objectives.icl import Interactive
+from pocketvlm.distill.objectives.matryoshka import Matryoshka
+from pocketvlm.distill.objectives.multi_positive import DistributionMatching
+from pocketvlm.distill.objectives.multi_teacher import MultiTeacher
+from pocketvlm.distill.objectives.order import NeighbourOrder
+from pocketvlm.distill.objectives.rafa import RandomFeatureAlignment
+from pocketvlm.distill.objectives.rankclip import RankConsistency
 from pocketvlm.distill.objectives.rkd import RelationalKD
+from pocketvlm.distill.objectives.siglip import PairwiseSigmoid
+from pocketvlm.distill.objectives.soft_negatives import SoftNegatives
+from pocketvlm.distill.objectives.token_gram import TokenGram
+from pocketvlm.distill.objectives.vl2v import VisionLanguageToVision
 from pocketvlm.edge.errors import UsageError, unknown_name
 
 __all__ = [
@@ -36,14 +53,30 @@ _CLASSES: dict[str, type[BatchObjective]] = {
     cls.name: cls
     for cls in (
         AffinityMimicking,
+        AugmentedFeature,
         Bank,
+        ContinuouslyWeighted,
         Contrastive,
         ContrastiveRelational,
+        CorrelationCongruence,
+        CrossDistributions,
+        DistributionMatching,
         Feature,
+        GradientDistillation,
         Gram,
         Hint,
+        HybridContrastive,
         Interactive,
+        Matryoshka,
+        MultiTeacher,
+        NeighbourOrder,
+        PairwiseSigmoid,
+        RandomFeatureAlignment,
+        RankConsistency,
         RelationalKD,
+        SoftNegatives,
+        TokenGram,
+        VisionLanguageToVision,
     )
 }
 _BUILT_WITH = ("self", "student", "teacher", "seed")
@@ -65,13 +98,13 @@ def objective_class(name: str) -> type[BatchObjective]:
     return _CLASSES[name]
 
 
-def objective_needs(name: str) -> Needs:
-    """What `name` must be given, known before it is built.
+def objective_needs(name: str, options: Mapping[str, Any] | None = None) -> Needs:
+    """What `name` must be given when built with `options`, known before it is built.
 
     Raises:
-        UnknownNameError: no such objective.
+        UnknownNameError: no such objective. UsageError: options that cannot work.
     """
-    return objective_class(name).needs
+    return objective_class(name).needs_with(options or {})
 
 
 def objective_options(name: str) -> dict[str, Any]:
@@ -86,7 +119,7 @@ def objective_options(name: str) -> dict[str, Any]:
 
 def build_objective(
     name: str, *, student: Widths, teacher: Widths | None = None, seed: int = 0, **options: Any
-) -> Objective:
+) -> BatchObjective:
     """Build a registered objective.
 
     Args:
@@ -107,7 +140,7 @@ def build_objective(
                 if known
                 else UsageError(f"objective {name!r} takes no options but {key!r} was given; remove it")
             )
-    if cls.needs.teacher and teacher is None:
+    if cls.needs_with(options).teacher and teacher is None:
         raise UsageError(
             f"objective {name!r} learns from a teacher and none was given; name a teacher in the recipe or leave the "
             "objective out"

@@ -11,7 +11,6 @@ parallelism averages them, which gives exactly the gradient of the global loss.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +47,8 @@ class Needs:
 
     captions: rows without a caption are masked out of this objective (it never invents a target).
     teacher: reads teacher outputs. features: reads `image_features` of both models.
-    bank: reads embeddings of a fixed text list. taps: names of inner activations. masked_view: wants an
-    extra student forward of a masked image.
+    bank: reads embeddings of a fixed text list. taps: names of the options that name inner activations.
+    masked_view: wants an extra student forward of a masked image.
     """
 
     captions: bool = False
@@ -68,7 +67,18 @@ class Objective(nn.Module):
     without captions neither crashes nor yields NaN. Teacher tensors never receive a gradient.
     """
 
-    needs: ClassVar[Needs] = Needs()
+    needs: Needs = Needs()
+
+    def at(self, step: int, progress: float) -> None:
+        """Told by the loop before every step; does nothing unless the objective changes during training.
+
+        What an objective takes from here is a function of the step alone, never of earlier calls, so that a resumed run
+        and every rank have the same and no checkpoint needs to hold it.
+
+        Args:
+            step: 0-based step of the whole run.
+            progress: 0 in the first step of the main phase (and before it), 1 in its last.
+        """
 
     def forward(self, *, student: Outputs, teacher: Outputs | None = None) -> dict[str, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} must define forward")

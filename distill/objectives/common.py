@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pocketvlm.distill.objectives.base import Objective, Outputs
+from pocketvlm.distill.objectives.base import Needs, Objective, Outputs
 from pocketvlm.edge.errors import UsageError, unknown_name
 
 _T = TypeVar("_T")
@@ -39,6 +40,12 @@ class Pairs:
     teacher_text: Tensor | None
     group: Tensor | None
 
+    def taught(self) -> tuple[Tensor, Tensor]:
+        """The teacher's raw image and text embeddings [P, D], for a caller that gave `pairs` a teacher."""
+        assert self.teacher_image is not None, "pairs() was given no teacher"
+        assert self.teacher_text is not None, "pairs() was given no teacher"
+        return self.teacher_image, self.teacher_text
+
 
 class BatchObjective(Objective):
     """An objective over a gathered batch; subclasses write `terms`.
@@ -48,10 +55,17 @@ class BatchObjective(Objective):
     order in bfloat16.
 
     name: as registered. minimum_rows: with fewer rows the value and the gradient are identically zero.
+    coordinates: whether equally wide embeddings of student and teacher are compared number by number.
     """
 
     name: ClassVar[str]
+    coordinates: ClassVar[bool] = False
     minimum_rows: int = 1
+
+    @classmethod
+    def needs_with(cls, options: Mapping[str, Any]) -> Needs:
+        """What it must be given when built with these options."""
+        return cls.needs
 
     @abstractmethod
     def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
@@ -81,7 +95,8 @@ class BatchObjective(Objective):
 
     def zero(self, student: Outputs) -> Tensor:
         """Exactly 0, connected to everything that the objective could have trained, so that no parameter is unused."""
-        parts = [student.image, student.text, student.bank, student.image_features, student.logit_scale]
+        parts = [student.image, student.text, student.bank, student.image_features]
+        parts += [student.logit_scale, student.logit_bias]
         tensors: Iterable[Tensor] = [part for part in (*parts, *self.parameters()) if part is not None]
         total = student.image.new_zeros(())
         for tensor in tensors:
@@ -173,9 +188,30 @@ def cross_entropy_rows(target_logits: Tensor, logits: Tensor) -> Tensor:
     return -(target_logits.softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
+def own_scale(log_scale: nn.Parameter) -> Tensor:
+    """Exponential of a trained log scale, which is first put back into [1, 100]."""
+    with torch.no_grad():
+        log_scale.clamp_(0.0, math.log(100.0))
+    return log_scale.exp()
+
+
 def inverse_temperature(temperature: float | None, outputs: Outputs) -> Tensor | float:
     """1 / temperature, or the model's own logit scale when no temperature is set."""
     return outputs.logit_scale if temperature is None else 1.0 / temperature
+
+
+def share(option: str, value: float) -> float:
+    """Check a number that must lie in [0, 1].
+
+    Raises:
+        UsageError: outside, or not a number.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise UsageError(
+            f"objective option {option!r} is {value!r} but must be a number from 0 to 1; it mixes two targets, so give "
+            "the part of one of them"
+        )
+    return value
 
 
 def choice(option: str, value: str, allowed: Iterable[str]) -> str:
@@ -200,6 +236,20 @@ def positive(option: str, value: float | None) -> float | None:
         raise UsageError(
             f"objective option {option!r} is {value!r} but must be a number above 0; the loss would not be defined, so "
             "give a positive one"
+        )
+    return value
+
+
+def not_negative(option: str, value: float) -> float:
+    """Check a weight, which may be 0.
+
+    Raises:
+        UsageError: negative, or not a number.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0:
+        raise UsageError(
+            f"objective option {option!r} is {value!r} but must be a number from 0; the student would be pushed away "
+            "from what it shall learn, so give 0 or a positive weight"
         )
     return value
 

@@ -11,19 +11,30 @@ from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, 
 DUPLICATES = ("ignore", "positives", "negatives")
 
 
-def info_nce(logits: Tensor, group: Tensor | None, duplicates: str) -> Tensor:
-    """Cross-entropy of each row of `logits` [P, P] with its own column, mean over rows; see `Contrastive`.
+def match_targets(logits: Tensor, group: Tensor | None, duplicates: str) -> tuple[Tensor, Tensor]:
+    """Which columns of a square similarity matrix are right for each row: (target, left out), both [P, P].
 
-    group: int64 [P], equal for rows of one concept, or None for all different.
+    target: rows sum to 1. left out: bool, columns that take no part in that row's softmax. group: int64 [P], equal for
+    rows of one concept, or None for all different; duplicates: see `Contrastive`.
     """
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     if group is None or duplicates == "negatives":
-        return -logits.log_softmax(dim=-1).diagonal().mean()
+        return own.to(logits.dtype), torch.zeros_like(own)
     same = group[:, None] == group[None, :]
     if duplicates == "positives":
-        target = same.to(logits.dtype) / same.sum(dim=-1, keepdim=True)
-        return -(target * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
-    others = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
-    return -logits.masked_fill(others, float("-inf")).log_softmax(dim=-1).diagonal().mean()
+        return same.to(logits.dtype) / same.sum(dim=-1, keepdim=True), torch.zeros_like(own)
+    return own.to(logits.dtype), same & ~own
+
+
+def masked_log_softmax(logits: Tensor, left_out: Tensor) -> Tensor:
+    """log softmax over the columns that are not left out; 0 (not -inf, which a zero target turns into NaN) in those."""
+    return logits.masked_fill(left_out, float("-inf")).log_softmax(dim=-1).masked_fill(left_out, 0.0)
+
+
+def info_nce(logits: Tensor, group: Tensor | None, duplicates: str) -> Tensor:
+    """Cross-entropy of each row of `logits` [P, P] with its own column, mean over rows; see `Contrastive`."""
+    target, left_out = match_targets(logits, group, duplicates)
+    return -(target * masked_log_softmax(logits, left_out)).sum(dim=-1).mean()
 
 
 class Contrastive(BatchObjective):

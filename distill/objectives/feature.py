@@ -51,6 +51,7 @@ class Feature(BatchObjective):
 
     name = "feature"
     needs = Needs()
+    coordinates = True
 
     def __init__(
         self,

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
-from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, positive, projector_if_needed, unit
+from pocketvlm.distill.objectives.common import (
+    BatchObjective,
+    Widths,
+    choice,
+    own_scale,
+    positive,
+    projector_if_needed,
+    unit,
+)
 from pocketvlm.distill.objectives.contrastive import DUPLICATES, info_nce
 
 
@@ -47,14 +55,12 @@ class Interactive(BatchObjective):
         self.text_projector = projector_if_needed(student.embedding, width, seed=seed, tag="icl/text")
 
     def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        with torch.no_grad():
-            self.log_scale.clamp_(0.0, math.log(100.0))
+        scale = own_scale(self.log_scale)
         rows = self.pairs(student, teacher)
         if rows is None:
             return {"icl": self.zero(student)}
         assert rows.teacher_image is not None, "pairs() was given the teacher"
         assert rows.teacher_text is not None, "pairs() was given the teacher"
-        scale = self.log_scale.exp()
         image = scale * unit(self.image_projector(rows.image)) @ unit(rows.teacher_text).T
         text = scale * unit(self.text_projector(rows.text)) @ unit(rows.teacher_image).T
         both = info_nce(image, rows.group, self.duplicates) + info_nce(text, rows.group, self.duplicates)

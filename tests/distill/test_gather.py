@@ -33,6 +33,7 @@ class Towers(nn.Module):
         for name, shape in (("image", (4, 7)), ("text", (4, 7)), ("body", (7, 3))):
             setattr(self, name, nn.Parameter(torch.randn(*shape, generator=g, dtype=torch.float64)))
         self.log_scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.tensor(-2.0, dtype=torch.float64))
 
     def forward(self, pixels: torch.Tensor, ids: torch.Tensor, words: torch.Tensor, **labels: torch.Tensor) -> Outputs:
         features, text_features = torch.tanh(pixels @ self.body.T), torch.tanh(ids @ self.body.T)
@@ -40,9 +41,10 @@ class Towers(nn.Module):
             image=features @ self.image.T,
             text=text_features @ self.text.T,
             logit_scale=self.log_scale.exp(),
+            logit_bias=self.bias,
             image_features=features,
             text_features=text_features,
-            taps={"b": features.reshape(-1, 7, 1), "a": text_features},
+            taps={"b": features.reshape(-1, 7, 1), "a": text_features, "tokens": features[:, :6].reshape(-1, 2, 3)},
             bank=torch.tanh(words @ self.body.T) @ self.text.T,
             **labels,
         )
@@ -53,7 +55,7 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
     g = torch.Generator().manual_seed(1)
     draw = {k: torch.randn(n, w, generator=g, dtype=torch.float64) for k, n, w in (
         ("pixels", ROWS, 3), ("ids", ROWS, 3), ("words", N, 3), ("image", ROWS, 5), ("text", ROWS, 5),
-        ("features", ROWS, 6), ("bank", N, 5),
+        ("features", ROWS, 6), ("bank", N, 5), ("tokens", ROWS, 8),
     )}  # fmt: skip
     has_text = torch.tensor([1, 1, 0, 1, 0, 1, 1, 0, 1], dtype=torch.bool)[start:stop]
     group = torch.tensor([0, 1, -3, 0, -5, 2, 1, -8, 3])[start:stop]
@@ -64,6 +66,7 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
         logit_scale=torch.tensor(8.0, dtype=torch.float64),
         image_features=draw["features"][start:stop],
         bank=draw["bank"],
+        taps={"tokens": draw["tokens"][start:stop].reshape(-1, 2, 4)},
     )
     inputs = {"pixels": draw["pixels"][start:stop], "ids": draw["ids"][start:stop], "words": draw["words"]}
     return {**inputs, "has_text": has_text, "group": group}, teacher
@@ -71,6 +74,9 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
 
 def objectives() -> list[tuple[str, dict[str, object]]]:
     extra = [("bank", {"anchors": "teacher"}), ("gram", {"variant": "spkd", "of": ("image", "text")})]
+    extra += [("order", {"of": ("image", "text", "image-to-text", "text-to-image"), "neighbours": 2})]
+    extra += [("matryoshka", {"inner": {"name": "icl"}, "dims": (2, 4)}), ("token-gram", {"variant": "scd"})]
+    extra += [("siglip", {"bias": None}), ("multi-teacher", {"widths": [2, 3], "logit_scales": [5.0, 9.0]})]
     return [*((name, {}) for name in list_objectives()), *extra]
 
 
@@ -80,6 +86,7 @@ def run_all(start: int, stop: int, ranks: int) -> list[dict[str, torch.Tensor]]:
     for name, options in objectives():
         student = Towers()
         objective = build_objective(name, student=STUDENT, teacher=TEACHER, seed=3, **options).double()
+        objective.at(4, 0.5)
         inputs, teacher = batch(start, stop)
         given = {"teacher": gather_outputs(teacher)} if objective.needs.teacher else {}
         terms = objective(student=gather_outputs(student(**inputs)), **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from distill_toys import make_world, toy_recipe
 from pocketvlm.distill import checkpoint
 from pocketvlm.distill.environment import describe_environment, without_folders
 from pocketvlm.distill.loop import DivergedError, Trainer, distill_run
+from pocketvlm.distill.objectives import Objective
 from pocketvlm.distill.prepare import prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe, load_recipe
@@ -81,6 +83,37 @@ def test_two_runs_of_one_recipe_are_equal_and_another_seed_is_not(recipe: Make, 
     other = distill_run(recipe("train.seed=1"), tmp_path / "c", progress=False)
     assert first.final_loss == again.final_loss != other.final_loss
     assert load_student(first.student).contract == load_student(again.student).contract
+
+
+def test_prefixes_and_orders_are_trained_and_promised(recipe: Make, tmp_path: Path) -> None:
+    """Projectors of every prefix, terms by width, the contract's dims, and a resume to the same loss."""
+    objectives = [
+        {"name": "matryoshka", "options": {"inner": {"name": "icl"}, "dims": [4, 16]}},
+        {"name": "order", "options": {"of": ["image", "text-to-image"], "neighbours": 3}},
+        {"name": "rankclip", "weight": 0.06, "schedule": "warmup", "schedule_steps": 4},
+        {"name": "correlation-congruence", "batch": "texts"},
+    ]
+    wanted = recipe("student.overrides.dims=[4]", objectives=objectives)
+    result = distill_run(wanted, tmp_path / "run", progress=False)
+    row = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert {f"loss/{name}" for name in (
+        "icl_4", "icl_16", "order_image", "order_text-to-image", "rankclip_cross", "rankclip_within",
+        "correlation-congruence_image@texts",
+    )} <= row.keys()  # fmt: skip
+    assert load_student(result.student).contract.dims == (4, 16)
+    for path in (tmp_path / "run" / "checkpoints").glob("step-00000008*"):
+        path.unlink()
+    again = distill_run(wanted, tmp_path / "run", resume=True, progress=False)
+    assert again.final_loss == result.final_loss
+
+
+def test_a_prefix_beyond_the_embedding_stops_before_the_first_step(recipe: Make, tmp_path: Path) -> None:
+    """The teacher's width, 16, is known only after it was loaded."""
+    wide = [{"name": "matryoshka", "options": {"dims": [4, 32]}}]
+    with pytest.raises(UsageError, match="to 16, the student's width"):
+        distill_run(recipe(objectives=wide), tmp_path / "a", progress=False)
+    with pytest.raises(UsageError, match="prefix of 32 numbers"):
+        distill_run(recipe("student.overrides.dims=[32]", objectives=wide), tmp_path / "b", progress=False)
 
 
 CHILD = """
@@ -195,6 +228,38 @@ def test_no_folder_of_the_machine_is_recorded(
 )
 def test_paths_lose_their_folders(given: Any, expected: Any) -> None:
     assert without_folders(given) == expected
+
+
+def test_objectives_that_change_during_training_are_told_where_it_is(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, float]] = []
+    monkeypatch.setattr(Objective, "at", lambda self, step, progress: told.append((step, progress)))
+    changed = recipe("train.text_pretrain_steps=2", "train.steps=3", "train.warmup_steps=0")
+    trainer = Trainer(prepare(changed, SILENT), torch.device("cpu"))
+    for step in range(5):
+        trainer.one_step(trainer.feed.make(step))
+    count = len(trainer.objectives)
+    assert told[::count] == told[count - 1 :: count] == [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.5), (4, 1.0)]
+
+
+def test_objectives_that_change_during_training_resume_where_they_were(recipe: Make) -> None:
+    """Random points and softness are functions of the step: nothing of them is in a checkpoint, and nothing is lost."""
+    names = "{name: rafa}, {name: soft-negatives, options: {softness: 0.9}}, {name: afd}, {name: siglip}"
+    changed = recipe(f"objectives=[{names}]", "train.steps=6")
+
+    def trainer() -> Trainer:
+        return Trainer(prepare(changed, SILENT), torch.device("cpu"))
+
+    whole, resumed = trainer(), trainer()
+    for step in range(6):
+        if step == 3:
+            state = copy.deepcopy(whole.state())
+        whole.one_step(whole.feed.make(step))
+    resumed.restore(state, Path("checkpoint"))
+    for step in range(3, 6):
+        resumed.one_step(resumed.feed.make(step))
+    assert resumed.last == whole.last
 
 
 def test_a_full_disk_stops_the_run_and_the_run_goes_on_later(

@@ -110,10 +110,17 @@ def test_a_recipe_without_a_teacher_is_legal_but_not_with_objectives_that_need_o
     assert load_recipe(raw).teacher is None
 
 
+def test_a_batch_of_one_is_legal_for_objectives_that_do_not_compare_rows(raw: dict[str, Any]) -> None:
+    raw["objectives"] = [{"name": "vl2v"}, {"name": "rafa"}]
+    raw["objectives"] += [{"name": "matryoshka", "options": {"inner": {"name": "vl2v"}}}]
+    assert load_recipe(raw, ["train.batch_size=1"]).train.batch_size == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (["train.batch_size=1"], "contrasts each pair with the others of its batch"),
+        (["objectives=[{name: matryoshka}]", "train.batch_size=1"], "(matryoshka) contrasts each pair"),
         (["train.text_batch=0"], "needs a bank of texts, and train.text_batch is 0"),
         (["objectives.crd.batch=texts"], "needs picture-caption pairs, which a text-only batch has not"),
         (["data.words=null"], "train.text_batch draws from data.words, which is not given"),
@@ -124,12 +131,29 @@ def test_a_recipe_without_a_teacher_is_legal_but_not_with_objectives_that_need_o
         (["objectives=[]"], "at least 1 item"),
         (["objectives=[{name: clip, weight: 0}]"], "every objective has weight 0"),
         (["objectives=[{name: clip}]", "train.text_pretrain_steps=3"], "no objective with batch: texts to train by"),
+        (["objectives=[{name: token-gram}]"], "compares inner activations of both models, and a teacher's cache keeps"),
+        (["student.overrides.dims=[4, 8]"], "promises embeddings cut to [4, 8] (dims) and no matryoshka objective"),
+        (["objectives=[{name: matryoshka, options: {inner: {name: clip}}, batch: texts}]"], "needs picture-caption"),
+        (["objectives=[{name: matryoshka, options: {inner: {name: bank}}}]", "train.text_batch=0"], "needs a bank"),
+        (["objectives=[{name: matryoshka, options: {inner: {name: crdd}}}]"], "did you mean 'crd'"),
+        (["objectives=[{name: matryoshka, options: {dims: [96, 48]}}]"], "increasing whole numbers"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(raw: dict[str, Any], change: list[str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         load_recipe(raw, change)
     assert message in str(caught.value)
+
+
+def test_what_a_wrapper_needs_is_what_it_wraps(raw: dict[str, Any]) -> None:
+    """crd, the default, needs captions and a teacher; gram and clip each lack one of these needs."""
+    wrapped = {"name": "matryoshka", "options": {"inner": {"name": "gram"}, "dims": [96, 384]}}
+    raw["student"]["overrides"] = {**raw["student"]["overrides"], "dims": [96]}
+    raw["objectives"] = [wrapped, {**wrapped, "batch": "texts"}]
+    assert load_recipe(raw).objectives[0].options["dims"] == [96, 384]
+    raw["objectives"][0]["options"] = {"inner": {"name": "clip"}, "dims": [96]}
+    raw["objectives"], raw["teacher"] = raw["objectives"][:1], None
+    assert load_recipe(raw).teacher is None
 
 
 def test_a_file_that_is_no_recipe_says_so(tmp_path: Path) -> None:

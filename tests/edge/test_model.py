@@ -192,6 +192,46 @@ def test_width_mismatch_and_unnormalised_graphs(bundle_folder: Path, tools: Any,
     assert np.linalg.norm(loose.embed_image(RED)) == pytest.approx(1.0)
 
 
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_promised_prefixes_are_cut_and_normalised_again(bundle_folder: Path, tools: Any, model: EdgeModel) -> None:
+    tools.write_manifest(bundle_folder, contract=tools.make_contract(bundle_folder, dims=(2, 3, 4)).to_dict())
+    mixed = [RED // 2 + GREEN // 3, BLUE // 2 + GREEN // 5 + RED // 7]
+    for dim in (2, 3, 4, None):
+        cut = EdgeModel.load(bundle_folder, threads=1, dim=dim)
+        width = dim or 4
+        assert (cut.dim, cut.graph_dim, cut.embed_image([]).shape) == (width, 4, (0, width))
+        np.testing.assert_allclose(cut.embed_image(mixed), unit(model.embed_image(mixed)[:, :width]), atol=1e-6)
+        np.testing.assert_allclose(cut.embed_text("red"), unit(model.embed_text("red")[:, :width]), atol=1e-6)
+        assert cut.embed_labels(["red", "blue"]).shape == (2, width)
+        assert set(cut.classify(RED, ["red", "blue"])[0].scores) == {"red", "blue"}
+    with pytest.raises(UsageError, match="equal widths"):
+        cut.similarity(cut.embed_text("red"), EdgeModel.load(bundle_folder, threads=1, dim=2).embed_text("red"))
+
+
+def test_other_prefixes_are_refused_with_the_nearest(bundle_folder: Path, tools: Any) -> None:
+    with pytest.raises(UsageError, match=r"width 3 .* gives \[4\].*take 4"):
+        EdgeModel.load(bundle_folder, threads=1, dim=3)
+    contract = tools.make_contract(bundle_folder, dims=(2, 4)).to_dict()
+    tools.write_manifest(bundle_folder, contract=contract)
+    for dim in (0, -2, 3, 5):
+        with pytest.raises(UsageError, match=r"gives \[2, 4\].*take 2 or 4"):
+            EdgeModel.load(bundle_folder, threads=1, dim=dim)
+
+
+def test_a_file_of_the_width_is_taken_before_a_cut(bundle_folder: Path, tools: Any) -> None:
+    """A narrower file may hold a model of its own; a wider prefix than a file gives does not exist."""
+    first = json.loads((bundle_folder / "bundle.json").read_text())["variants"][0]
+    contract = tools.make_contract(bundle_folder, dims=(2, 3, 4)).to_dict()
+    tools.write_manifest(bundle_folder, contract=contract, variants=[first, {**first, "dim": 2}])
+    assert [EdgeModel.load(bundle_folder, threads=1, dim=dim).variant.dim for dim in (2, 3, 4)] == [2, None, None]
+    tools.write_manifest(bundle_folder, contract=contract, variants=[{**first, "dim": 2}])
+    with pytest.raises(UsageError, match=r"gives \[2\]"):
+        EdgeModel.load(bundle_folder, threads=1, dim=3)
+
+
 def test_nan_is_not_passed_on(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.backend, "run_image", lambda pixels: np.full((len(pixels), 4), np.nan, np.float32))
     with pytest.raises(IntegrityError, match="NaN"):

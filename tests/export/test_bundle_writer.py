@@ -23,6 +23,7 @@ from pocketvlm.data.source import DataSource
 from pocketvlm.edge.bundle import Bundle
 from pocketvlm.edge.conformance import check_conformance
 from pocketvlm.edge.errors import IntegrityError, MissingExtraError, UnknownNameError, UsageError
+from pocketvlm.edge.model import EdgeModel
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.export import bundle as writer
 from pocketvlm.export.bundle import export_bundle, format_table, summarize
@@ -134,7 +135,7 @@ def test_a_student_folder_and_a_run_folder_can_be_exported(tmp_path: Path) -> No
         "timm:test_efficientnet",
         embed_dim=16,
         tokenizer_json=train_tokenizer([WORDS], 200),
-        overrides={"image.size": 32, "text": {"layers": 1, "width": 32, "heads": 2, "context_length": 8}},
+        overrides={"image.size": 32, "text": {"layers": 1, "width": 32, "heads": 2, "context_length": 8}, "dims": (4,)},
     )
     save_student(student, tmp_path / "run" / "student")
     (tmp_path / "run" / "recipe.yaml").write_text("name: x\nstudent:\n  init: /a/b/init\n")
@@ -159,6 +160,11 @@ def test_a_student_folder_and_a_run_folder_can_be_exported(tmp_path: Path) -> No
         found = opened.towers.image(pixels)  # type: ignore[misc]
         expected = torch.nn.functional.normalize(student.eval().encode_image(pixels).embedding, dim=-1)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    # promised prefixes travel, and the runtime cuts to them
+    cut = EdgeModel.load(export_bundle(opened, tmp_path / "bundle", ("onnx:fp32",)), dim=4)
+    assert cut.contract.dims == (4, 16)
+    short = torch.nn.functional.normalize(expected[:, :4], dim=-1).numpy()
+    np.testing.assert_allclose(cut.embed_pixels(pixels.numpy()), short, atol=1e-5)
 
 
 # --- failing closed -------------------------------------------------------------------------------------------------

@@ -495,6 +495,20 @@ def test_a_saved_student_comes_back_equal(tokenizer, tmp_path):
     assert load_student(tmp_path / "double").log_scale.dtype == torch.float64
 
 
+def test_promised_prefixes_are_in_the_contract_and_on_disk(tokenizer, tmp_path):
+    plain, student = tiny(tokenizer), tiny(tokenizer, dims=(4, 8))
+    assert plain.contract.dims == (12,)
+    assert student.contract.dims == (4, 8, 12)
+    assert tiny(tokenizer, dims=(4, 12)).contract.dims == (4, 12)
+    assert weights_digest(plain) == weights_digest(student), "a promise changes no weight"
+    assert load_student(save_student(student, tmp_path / "student")).contract == student.contract
+    for dims, words in (((8, 4), "not increasing"), ((4, 4), "not increasing"), ((1, 4), "only a sign")):
+        with pytest.raises(UsageError, match=words):
+            tiny(tokenizer, dims=dims)
+    with pytest.raises(UsageError, match=r"prefix of 13 numbers .* embedding has 12"):
+        tiny(tokenizer, dims=(4, 13))
+
+
 def test_a_changed_file_is_refused(tokenizer, tmp_path):
     student = tiny(tokenizer)
 

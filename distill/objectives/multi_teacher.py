@@ -1,0 +1,81 @@
+"""Several teachers at once (MobileCLIP-style): the mean of their divergences, each at its own scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.common import BatchObjective, Widths, kl_rows, positive, unit
+from pocketvlm.edge.errors import UsageError
+
+
+class MultiTeacher(BatchObjective):
+    """multi-teacher: the student's image-text distributions follow those of K teachers (MobileCLIP-style).
+
+    Formula: with P_k = softmax_j(c_k v^k_i.s^k_j) of teacher k, P^S = softmax_j(c v_i.s_j) of the student, over the P
+    captioned rows, embeddings L2-normalised for each teacher on its own,
+        L = 1/(2K) sum_k [ mean_i KL(P_k,i || P^S_i) + the same for columns ].
+    Softmax first, then average: up to a constant this is KL(mean_k P_k || P^S), and not the softmax of averaged
+    similarities.
+    KL direction: teacher || student. The minimum is 0 only where all teachers agree.
+    Inputs: image, text [B, D] of both models. The K teachers come as one whose embeddings are theirs side by side:
+    `widths` [D_1, ..., D_K] says where to cut (None, the default: one teacher). Any scaling of the parts cancels.
+    Output: {"multi-teacher"}. Reduction: mean over captioned rows, half for each direction, mean over teachers; no
+    factor tau^2. Duplicate captions need no care: the teachers give them equal mass.
+    Temperature: `logit_scales` [c_1, ..., c_K] of the teachers (None: the teacher's own for all); the student's own
+    logit scale, trained.
+    Paper: Vasu et al. 2024 (MobileCLIP, 2311.17049) and MobileCLIP2 (2508.20691), equation 1, without its (1 - lambda)
+    contrastive part and without its second, synthetic-caption batch: add `clip`, and set the weights, for the former.
+    Ours: side by side in one embedding.
+    Related: with one teacher it is `crd`.
+    Cost: K + 1 matrices P x P.
+    """
+
+    name = "multi-teacher"
+    needs = Needs(captions=True)
+    minimum_rows = 2
+
+    def __init__(
+        self,
+        *,
+        student: Widths,
+        teacher: Widths | None = None,
+        seed: int = 0,
+        widths: Sequence[int] | None = None,
+        logit_scales: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.widths = None if widths is None else [int(n) for n in _all_positive("widths", widths)]
+        self.logit_scales = None if logit_scales is None else _all_positive("logit_scales", logit_scales)
+        count = 1 if self.widths is None else len(self.widths)
+        if not count or (self.logit_scales is not None and len(self.logit_scales) != count):
+            raise UsageError(
+                f"objective 'multi-teacher' has {count} widths and {len(self.logit_scales or [])} logit scales; each "
+                "teacher needs its own, so give as many of the one as of the other"
+            )
+
+    def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        rows = self.pairs(student, teacher)
+        if rows is None:
+            return {"multi-teacher": self.zero(student)}
+        image, text = rows.taught()
+        widths = self.widths or [image.shape[-1]]
+        if sum(widths) != image.shape[-1]:
+            raise UsageError(
+                f"objective 'multi-teacher' was told of teachers {'+'.join(map(str, widths))} wide but the teacher's "
+                f"embeddings have {image.shape[-1]} columns; they would be cut in the wrong places, so correct 'widths'"
+            )
+        logits = student.logit_scale * unit(rows.image) @ unit(rows.text).T
+        values = []
+        for index, (v, s) in enumerate(zip(image.split(widths, dim=-1), text.split(widths, dim=-1))):
+            scale = teacher.logit_scale if self.logit_scales is None else self.logit_scales[index]
+            target = scale * unit(v) @ unit(s).T
+            values.append((kl_rows(target, logits) + kl_rows(target.T, logits.T)) / 2)
+        return {"multi-teacher": torch.stack(values).mean()}
+
+
+def _all_positive(option: str, values: Sequence[float]) -> list[float]:
+    return [positive(option, value or 0.0) or 0.0 for value in values]

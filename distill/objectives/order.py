@@ -1,0 +1,110 @@
+"""The teacher's nearest neighbours stay in front, in the teacher's order: what retrieval asks of an embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, inverse_temperature, positive, unit
+from pocketvlm.distill.objectives.ranking import list_mle
+from pocketvlm.edge.errors import UsageError
+
+SEARCHES = ("image", "text", "image-to-text", "text-to-image")
+
+
+def neighbour_order(cosine: Tensor, target: Tensor, top: int, scale: Tensor | float) -> Tensor:
+    """Mean over rows and places of the likelihood that the first `top` of a row are the teacher's, in its order.
+
+    cosine, target: student's and teacher's [R, N], N >= 2. top is at most N - 1: the last place of a full list is
+    certain. Formula: see `NeighbourOrder`.
+    """
+    top = min(top, cosine.shape[-1] - 1)
+    return list_mle(scale * cosine, target, top=top).mean() / top
+
+
+def others(matrix: Tensor) -> Tensor:
+    """[N, N] without its diagonal, [N, N - 1]."""
+    return matrix[~torch.eye(len(matrix), dtype=torch.bool, device=matrix.device)].reshape(len(matrix), -1)
+
+
+class NeighbourOrder(BatchObjective):
+    """order: the rows that the teacher finds nearest come first for the student too, in the teacher's order.
+
+    Formula: for query i, gallery items j in C_i, x_ij = cos^S_ij / tau, and j_1, ..., j_k the k items of the largest
+        cos^T_ij in this order,
+        L = mean_i 1/k sum_{r=1..k} [ log sum_{j in C_i \\ {j_1..j_(r-1)}} exp(x_ij) - x_i,j_r ],
+        the negative log likelihood of the teacher's first k places under the student (Plackett-Luce).
+    of: one or several of "image" (default; pictures search pictures, C_i without i itself), "text" (captions search
+    captions), "image-to-text", "text-to-image" (C_i = all captioned rows, the own pair included).
+    k = `neighbours` (default 10), at most |C_i| - 1. Teacher items that tie share a place (`ranking.list_mle`).
+    Inputs: image and/or text [B, D] of both models (widths may differ). Output: {"order_image"}, one for each of `of`.
+    Reduction: mean over queries and places. Temperature: tau = `temperature` (default 0.1); None takes the student's
+    logit scale 1/tau, and trains it.
+    Direction: the teacher gives the order and nothing else, so that teachers of any scale or calibration teach alike.
+    The minimum is not 0: a student in perfect order still gains by wider gaps, which tau bounds in practice; use it
+    beside a loss that fixes the geometry (`feature`, `crd`).
+    This is our construction: the top-k form of ListMLE (Xia et al. 2008) on a batch's similarities; RankCLIP
+    (2404.09387) uses ListMLE without a teacher. At least 3 rows (2 where only image and text search each other); fewer
+    captioned rows in a larger batch give 0.
+    Related: `gram` "softmax" and `crd` match the teacher's distribution, gaps included; `rankclip` has no teacher.
+    Cost: one sort of B lists for each search, memory O(B^2). Only neighbours inside a batch are seen: large batches.
+    """
+
+    name = "order"
+    needs = Needs()
+    minimum_rows = 3
+
+    def __init__(
+        self,
+        *,
+        student: Widths,
+        teacher: Widths | None = None,
+        seed: int = 0,
+        of: Sequence[str] | str = "image",
+        neighbours: int = 10,
+        temperature: float | None = 0.1,
+    ) -> None:
+        super().__init__()
+        self.of = tuple(choice("of", part, SEARCHES) for part in ([of] if isinstance(of, str) else of))
+        if not self.of:
+            raise UsageError(f"objective 'order' was given an empty 'of'; nothing would be learned, so name {SEARCHES}")
+        if not isinstance(neighbours, int) or isinstance(neighbours, bool) or neighbours < 1:
+            raise UsageError(
+                f"objective option 'neighbours' is {neighbours!r} but must be a whole number from 1; no place would "
+                "be taught, so give how many neighbours count"
+            )
+        self.neighbours, self.temperature = neighbours, positive("temperature", temperature)
+        if not {"image", "text"} & set(self.of):
+            self.minimum_rows = 2
+
+    def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        scale = inverse_temperature(self.temperature, student)
+        found = {}
+        rows = self.pairs(student, teacher) if self.of != ("image",) else None
+        for part in self.of:
+            if part == "image":
+                pair: tuple[Tensor, Tensor] | None = self._within(student.image, teacher.image)
+            elif rows is None:
+                pair = None
+            else:
+                assert rows.teacher_image is not None, "pairs() was given the teacher"
+                assert rows.teacher_text is not None, "pairs() was given the teacher"
+                if part == "text":
+                    pair = self._within(rows.text, rows.teacher_text)
+                else:
+                    ours, theirs = (
+                        unit(rows.image) @ unit(rows.text).T,
+                        unit(rows.teacher_image) @ unit(rows.teacher_text).T,
+                    )
+                    pair = (ours, theirs) if part == "image-to-text" else (ours.T, theirs.T)
+            found[f"order_{part}"] = (
+                self.zero(student) if pair is None else neighbour_order(*pair, self.neighbours, scale)
+            )
+        return found
+
+    @staticmethod
+    def _within(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+        return others(unit(ours) @ unit(ours).T), others(unit(theirs) @ unit(theirs).T)

@@ -1,0 +1,65 @@
+"""Pairwise sigmoid loss of SigLIP, aware of duplicate captions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, unit
+from pocketvlm.distill.objectives.contrastive import DUPLICATES
+
+
+def pairwise_sigmoid(logits: Tensor, group: Tensor | None, duplicates: str) -> Tensor:
+    """Sum over all P^2 pairs of -log sigmoid(+-logit), divided by P; see `PairwiseSigmoid`. logits: [P, P]."""
+    right = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    same = right if group is None or duplicates == "negatives" else group[:, None] == group[None, :]
+    if duplicates == "positives":
+        right = same
+    losses = F.softplus(torch.where(right, -logits, logits))
+    return losses.masked_fill(same & ~right, 0.0).sum() / len(logits)
+
+
+class PairwiseSigmoid(BatchObjective):
+    """siglip: each picture-caption pair of the batch is judged right or wrong on its own.
+
+    Formula: with v, s the L2-normalised image and text embeddings of the P captioned rows, c the logit scale, b a bias,
+    y_ij = 1 where i = j and -1 elsewhere,
+        L = -1/P sum_i sum_j log sigmoid( y_ij (c v_i.s_j + b) ).
+    Inputs: student.image, student.text [B, D]; has_text, group [B]; no teacher. Output: {"siglip"}.
+    Reduction: *sum* over all P^2 pairs, divided by P, as in the paper (a mean over pairs would be P times smaller).
+    Temperature: the student's logit scale c, trained. `bias` (default -10, where the paper starts it) makes b a trained
+    parameter of this objective, which is not exported and which rankings do not need: nearly all pairs are wrong ones,
+    and b starts them there. bias=None takes the student's own logit_bias, a constant 0 for students that have none.
+    A batch of one is defined (one right pair, nothing to push away) and teaches nothing worth having.
+    Paper: Zhai et al. 2023 (SigLIP, 2303.15343), algorithm 1.
+    Ours: `duplicates`, for two rows of one `group`: "ignore" (default) leaves their pairs out of the sum, "positives"
+    gives them y = 1, "negatives" is plain SigLIP. Rows that are left out still count in P.
+    Related: `clip` normalises over the batch instead; here every pair stands alone.
+    Cost: one P x P matrix, as `clip`.
+    """
+
+    name = "siglip"
+    needs = Needs(captions=True, teacher=False)
+
+    def __init__(
+        self,
+        *,
+        student: Widths,
+        teacher: Widths | None = None,
+        seed: int = 0,
+        duplicates: str = "ignore",
+        bias: float | None = -10.0,
+    ) -> None:
+        super().__init__()
+        self.duplicates = choice("duplicates", duplicates, DUPLICATES)
+        self.bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
+
+    def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        rows = self.pairs(student, None)
+        if rows is None:
+            return {"siglip": self.zero(student)}
+        bias = student.logit_bias if self.bias is None else self.bias
+        logits = student.logit_scale * unit(rows.image) @ unit(rows.text).T + bias
+        return {"siglip": pairwise_sigmoid(logits, rows.group, self.duplicates)}

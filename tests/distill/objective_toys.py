@@ -1,0 +1,113 @@
+"""What tests of objectives start from: two models' outputs, a built objective, and arithmetic in plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pocketvlm.distill.objectives import Objective, Outputs, Widths, build_objective
+
+B, N, D, F = 6, 7, 5, 4
+HAS_TEXT = [True, True, False, True, True, True]
+GROUP = [3, 1, -1, 3, 2, 0]  # rows 0 and 3 share a caption
+
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+def outputs(seed: int, *, dim: int = D, features: int = F, dtype: torch.dtype = torch.float64, grad: bool = False):
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        value = torch.randn(*shape, generator=g, dtype=torch.float64) * 1.7 + 0.2
+        return value.to(dtype).requires_grad_(grad)
+
+    text = draw(B, dim)
+    with torch.no_grad():
+        text[3] = text[0]
+    return Outputs(
+        image=draw(B, dim),
+        text=text,
+        has_text=torch.tensor(HAS_TEXT),
+        logit_scale=torch.tensor(4.0 + seed, dtype=dtype, requires_grad=grad),
+        logit_bias=torch.tensor(-0.5 * seed, dtype=dtype, requires_grad=grad),
+        image_features=draw(B, features),
+        text_features=draw(B, features),
+        bank=draw(N, dim),
+        group=torch.tensor(GROUP),
+        taps={"tokens": draw(B, 9, features)},
+    )
+
+
+WIDTHS = Widths(embedding=D, image_features=F, text_features=F)
+OTHER = Widths(embedding=D + 2, image_features=F + 3, text_features=F + 3)
+SEED, STEP, PROGRESS = 5, 7, 0.5  # an objective that changes during training is looked at in the middle of it
+
+
+def build(name: str, teacher: Widths = WIDTHS, **options) -> Objective:
+    objective = build_objective(name, student=WIDTHS, teacher=teacher, seed=SEED, **options)
+    objective.at(STEP, PROGRESS)
+    return objective
+
+
+def total(objective, student: Outputs, teacher: Outputs) -> torch.Tensor:
+    given = teacher if objective.needs.teacher else None
+    return sum(objective(student=student, teacher=given).values())  # type: ignore[return-value]
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic
+
+
+def rows(tensor: torch.Tensor) -> list[list[float]]:
+    return tensor.detach().double().tolist()
+
+
+def unit(v: list[float]) -> list[float]:
+    length = math.sqrt(math.fsum(x * x for x in v))
+    return [x / length for x in v]
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    return math.fsum(x * y for x, y in zip(unit(a), unit(b)))
+
+
+def softmax(values: list[float]) -> list[float]:
+    weights = [math.exp(v) for v in values]
+    return [w / sum(weights) for w in weights]
+
+
+def kl(p: list[float], q: list[float]) -> float:
+    return math.fsum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q))
+
+
+def huber(x: float, beta: float = 1.0) -> float:
+    return x * x / (2 * beta) if abs(x) < beta else abs(x) - beta / 2
+
+
+def captioned(o: Outputs) -> tuple[list, list, list]:
+    keep = [i for i in range(B) if HAS_TEXT[i]]
+    image, text = rows(o.image), rows(o.text)
+    return [image[i] for i in keep], [text[i] for i in keep], [GROUP[i] for i in keep]
+
+
+def project(projector, vectors: list[list[float]]) -> list[list[float]]:
+    if not list(projector.parameters()):
+        return vectors
+    layers = [(rows(w), b.detach().double().tolist()) for w, b in zip(projector.weights, projector.biases)]
+    for depth, (weight, bias) in enumerate(layers):
+        if depth:
+            vectors = [[x * 0.5 * (1 + math.erf(x / math.sqrt(2))) for x in v] for v in vectors]
+        vectors = [[math.fsum(w * x for w, x in zip(row, v)) + b for row, b in zip(weight, bias)] for v in vectors]
+    return vectors
+
+
+def contrast(queries, keys, groups, scale: float, duplicates: str) -> float:
+    """Mean over queries of the cross-entropy with their own key."""
+    losses = []
+    for i, q in enumerate(queries):
+        allowed = [j for j in range(len(keys)) if j == i or duplicates != "ignore" or groups[j] != groups[i]]
+        p = dict(zip(allowed, softmax([scale * cosine(q, keys[j]) for j in allowed])))
+        right = [j for j in allowed if groups[j] == groups[i]] if duplicates == "positives" else [i]
+        losses.append(-sum(math.log(p[j]) for j in right) / len(right))
+    return sum(losses) / len(losses)
