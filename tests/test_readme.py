@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import readme_road
@@ -107,3 +108,64 @@ def test_the_table_is_the_committed_result() -> None:
     rows = json.loads((ROOT / "benchmarks" / "results" / "demo-quick.json").read_text())["results"]
     for row in rows:
         assert f"| {row['model']} | {row['R@1']} | {row['R@5']} |" in README, row["model"]
+
+
+def _result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+
+
+def _section(name: str) -> list[list[str]]:
+    """Rows of the table between the marks of this name, without its head."""
+    (text,) = re.findall(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", README, re.S)
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in text.strip().splitlines()[2:]]
+
+
+def test_the_comparison_is_the_committed_result() -> None:
+    rows = _section("protocols")
+    found = _result("protocols.json")
+    assert (found["folds"], found["seeds"]) == ([0, 1, 2, 3, 4], [0, 1, 2])
+    assert len(rows) == len(found["protocols"]) == 3
+    for (_, *shares, kept, difference), part in zip(rows, found["protocols"].values()):
+        for shown, arm in zip(shares, ("teacher", "no-teacher", "control", "distilled")):
+            recall = part["arms"].get(arm, {}).get("image_to_text", {}).get("R@5")
+            assert shown == ("–" if recall is None else f"{recall:.1f}"), (shown, arm)
+        assert kept == f"{part['kept_of_teacher_percent']['image_to_text']:.0f} %"
+        if "no-teacher" in part["distilled_minus"]:
+            gain = part["distilled_minus"]["no-teacher"]["image_to_text"]
+            assert difference == f"{gain['difference']:+.1f} ({gain['low']:.1f} to {gain['high']:.1f})"
+
+
+def test_the_cost_of_int8_is_the_committed_result() -> None:
+    rows, found = _section("int8"), _result("pooled_parity.json")
+    assert set(found["folds"]) == {"0", "1", "2", "3", "4"}
+    assert [row[0] for row in rows] == ["onnx int8", "executorch int8"]
+    for name, size, image, text, forward, back in rows:
+        part = found["variants"][name]
+        assert size == f"{part['of_fp32']:.3f}"
+        for shown, tower in ((image, "image"), (text, "text")):
+            assert shown == f"{part['drift'][tower]['one_minus_cosine_mean']:.4f}"
+        for shown, direction in ((forward, "image_to_text"), (back, "text_to_image")):
+            loss = part["R@5"][direction]
+            assert shown == f"{loss['loss_points']:+.2f} ({loss['bound_points']:+.2f})"
+
+
+def test_the_floors_hold() -> None:
+    """What the project promises of its evidence; the numbers themselves are in the README."""
+    protocols = _result("protocols.json")["protocols"]
+    few, every = protocols["few"], protocols["all"]
+    assert few["distilled_minus"]["no-teacher"]["image_to_text"]["low"] >= 8
+    assert every["distilled_minus"]["no-teacher"]["image_to_text"]["low"] >= 0
+    for part in protocols.values():
+        assert part["kept_of_teacher_percent"]["image_to_text"] >= 65
+        assert part["arms"]["distilled"]["image_to_text"]["R@5"] >= 18
+    for name, part in _result("pooled_parity.json")["variants"].items():
+        worst = part["drift"].values()
+        if name.endswith("fp32"):
+            assert all(tower["one_minus_cosine_max"] <= 1e-6 for tower in worst)
+        else:
+            assert all(tower["one_minus_cosine_mean"] <= 0.01 for tower in worst)
+            assert all(tower["one_minus_cosine_p99"] <= 0.02 for tower in worst)
+            assert part["of_fp32"] <= 0.30
+            assert all(row["bound_points"] <= 1 for row in part["R@5"].values())
+    for name, limit in (("demo.json", 900), ("demo-quick.json", 180)):
+        assert _result(name)["seconds"]["total"] <= limit, name

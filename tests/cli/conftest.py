@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,14 +36,14 @@ class Done(NamedTuple):
     out: str
     err: str
 
-    def sentence(self) -> str:
-        """The one line on stderr that a user's mistake is answered with."""
+    def sentence(self, *, after: Sequence[str] = ()) -> str:
+        """The one line on stderr that a user's mistake is answered with; after: lines of progress before it."""
         assert self.code == 2, (self.code, self.out, self.err)
-        lines = self.err.splitlines()
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("pocketvlm: ")
+        *before, last = self.err.splitlines()
+        assert before == list(after), self.err
+        assert last.startswith("pocketvlm: ")
         assert "Traceback" not in self.err
-        return lines[0]
+        return last
 
 
 def exit_code(*arguments: object) -> int:
