@@ -1,15 +1,17 @@
-"""Does int8 cost the shipped files anything? Parity of every fold's student, pooled, because one fold cannot decide.
+"""Does int8 cost the shipped files anything? Parity of every fold's students, pooled, because one fold cannot decide.
 
     python benchmarks/pooled_parity.py
 
-Takes the student of protocol "few", arm distilled, seed 0, of each fold (trained if `protocols.py` has not left it in
---work), exports ONNX and ExecuTorch at fp32 and int8, records the reference on the fold's test pool, checks parity,
-and pools the paired task changes over all queries. A fold that is done is repeated only if its student has changed.
-Written to benchmarks/results/pooled_parity.json. About ten minutes on two cores once the students exist.
+Takes the students of protocol "few", arm distilled, of each fold and seed (trained if `protocols.py` has not left them
+in --work), exports ONNX and ExecuTorch, records the reference on the fold's test pool, checks parity, and pools the
+paired task changes over all answers; a query that several seeds answered is resampled as one. int8 is checked for every
+seed, fp32 for the first. What is done is done again only if the student, the budgets or the export code changed.
+Written to benchmarks/results/pooled_parity.json. A minute a student on two idle cores.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -25,23 +27,34 @@ from pocketvlm.export.bundle import export_bundle
 from pocketvlm.export.parity import check_parity, pooled_task_bound
 from pocketvlm.export.reference import record_reference
 
-TARGETS = ("onnx:fp32", "onnx:int8", "executorch:fp32", "executorch:int8")
-SEED = 0
+INT8, FP32 = ("onnx:int8", "executorch:int8"), ("onnx:fp32", "executorch:fp32")
 # what a report says of how far a tower's rows are from the reference
 SHOWN = ("one_minus_cosine_mean", "one_minus_cosine_p99", "one_minus_cosine_max", "sqnr_db")
 
 
-def one_fold(fold: int, work: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """(parity report as JSON, bytes of each variant) of a fold."""
-    run = protocols.run_folder("few", "distilled", fold, SEED, work)
+def export_code() -> str:
+    """Digest of everything under export/, budgets included."""
+    room = Path(__file__).resolve().parents[1] / "export"
+    digest = hashlib.sha256()
+    for path in sorted(path for path in room.rglob("*") if path.suffix in (".py", ".json")):
+        digest.update(f"{path.relative_to(room)}|".encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def check(fold: int, seed: int, targets: tuple[str, ...], work: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """(parity report as JSON, bytes of each variant) of one student."""
+    run = protocols.run_folder("few", "distilled", fold, seed, work)
     if not (run / "report.html").is_file():
-        protocols.run_one("few", "distilled", fold, SEED, work)
-    bundle, reference, out = (run.with_name(f"{run.name}-{part}") for part in ("bundle", "reference", "parity"))
+        protocols.run_one("few", "distilled", fold, seed, work)
+    bundle, reference, out = (
+        run.with_name(f"{run.name}-{export_code()}-{part}") for part in ("bundle", "reference", "parity")
+    )
     if not (out / "parity.json").is_file():
         data = open_data(f"openmoji?pool=test&fold={fold}&flags=exclude")
-        export_bundle(run, bundle, TARGETS, overwrite=True)
+        export_bundle(run, bundle, targets, overwrite=True)
         record_reference(run, reference, data=data, overwrite=True)
         check_parity(bundle, reference, out=out)
+        print(f"fold {fold}, seed {seed}: done", flush=True)
     sizes = {
         f"{variant.target} {variant.precision}": sum(
             (bundle / name).stat().st_size for name in set(variant.files.values())
@@ -68,29 +81,44 @@ def numbers(reports: list[dict[str, Any]], name: str) -> dict[str, Any]:
     }
 
 
-def main(work: Path = Path("runs/protocols"), folds: tuple[int, ...] = (0, 1, 2, 3, 4)) -> None:
-    """Check what is missing, then pool."""
-    work = work.resolve()
-    pairs = [one_fold(fold, work) for fold in folds]
-    reports, sizes = [report for report, _ in pairs], [size for _, size in pairs]
-    variants = {}
-    for row in pooled_task_bound(reports):
+def pool(reports: list[dict[str, Any]], precision: str) -> dict[str, Any]:
+    """Drift and R@5 of the variants of one precision over all reports."""
+    chosen = [{**r, "variants": [v for v in r["variants"] if v["precision"] == precision]} for r in reports]
+    found: dict[str, Any] = {}
+    for row in pooled_task_bound(chosen):
         name = f"{row.target} {row.precision}"
         if row.k != 5:
             continue
-        entry = variants.setdefault(name, {"drift": numbers(reports, name), "R@5": {}})
-        entry["R@5"][row.direction] = {
-            "queries": row.change.queries, "lost": row.change.lost, "gained": row.change.gained,
+        entry = found.setdefault(name, {"students": row.reports, "drift": numbers(chosen, name), "R@5": {}})
+        entry["R@5"][row.direction.replace("-", "_")] = {
+            "answers": row.change.queries, "queries": row.distinct,
+            "lost": row.change.lost, "gained": row.change.gained,
             "loss_points": round(100 * row.change.loss, 2), "bound_points": round(100 * row.change.bound, 2),
-            "status": row.status,
+            "method": row.method, "status": row.status,
         }  # fmt: skip
-        full = f"{row.target} fp32"
-        entry["bytes"] = [size[name] for size in sizes]
-        entry["of_fp32"] = round(max(size[name] / size[full] for size in sizes), 4)
-    folds_status = {str(fold): report["status"] for fold, report in zip(folds, reports)}
-    result = {"targets": TARGETS, "folds": folds_status, "variants": variants, "machine": machine()}
+    return found
+
+
+def main(
+    work: Path = Path("runs/protocols"), folds: tuple[int, ...] = (0, 1, 2, 3, 4), seeds: tuple[int, ...] = (0, 1, 2)
+) -> None:
+    """Check what is missing, then pool."""
+    work = work.resolve()
+    pairs = {
+        (seed, fold): check(fold, seed, (*FP32, *INT8) if seed == seeds[0] else INT8, work)
+        for seed in seeds
+        for fold in folds
+    }
+    first = [pairs[seeds[0], fold] for fold in folds]
+    variants = pool([report for report, _ in first], "fp32") | pool([report for report, _ in pairs.values()], "int8")
+    for name, entry in variants.items():
+        full = f"{name.split()[0]} fp32"
+        entry["of_fp32"] = round(max(sizes[name] / sizes[full] for _, sizes in first), 4)
+        entry["megabytes"] = round(max(sizes[name] for _, sizes in first) / 1e6, 2)
+    status = {f"fold {fold}, seed {seed}": report["status"] for (seed, fold), (report, _) in pairs.items()}
     print(json.dumps(variants, indent=1))
-    print(write("pooled_parity.json", result))
+    facts = {"folds": folds, "seeds": seeds, "single_reports": status, "variants": variants, "machine": machine()}
+    print(write("pooled_parity.json", facts))
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def test_the_comparison_is_the_committed_result() -> None:
 
 def test_the_cost_of_int8_is_the_committed_result() -> None:
     rows, found = _section("int8"), _result("pooled_parity.json")
-    assert set(found["folds"]) == {"0", "1", "2", "3", "4"}
+    assert (found["folds"], found["seeds"]) == ([0, 1, 2, 3, 4], [0, 1, 2])
     assert [row[0] for row in rows] == ["onnx int8", "executorch int8"]
     for name, size, image, text, forward, back in rows:
         part = found["variants"][name]
