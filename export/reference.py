@@ -246,7 +246,7 @@ def _task_inputs(samples: Sequence[Sample], subject: Subject, limit: int, seed: 
     if len(texts) < MIN_TASK:
         raise UsageError(
             f"the data gives {len(texts)} distinct captions with readable pictures and the reference task needs "
-            f"{MIN_TASK}; a smaller gallery would call every ranking equal, so use more data"
+            f"{MIN_TASK}; a smaller gallery would call every ranking equal, so use more data or a larger --max-task"
         )
     column = {text: index for index, text in enumerate(texts)}
     labelled = all(sample.label for sample in chosen)

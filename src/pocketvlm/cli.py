@@ -196,6 +196,7 @@ def reference_record(
     trust_remote_code: TrustRemoteCode = False,
     on_bad_sample: OnBad = "skip",
     device: Annotated[str, arg(help="auto, cpu (float64) or cuda (float32, TF32 off).")] = "auto",
+    max_task: Annotated[int, arg(metavar="N", help="At most so many pictures in the task, chosen by a hash.")] = 512,
     overwrite: Overwrite = False,
 ) -> None:
     """Run the unpatched eager model once and keep everything that parity compares with."""
@@ -209,6 +210,7 @@ def reference_record(
         data=_open(data, on_bad_sample),
         device=device,
         overwrite=overwrite,
+        max_task=max_task,
         allow_download=allow_download,
         trust_remote_code=trust_remote_code,
         progress=Reporter().line,

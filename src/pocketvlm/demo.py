@@ -81,7 +81,8 @@ class Demo:
 def run_demo(out: str | Path, *, quick: bool = False, fold: int = 0, overwrite: bool = False) -> Path:
     """Run the demo into `out` and return the path of its report.html.
 
-    quick: fewer steps, words and export variants (no Core ML), a smaller reference task. fold: which fifth of the concepts is held out.
+    quick: fewer steps, words and export variants (no Core ML), a smaller reference task. fold: which fifth of the
+    concepts is held out.
 
     Raises:
         UsageError: `out` is not empty and `overwrite` is false, or `fold` is not 0 to 4.
@@ -193,8 +194,8 @@ def _prove(demo: Demo, run: Any, bundle: Path) -> Any:
     from pocketvlm.export.reference import record_reference
 
     reference, parity = demo.out / "reference", demo.out / "parity"
-    command = f"pocketvlm reference record {run.folder} --data '{demo.test}' --out {reference}"
     limit = QUICK_TASK if demo.quick else TASK
+    command = f"pocketvlm reference record {run.folder} --data '{demo.test}' --max-task {limit} --out {reference}"
     with demo.step(5, "Record the reference: the unpatched eager student in float64", command):
         data = open_data(demo.test)
         record_reference(run.folder, reference, data=data, command=command, max_task=limit, progress=Reporter().line)

@@ -64,6 +64,7 @@ COMMANDS = {
         "--trust-remote-code",
         "--on-bad-sample",
         "--device",
+        "--max-task",
         "--overwrite",
     ),
     "reference show": ("REFERENCE", "--json"),
