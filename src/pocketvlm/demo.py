@@ -30,7 +30,7 @@ SHOWN = 6
 VARIANTS = ("onnx:fp32", "onnx:int8", "executorch:fp32", "executorch:int8", "coreml:fp16")
 QUICK_VARIANTS = ("onnx:fp32", "onnx:int8", "executorch:int8")
 # pictures of the reference's task
-TASK, QUICK_TASK = 512, 256
+TASK, QUICK_TASK = 512, 288
 
 
 @dataclass
