@@ -3,8 +3,9 @@
     python benchmarks/text_vocabulary.py
 
 Trains only the text tower (recipe `openmoji-text`, towards `openmoji-lit`, no caption of the data set among its words)
-with each token table, and scores teacher pictures x student texts on the *student* pools, so that the choice was not
-made on test concepts. Written to benchmarks/results/text_vocabulary.json. About ten minutes on two idle cores.
+with each token table, and scores teacher pictures x student texts on the *student* pool of each fold, not on its test
+pool (as folds rotate, a student concept of one fold is a test concept of another). Written to
+benchmarks/results/text_vocabulary.json. About ten minutes on two idle cores.
 """
 
 from __future__ import annotations
