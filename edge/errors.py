@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -60,7 +61,22 @@ def require(module: str, extra: str) -> ModuleType:
         top = module.split(".")[0]
         if error.name is None or error.name.split(".")[0] != top:
             raise
-        raise MissingExtraError(
-            f"this needs the package {top!r}, which the base install leaves out; "
-            f"install it with: pip install 'pocketvlm[{extra}]'"
-        ) from error
+        raise _missing(top, extra) from error
+
+
+def require_installed(packages: Iterable[str], extra: str) -> None:
+    """Refuse before any work if one of the top-level `packages` is absent; imports none, as some take seconds.
+
+    Raises:
+        MissingExtraError: names the first that is not installed.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise _missing(package, extra)
+
+
+def _missing(package: str, extra: str) -> MissingExtraError:
+    return MissingExtraError(
+        f"this needs the package {package!r}, which the base install leaves out; "
+        f"install it with: pip install 'pocketvlm[{extra}]'"
+    )

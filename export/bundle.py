@@ -34,6 +34,7 @@ from pocketvlm.export.conformance import VECTORS, Vectors, widen_tolerance, writ
 from pocketvlm.export.probe import Probe, probe_variants
 from pocketvlm.export.source import Exportable, Source, open_source
 from pocketvlm.export.targets import Calibration, Target, Variant, get_target
+from pocketvlm.export.targets.executorch_writer import BackgroundWriter
 from pocketvlm.export.targets.onnx import check_precision
 
 DEFAULT_TARGETS = ("onnx", "executorch", "coreml")
@@ -74,6 +75,7 @@ def export_bundle(
     examples: Sequence[ImageCase] | None = None,
     allow_download: bool = False,
     trust_remote_code: bool = False,
+    processes: int = 1,
     progress: Progress | None = None,
 ) -> Path:
     """Export a model to every target at every precision and write the bundle.
@@ -90,6 +92,8 @@ def export_bundle(
         examples: real pictures for the conformance vectors, which must be free to publish. None: three of the
             calibration source where that is the built-in set, else none.
         allow_download, trust_remote_code: permit, for a hub id, the network, and code that lies beside its weights.
+        processes: 2 lowers ExecuTorch programs in a process of their own while the other targets are written; the
+            files are the same.
         progress: called with one line per step.
 
     Returns:
@@ -117,16 +121,20 @@ def export_bundle(
         check_precision(target.name, target.precisions, precision, calibration)
     if examples is None:
         examples = _examples(source)
-    with _staged(out, overwrite) as folder:
+    with _staged(out, overwrite) as folder, _background(plan, processes) as writer:
         if model.tokenizer_json is not None:
             assert model.towers.contract.text is not None
             (folder / model.towers.contract.text.tokenizer).write_bytes(model.tokenizer_json)
         say("computing conformance vectors in float64")
         vectors = write_vectors(folder, model.towers, tokenizer, examples=examples)
-        variants = []
-        for target, precision in plan:
+        lowered = {}
+        for target, precision in _in_order(plan, writer):
             say(f"lowering to {target.name} {precision}")
-            variants.append(_lower(target, precision, model, folder, calibration))
+            lowered[target.name, precision] = _lower(target, precision, model, folder, calibration)
+        if writer is not None:
+            say("waiting for executorch")
+            writer.finish()
+        variants = [lowered[target.name, precision] for target, precision in plan]
         say("running the files")
         variants = _with_measurements(folder, model, variants, vectors)
         manifest = _manifest(folder, model, variants, calibration, source, bool(examples))
@@ -201,6 +209,27 @@ def _plan(targets: Sequence[str], precisions: Sequence[str] | None) -> list[tupl
             "so add a target that does (fp32: all, fp16: coreml, int8: onnx, executorch)"
         )
     return list({(target.name, precision): (target, precision) for target, precision in plan}.values())
+
+
+@contextlib.contextmanager
+def _background(plan: list[tuple[Target, str]], processes: int) -> Iterator[BackgroundWriter | None]:
+    """The process that lowers ExecuTorch programs, where there is something to write beside them."""
+    names = {target.name for target, _ in plan}
+    if processes < 2 or "executorch" not in names or len(names) == 1:
+        yield None
+        return
+    with BackgroundWriter() as writer:
+        yield writer
+
+
+def _in_order(plan: list[tuple[Target, str]], writer: BackgroundWriter | None) -> list[tuple[Target, str]]:
+    """The plan as it is carried out: what the other process lowers is handed over first."""
+    if writer is None:
+        return plan
+    from pocketvlm.export.targets.executorch import ExecuTorchTarget
+
+    first = [(ExecuTorchTarget(writer.write), precision) for target, precision in plan if target.name == "executorch"]
+    return [*first, *((target, precision) for target, precision in plan if target.name != "executorch")]
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

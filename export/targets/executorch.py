@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,9 +34,11 @@ class ExecuTorchTarget:
     name: ClassVar[str] = "executorch"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
 
-    def __init__(self) -> None:
+    def __init__(self, write: Callable[[dict[str, Any], str, dict[str, Any], Path], None] | None = None) -> None:
+        """write: how programs become a file; `write_program` unless given."""
         for module in ("executorch.exir", "torchao"):
             require(module, "executorch")
+        self._write = write or write_program
 
     def lower(self, towers: Towers, *, precision: Precision, folder: Path, calibration: Calibration | None) -> Variant:
         """Write both towers into one program.
@@ -45,7 +48,6 @@ class ExecuTorchTarget:
         """
         check_precision(self.name, self.precisions, precision, calibration)
         programs: dict[str, Any] = {}
-        partitioners: dict[str, list[Any]] = {}
         notes: dict[str, object] = {"backend": "xnnpack"}
         with quiet():
             for tower, module in present_towers(towers):
@@ -56,10 +58,9 @@ class ExecuTorchTarget:
                     prune(lowered)
                 example = torch.from_numpy(example_rows(towers, tower)[:1])
                 programs[METHODS[tower]] = torch.export.export(lowered, (example,))
-                partitioners[METHODS[tower]] = _partitioners(precision)
             relative = f"{self.name}/model-{precision}.pte"
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            _write(programs, partitioners, _constants(towers), folder / relative)
+            self._write(programs, precision, _constants(towers), folder / relative)
         files: dict[str, str] = {tower: relative for tower, _ in present_towers(towers)}
         return Variant(self.name, precision, files, "fixed-1", towers.contract.embed_dim, notes)
 
@@ -88,9 +89,11 @@ def _partitioners(precision: str) -> list[Any]:
     return [XnnpackPartitioner(configs=[LinearConfig, AddmmConfig], config_precisions=dynamic), rest]
 
 
-def _write(programs: dict[str, Any], partitioners: dict[str, list[Any]], constants: dict[str, Any], path: Path) -> None:
+def write_program(programs: dict[str, Any], precision: str, constants: dict[str, Any], path: Path) -> None:
+    """Lower exported programs (method name -> `torch.export.ExportedProgram`) to one file."""
     from executorch.exir import to_edge_transform_and_lower
 
+    partitioners = {method: _partitioners(precision) for method in programs}
     manager = to_edge_transform_and_lower(programs, partitioner=partitioners, constant_methods=constants)
     with open(path, "wb") as file:
         manager.to_executorch().write_to_file(file)

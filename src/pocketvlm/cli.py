@@ -180,7 +180,7 @@ def export(
 
     bundle = export_bundle(
         _one_source("export", source, from_), out, targets, precisions, data, overwrite,
-        allow_download=allow_download, trust_remote_code=trust_remote_code, progress=Reporter().line,
+        allow_download=allow_download, trust_remote_code=trust_remote_code, processes=2, progress=Reporter().line,
     )  # fmt: skip
     print(f"{bundle}\n{format_table(summarize(bundle))}")
 

