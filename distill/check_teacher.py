@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource
 from pocketvlm.data.splits import group_of, stable_hash
 from pocketvlm.distill import metrics
+from pocketvlm.distill.answers import teacher_answers
 from pocketvlm.distill.encoders import TeacherEncoder, read_by
 from pocketvlm.distill.evaluate import Evaluation, embed_questions, is_flag, left_out, questions_of, score
 from pocketvlm.edge.errors import BadSampleError, UsageError
@@ -91,11 +93,14 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def check_teacher(teacher: Any, data: Any, *, k: int = 5, batch_size: int = 32, seed: int = 0) -> TeacherCheck:
+def check_teacher(
+    teacher: Any, data: Any, *, k: int = 5, batch_size: int = 32, seed: int = 0, answers: Path | None = None
+) -> TeacherCheck:
     """Score `teacher` on a DataSource (or samples) against chance and a colour baseline.
 
     Captions of a DataSource that the teacher's text tower would cut are left out and counted, where it tells
-    (`encoders.read_by`).
+    (`encoders.read_by`). answers: a folder in which the teacher's embeddings are kept (`answers.teacher_answers`);
+    runs that are scored on the same data with the same folder as `teacher.cache` have them at once.
 
     Raises:
         UsageError: fewer than two captioned pictures, or as many candidates as `k`.
@@ -111,7 +116,10 @@ def check_teacher(teacher: Any, data: Any, *, k: int = 5, batch_size: int = 32, 
         )
     while k > 1 and k >= candidates / 2:
         k = {5: 3, 3: 1}.get(k, 1)
-    embedded = embed_questions(encoder, questions, name=teacher.name, batch_size=batch_size)
+    if answers is None:
+        embedded = embed_questions(encoder, questions, name=teacher.name, batch_size=batch_size)
+    else:
+        embedded = teacher_answers(teacher, questions, answers, batch_size=batch_size)
     evaluation = score(questions, embedded)
     own = evaluation.values["model"]["image_to_text"]
     recall = own.get(f"R@{k}", float((evaluation.queries["model/image_to_text/rank"] <= k).mean()))

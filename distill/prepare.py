@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pocketvlm.data import cache_dir, open_data
 from pocketvlm.data.augment import AugmentPolicy
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource
+from pocketvlm.distill.answers import slug, teacher_answers
 from pocketvlm.distill.batches import Pictures
-from pocketvlm.distill.evaluate import Embedded, Questions, embed_questions, questions_of
+from pocketvlm.distill.evaluate import Embedded, Questions, questions_of
 from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.recipe import Recipe
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
@@ -308,7 +307,7 @@ def _teacher_outputs(
     def cached(part: str, pictures: Sequence[Sample], words: Sequence[str], **how: Any) -> TeacherCache:
         facts = [part, teacher.fingerprint, section.cache_dtype, section.batch_size, str(how), policy.digest()]
         key = digest_names([*facts, "|", *(s.uid for s in pictures), "|", *words])
-        folder = root / f"{_slug(teacher.name)}-{part}-{key[:16]}"
+        folder = root / f"{slug(teacher.name)}-{part}-{key[:16]}"
         found = (folder / "cache.json").exists()
         with Stages(report, f"teacher: {part}") as progress:
             cache = build_cache(
@@ -337,7 +336,7 @@ def _teacher_outputs(
         if isinstance(ready, TeacherCache):
             answers = _answers_on_disk(ready, questions, report)
         else:
-            answers = _answers(teacher, questions, root, recipe, report)
+            answers = teacher_answers(teacher, questions, root, batch_size=recipe.eval.batch_size, say=report.line)
     return images, words_cache, answers
 
 
@@ -375,41 +374,3 @@ def _answers_on_disk(cache: TeacherCache, questions: Questions, report: Reporter
         return None
     info = cache.info
     return Embedded(info.name, info.space_id, uids, cache.image(uids).numpy(), cache.text(questions.texts).numpy())
-
-
-def _answers(teacher: Any, questions: Questions, root: Path, recipe: Recipe, report: Reporter) -> Embedded:
-    """The teacher's answers to the evaluation, made once for all runs that ask the same."""
-    from pocketvlm.distill.encoders import TeacherEncoder
-
-    bytes_digest = hashlib.sha256()
-    for sample in questions.samples:
-        try:
-            bytes_digest.update(sample.image.read())
-        except BadSampleError:
-            continue
-    key = digest_names(
-        [teacher.fingerprint, bytes_digest.hexdigest(), *(s.uid for s in questions.samples), "|", *questions.texts]
-    )
-    path = root / f"{_slug(teacher.name)}-eval-{key[:16]}.npz"
-    if path.exists():
-        with np.load(path, allow_pickle=False) as found:
-            bad = [(str(uid), str(reason)) for uid, reason in found["bad"]]
-            uids = [str(uid) for uid in found["uids"]]
-            return Embedded(teacher.name, teacher.space_id, uids, found["images"], found["texts"], bad)
-    report.line(f"teacher: answering {len(questions.samples)} evaluation pictures and {len(questions.texts)} texts")
-    answers = embed_questions(TeacherEncoder(teacher), questions, name=teacher.name, batch_size=recipe.eval.batch_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(
-        temporary,
-        uids=np.array(answers.uids, dtype=np.str_),
-        images=answers.images,
-        texts=answers.texts,
-        bad=np.array(answers.bad, dtype=np.str_).reshape(-1, 2),
-    )
-    temporary.replace(path)
-    return answers
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-." else "-" for c in name)[:48].strip("-.") or "teacher"

@@ -129,7 +129,7 @@ def _fresh(out: Path, overwrite: bool) -> Path:
 
 
 def _data_and_teacher(demo: Demo) -> None:
-    from pocketvlm.data import open_data
+    from pocketvlm.data import cache_dir, open_data
     from pocketvlm.distill.check_teacher import check_teacher
     from pocketvlm.distill.progress import Reporter, Stages
     from pocketvlm.teachers import load_teacher
@@ -143,7 +143,8 @@ def _data_and_teacher(demo: Demo) -> None:
             data = open_data(demo.test, progress=progress)
         with Stages(Reporter(), "teacher") as progress:
             teacher = load_teacher(demo.teacher, progress=progress)
-        check = check_teacher(teacher, data)
+        # where the students' runs look for them
+        check = check_teacher(teacher, data, answers=cache_dir() / "teacher")
         demo.console.print(check.table())
 
 

@@ -172,3 +172,16 @@ def test_it_prints_and_serialises(world: Path) -> None:
     out = StringIO()
     Console(file=out, width=120).print(found.table())
     assert "colours only (baseline)" in out.getvalue()
+
+
+def test_answers_are_kept_for_later(tmp_path: Path) -> None:
+    data = open_data(str(make_world(tmp_path / "world")))
+    first = check_teacher(ToyTeacher(), data, answers=tmp_path / "answers")
+    assert [path.suffix for path in (tmp_path / "answers").iterdir()] == [".npz"]
+
+    class Silent(ToyTeacher):
+        def encode_images(self, pixels: torch.Tensor) -> TeacherOutput:
+            raise AssertionError("asked again")
+
+    assert check_teacher(Silent(), data, answers=tmp_path / "answers").to_dict() == first.to_dict()
+    assert check_teacher(ToyTeacher(), data).to_dict() == first.to_dict()

@@ -1,0 +1,64 @@
+"""A teacher's answers to an evaluation, kept on disk: every check and every run that asks the same has them at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketvlm.distill.encoders import TeacherEncoder
+from pocketvlm.distill.evaluate import Embedded, Questions, embed_questions
+from pocketvlm.edge.errors import BadSampleError
+from pocketvlm.teachers.cache import digest_names
+
+
+def teacher_answers(
+    teacher: Any,
+    questions: Questions,
+    root: Path,
+    *,
+    batch_size: int,
+    say: Callable[[str], None] | None = None,
+) -> Embedded:
+    """The teacher's embeddings of the evaluation's pictures and texts.
+
+    The file's name is a digest of the teacher's fingerprint, the bytes of the pictures, their uids and the texts.
+    root: folder of the files. say: told when the teacher has to be asked.
+    """
+    pictures = hashlib.sha256()
+    for sample in questions.samples:
+        try:
+            pictures.update(sample.image.read())
+        except BadSampleError:
+            continue
+    key = digest_names(
+        [teacher.fingerprint, pictures.hexdigest(), *(s.uid for s in questions.samples), "|", *questions.texts]
+    )
+    path = root / f"{slug(teacher.name)}-eval-{key[:16]}.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as found:
+            bad = [(str(uid), str(reason)) for uid, reason in found["bad"]]
+            uids = [str(uid) for uid in found["uids"]]
+            return Embedded(teacher.name, teacher.space_id, uids, found["images"], found["texts"], bad)
+    if say is not None:
+        say(f"teacher: answering {len(questions.samples)} evaluation pictures and {len(questions.texts)} texts")
+    answers = embed_questions(TeacherEncoder(teacher), questions, name=teacher.name, batch_size=batch_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(
+        temporary,
+        uids=np.array(answers.uids, dtype=np.str_),
+        images=answers.images,
+        texts=answers.texts,
+        bad=np.array(answers.bad, dtype=np.str_).reshape(-1, 2),
+    )
+    temporary.replace(path)
+    return answers
+
+
+def slug(name: str) -> str:
+    """A teacher's name as part of a file's name."""
+    return "".join(c if c.isalnum() or c in "-." else "-" for c in name)[:48].strip("-.") or "teacher"
