@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import tempfile
@@ -129,9 +130,14 @@ def example_rows(towers: Towers, tower: Tower) -> NDArray[Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Converters announce every pass; their warnings tell a user of this kit nothing."""
-    previous = logging.root.manager.disable
+    """Converters announce every pass; their warnings tell a user of this kit nothing.
+
+    The cyclic garbage collector rests meanwhile: it took a sixth of the time over graphs of millions of small objects,
+    for a quarter of a gigabyte that it gave back earlier.
+    """
+    previous, collected = logging.root.manager.disable, gc.isenabled()
     logging.disable(logging.WARNING)
+    gc.disable()
     try:
         # their progress bars too; what they raise still passes
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -139,6 +145,8 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
+        if collected:
+            gc.enable()
 
 
 def export_graph(module: nn.Module, rows: NDArray[Any], tower: Tower, path: Path, *, contract_digest: str) -> None:
