@@ -15,6 +15,7 @@ from pocketvlm.distill.evaluate import Encoder, Evaluation, evaluate_model
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.edge.preprocess import load_image, stack
 from pocketvlm.edge.tokenizer import Tokenizer
+from pocketvlm.teachers.device import full_float32, pick_device
 
 Array = NDArray[Any]
 
@@ -38,7 +39,7 @@ class StudentEncoder:
         training = self.student.training
         self.student.eval()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), full_float32():
                 output = encode(batch.to(self.device)).embedding
                 return torch.nn.functional.normalize(output.float(), dim=-1).cpu().numpy()
         finally:
@@ -94,7 +95,6 @@ def open_encoder(
         return f"{model.contract.name} ({backend})", model
     if (path / "student.json").is_file() or (path / "student" / "student.json").is_file():
         from pocketvlm.students import load_student
-        from pocketvlm.teachers.device import pick_device
 
         target = pick_device(device)
         student = load_student(path).to(target)

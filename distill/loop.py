@@ -43,7 +43,7 @@ from pocketvlm.distill.run_folder import (
 )
 from pocketvlm.edge.errors import IntegrityError, PocketvlmError
 from pocketvlm.students import save_student
-from pocketvlm.teachers.device import describe_device, pick_device
+from pocketvlm.teachers.device import describe_device, full_float32, pick_device
 
 CHECKPOINT_SCHEMA = 1
 
@@ -84,7 +84,8 @@ def distill_run(
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     try:
-        return _run(recipe, out, checkpoint, Reporter(progress), resume)
+        with full_float32():
+            return _run(recipe, out, checkpoint, Reporter(progress), resume)
     finally:
         torch.set_num_threads(threads)
 

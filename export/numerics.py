@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pocketvlm
 from pocketvlm.distill.environment import command_line as command_line
 from pocketvlm.edge.errors import UsageError
+from pocketvlm.teachers.device import reproducible_cublas
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -68,7 +71,7 @@ def strict_numerics(device: torch.device) -> Iterator[None]:
         UsageError: on CUDA, when CUBLAS_WORKSPACE_CONFIG holds a value that cuBLAS does not treat as deterministic.
     """
     if device.type == "cuda":
-        workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _WORKSPACES[0])
+        workspace = reproducible_cublas()
         if workspace not in _WORKSPACES:
             raise UsageError(
                 f"CUBLAS_WORKSPACE_CONFIG is {workspace!r} and a reproducible reference needs one of "
@@ -136,6 +139,28 @@ class EmulatedTF32(TorchDispatchMode):
                 for index, value in enumerate(args)
             ]
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _hardware_tf32() -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    saved = (matmul.allow_tf32, cudnn.allow_tf32)
+    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = saved
+
+
+def tf32(device: torch.device) -> tuple[str, Callable[[], AbstractContextManager[Any]]]:
+    """("hardware" or "emulated", a context inside which float32 factors count as TF32): by tensor cores if it has any.
+
+    On hardware torch and cuDNN choose per operator whether TF32 pays; emulation rounds the factors of all of them.
+    """
+    # TF32 came with compute capability 8.0 (NVIDIA A100)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "hardware", _hardware_tf32
+    return "emulated", EmulatedTF32
 
 
 class WideConstants(TorchFunctionMode):
@@ -223,4 +248,11 @@ def _commit() -> str | None:
 
 def _driver() -> str | None:
     out = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return out.splitlines()[0] if out else None
+    if out:
+        return out.splitlines()[0]
+    try:
+        # a container may have the driver and not its tools
+        found = re.search(r"\s(\d{3,}\.\d+(?:\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return found[1] if found else None

@@ -157,7 +157,7 @@ _NOISE_NAMES = {
     "rerun": "the same again",
     "float32": "float32 against float64",
     "batch": "batch of 1 against a full batch",
-    "tf32": "TF32 factors (emulated)",
+    "tf32": "TF32 factors",
     "bfloat16": "bfloat16",
     "float16": "float16",
 }
@@ -174,6 +174,7 @@ def _noise_rows(noise: dict[str, Any]) -> list[tuple[str, list[str]]]:
             continue
         cells = [number("", entry[tower]["one_minus_cosine_max"]) for tower in ("image", "text")]
         scores = entry["scores"]
+        name += f" ({entry['made']})" if "made" in entry else ""
         rows.append((name, [*cells, number("", scores["score_max_abs"]), number("", scores["score_rms"])]))
     return rows
 

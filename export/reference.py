@@ -25,12 +25,12 @@ from pocketvlm.export import reference_run as layout
 from pocketvlm.export.cases import golden_images, golden_texts, pick
 from pocketvlm.export.compare import drift, plain
 from pocketvlm.export.numerics import (
-    EmulatedTF32,
     NarrowOperators,
     command_line,
     describe_environment,
     reference_device,
     strict_numerics,
+    tf32,
 )
 from pocketvlm.export.reference_run import ReferenceRun, load_reference, sha256
 from pocketvlm.export.reference_show import show
@@ -297,7 +297,8 @@ def _noise(
     """The reference against itself under other arithmetic, on the task's inputs (real data, the same precision).
 
     Each entry: drift per tower and the deviation of the similarity matrix. "float32" compares float32 with float64
-    over every row, "tf32" uses the first `NOISE_ROWS`, the others the first `RERUN_ROWS`.
+    over every row, "tf32" uses the first `NOISE_ROWS` and says whether hardware or emulation "made" it, the others use
+    the first `RERUN_ROWS`.
     """
     inputs = {"image": task["pixels"], "text": task["ids"]}
     cpu = torch.device("cpu")
@@ -327,8 +328,10 @@ def _noise(
         "rerun": against(lambda t, x: encode_rows(model, t, x), RERUN_ROWS, embedded),
         "float32": against(lambda t, x: ordinary[t][: len(x)], everything, exact),
         "batch": against(lambda t, x: encode_rows(single, t, x, batch=1), RERUN_ROWS, ordinary),
-        "tf32": against(lambda t, x: encode_rows(single, t, x, inside=EmulatedTF32), NOISE_ROWS, ordinary),
     }
+    made, inside = tf32(device)
+    noise["tf32"] = against(lambda t, x: encode_rows(single, t, x, inside=inside), NOISE_ROWS, ordinary)
+    noise["tf32"]["made"] = made
     for name, half in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         try:
             narrow = subject.runner(half, device)

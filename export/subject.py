@@ -23,6 +23,7 @@ from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.export.numerics import WideConstants
 from pocketvlm.export.reference_run import sha256
 from pocketvlm.students.student import weights_digest
+from pocketvlm.teachers.hf import joint
 
 Licences = tuple[tuple[str, str, str], ...]
 _OWN_PREPROCESSING = (
@@ -258,7 +259,7 @@ class _ForeignRunner:
         planes = rows.to(self.device).permute(0, 3, 1, 2).to(self.dtype) / 255
         planes = (planes - self.mean) / self.std
         if hasattr(self.model, "get_image_features"):
-            return self.model.get_image_features(pixel_values=planes)
+            return joint(self.model.get_image_features(pixel_values=planes))
         return self.model.encode_image(planes)
 
     def _text(self, rows: Tensor) -> Tensor:
@@ -269,7 +270,7 @@ class _ForeignRunner:
         if self.masks:
             kept = [self.masks[row.tobytes()] for row in rows.cpu().numpy()]
             masks["attention_mask"] = torch.stack(kept).to(self.device)
-        return self.model.get_text_features(input_ids=ids, **masks)
+        return joint(self.model.get_text_features(input_ids=ids, **masks))
 
     def blocks(self, tower: str) -> nn.Module:
         children = dict(self.model.named_children())

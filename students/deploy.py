@@ -26,19 +26,19 @@ class DeployTower(nn.Module):
 
 
 def deploy_image(student: Student) -> nn.Module:
-    """uint8 [B, S, S, 3] -> unit-length [B, D], in the student's dtype, sharing no storage with the student.
+    """uint8 [B, S, S, 3] -> unit-length [B, D], on the CPU in the student's dtype, sharing no storage with the student.
 
     Branches that exist for training only (FastViT, RepViT, MobileOne, ...) are folded into one convolution each, which
     changes results by rounding alone: 1e-5 in float32 (tested).
     """
-    tower = copy.deepcopy(student.image_tower)
+    tower = copy.deepcopy(student.image_tower).cpu()
     fuse_branches(tower)
     return _frozen(tower)
 
 
 def deploy_text(student: Student) -> nn.Module:
-    """int32 [B, context_length] -> unit-length [B, D], in the student's dtype, sharing no storage with the student."""
-    tower = copy.deepcopy(student.text_tower)
+    """int32 [B, context_length] -> unit-length [B, D], in the student's dtype, a copy on the CPU."""
+    tower = copy.deepcopy(student.text_tower).cpu()
     dtype = tower.token.weight.dtype
     fold_norm(tower.double().projection)
     return _frozen(tower.to(dtype))

@@ -60,9 +60,9 @@ def fit_projection(
     x, y = (f - mean) / spread * weight, t - t.mean(dim=0)
     strength = ridge * float(x.square().sum(dim=1).mean())
     if n <= width:
-        solution = x.T @ torch.linalg.solve(x @ x.T + strength * torch.eye(n, dtype=x.dtype), y)
+        solution = x.T @ torch.linalg.solve(x @ x.T + strength * torch.eye(n).to(x), y)
     else:
-        solution = torch.linalg.solve(x.T @ x + strength * torch.eye(width, dtype=x.dtype), x.T @ y)
+        solution = torch.linalg.solve(x.T @ x + strength * torch.eye(width).to(x), x.T @ y)
     matrix = (weight[:, None] * solution).T
     if batch:
         assert norm.running_mean is not None, "ProjectionHead's batch norm keeps statistics"

@@ -6,6 +6,7 @@ Everything else in the kit takes a `torch.device` (or calls `pick_device`) and m
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
@@ -27,6 +28,7 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
         name = str(name)
     if name == "auto":
         if torch.cuda.is_available():
+            reproducible_cublas()
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     kind, _, index = name.partition(":")
@@ -41,9 +43,19 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
                 f"device {name!r} was asked for, but torch sees {present} CUDA devices here; "
                 "use device 'auto' or 'cpu', or install a CUDA build of torch"
             )
+        reproducible_cublas()
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UsageError("device 'mps' was asked for, but torch sees no Apple GPU here; use device 'auto' or 'cpu'")
     return torch.device(name)
+
+
+def reproducible_cublas() -> str:
+    """Sets CUBLAS_WORKSPACE_CONFIG to :4096:8 unless it is set, and returns what it is now.
+
+    torch reads it once, at the first matmul on a GPU; without it cuBLAS may sum in another order from run to run, and
+    a reference recorded later in this process could not promise its bits.
+    """
+    return os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def describe_device(device: torch.device) -> str:
@@ -59,7 +71,8 @@ def describe_device(device: torch.device) -> str:
 def full_float32() -> Iterator[None]:
     """Matmuls and convolutions in true float32 while inside (TF32 off), restored afterwards.
 
-    Teachers run under it, so that a cache made on a GPU agrees with one made on a CPU to rounding.
+    Teachers, runs and scores stand under it: float32 means float32, so that what a GPU gives agrees with what a CPU
+    gives to rounding (torch lets cuDNN's convolutions use TF32 by default). Speed is `train.precision`'s business.
     """
     matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -55,7 +55,7 @@ class HfTeacher(DualEncoderTeacher):
     def _image_outputs(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         model: Any = self.model
         if not hasattr(model, "vision_model"):
-            return model.get_image_features(pixel_values=pixels), None
+            return joint(model.get_image_features(pixel_values=pixels)), None
         pooled = model.vision_model(pixel_values=pixels).pooler_output
         # SigLIP's attention pooling ends in the joint space: there is no projection after it
         return (model.visual_projection(pooled) if hasattr(model, "visual_projection") else pooled), pooled
@@ -64,7 +64,7 @@ class HfTeacher(DualEncoderTeacher):
         model: Any = self.model
         batch = {key: value.to(self.device) for key, value in self._batch(texts).items()}
         if not hasattr(model, "text_model"):
-            return model.get_text_features(**batch), None
+            return joint(model.get_text_features(**batch)), None
         pooled = model.text_model(**batch).pooler_output
         return (model.text_projection(pooled) if hasattr(model, "text_projection") else pooled), pooled
 
@@ -132,6 +132,14 @@ def load_hf(
         licences=((f"teacher weights hf:{Path(target).name}", "see the model card", ""),),
         device=torch_device,
     )
+
+
+def joint(output: Any) -> Tensor:
+    """The joint embeddings [B, D] that `get_image_features` and `get_text_features` answer with.
+
+    A tensor up to transformers 4, from 5 on an output whose `pooler_output` they are.
+    """
+    return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def image_spec(config: dict[str, Any], name: str) -> ImageSpec:
@@ -211,4 +219,5 @@ def _explain(target: str, error: Exception, allow_download: bool) -> str:
 
 @torch.no_grad()
 def _width(model: Any, image: ImageSpec) -> int:
-    return int(model.eval().get_image_features(pixel_values=torch.zeros(1, 3, image.size, image.size)).shape[-1])
+    pixels = torch.zeros(1, 3, image.size, image.size)
+    return int(joint(model.eval().get_image_features(pixel_values=pixels)).shape[-1])

@@ -74,19 +74,19 @@ def fit_kernel_ridge(features: Tensor, targets: Tensor, widths: Sequence[int], o
     rows = features.double().flatten(0, 1)
     y = targets.double().repeat_interleave(views, 0)
     mean, std = rows.mean(0), rows.std(0) + 1e-3
-    block = torch.cat([torch.full((w,), w**-0.5, dtype=torch.float64) for w in widths])
+    block = torch.cat([rows.new_full((w,), w**-0.5) for w in widths])
     scale = block / std
     support = F.normalize((rows - mean) * scale, dim=-1)
     kernel = (1 + support @ support.T).pow(options.degree)
     ridge = options.ridge * kernel.diagonal().mean()
-    inverse = torch.linalg.inv(kernel + ridge * torch.eye(len(kernel), dtype=torch.float64))
+    inverse = torch.linalg.inv(kernel + ridge * torch.eye(len(kernel)).to(kernel))
     alpha = inverse @ y
 
     blocks = inverse.view(n, views, n, views)[torch.arange(n), :, torch.arange(n), :]
     error = torch.linalg.solve(blocks, alpha.view(n, views, -1))
     held_out = F.normalize(targets.double() - error[:, 0], dim=-1)
     cosine = held_out @ targets.double().T
-    label = torch.arange(n)
+    label = torch.arange(n, device=cosine.device)
     losses = [F.cross_entropy(s * cosine, label) + F.cross_entropy(s * cosine.T, label) for s in _SCALES]
     best = _SCALES[int(torch.stack(losses).argmin())]
     rank = (cosine > cosine.diagonal()[:, None]).sum(1)

@@ -194,6 +194,33 @@ def test_the_number_of_threads_is_the_callers_again(
     assert seen == [1]
 
 
+def test_float32_means_float32_in_training_and_scoring(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch lets cuDNN use TF32 unless told otherwise; the caller's setting is back afterwards."""
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    seen = []
+    for name in ("one_step", "evaluate"):
+        inner = getattr(Trainer, name)
+
+        def watched(self: Trainer, *given: Any, inner: Any = inner) -> Any:
+            seen.extend(flag.allow_tf32 for flag in flags)
+            return inner(self, *given)
+
+        monkeypatch.setattr(Trainer, name, watched)
+    try:
+        for flag in flags:
+            flag.allow_tf32 = True
+        distill_run(recipe("train.steps=2"), tmp_path / "run", progress=False)
+        after = [flag.allow_tf32 for flag in flags]
+    finally:
+        for flag, value in zip(flags, before):
+            flag.allow_tf32 = value
+    assert seen == [False] * 6
+    assert after == [True, True]
+
+
 def test_no_folder_of_the_machine_is_recorded(
     recipe: Make, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

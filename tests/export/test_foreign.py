@@ -22,6 +22,7 @@ from pocketvlm.export.targets import get_target
 from pocketvlm.export.targets.base import Towers
 from pocketvlm.export.targets.onnx import run_file
 from pocketvlm.teachers import load_teacher
+from pocketvlm.teachers.hf import joint
 
 SIZE, LENGTH = 32, 16
 TEXTS = ["a photo of a cat", "two dogs!", "naïve café", "the quick brown fox " * 12]
@@ -133,11 +134,11 @@ def save_hf(folder: Path, kind: str) -> Foreign:
     def encode_texts(texts: list[str]) -> torch.Tensor:
         batch = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
         batch = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
-        return F.normalize(model.get_text_features(**batch), dim=-1)
+        return F.normalize(joint(model.get_text_features(**batch)), dim=-1)
 
     return Foreign(
         f"hf:{folder}",
-        lambda x: F.normalize(model.get_image_features(pixel_values=x), dim=-1),
+        lambda x: F.normalize(joint(model.get_image_features(pixel_values=x)), dim=-1),
         encode_texts,
         tuple(processor.image_mean),
         tuple(processor.image_std),

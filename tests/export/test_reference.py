@@ -15,8 +15,9 @@ import torch
 
 from pocketvlm.edge.errors import IntegrityError, UsageError, VersionError
 from pocketvlm.edge.preprocess import load_image
+from pocketvlm.export import numerics
 from pocketvlm.export.cases import golden_texts, nasty_images
-from pocketvlm.export.numerics import EmulatedTF32, reference_device, round_mantissa, strict_numerics
+from pocketvlm.export.numerics import EmulatedTF32, reference_device, round_mantissa, strict_numerics, tf32
 from pocketvlm.export.reference import load_reference, record_reference, show
 from pocketvlm.export.reference_run import sha256
 from pocketvlm.export.reference_show import describe
@@ -126,6 +127,7 @@ def test_noise_floor_orders_the_precisions(recorded: Path) -> None:
     assert worst["batch"] < 1e-11
     assert 0 < worst["float32"] < 1e-10 < worst["tf32"] < worst["bfloat16"] < 1e-2
     assert noise["float32"]["scores"]["score_max_abs"] < 1e-5
+    assert noise["tf32"]["made"] == "emulated"
 
 
 def test_recording_twice_gives_the_same_files(student: Any, recorded: Path, tmp_path: Path) -> None:
@@ -179,6 +181,39 @@ def test_strict_flags_are_set_and_put_back() -> None:
         assert not torch.backends.cudnn.allow_tf32
         assert torch.is_inference_mode_enabled()
     assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32) == before
+
+
+def test_tf32_by_hardware_where_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    for capability, wanted in (((9, 0), "hardware"), ((7, 5), "emulated")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        made, inside = tf32(torch.device("cuda"))
+        assert made == wanted
+        with inside():
+            found = matmul.allow_tf32, cudnn.allow_tf32
+        assert found == ((True, True) if made == "hardware" else before)
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == before
+    assert tf32(torch.device("cpu"))[0] == "emulated"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  Tue Feb 18 10:00:00 UTC 2025",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build  (root@builder)",
+    ],
+)
+def test_the_driver_is_found_without_its_tools(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numerics, "_run", lambda *command: None)
+    monkeypatch.setattr(Path, "read_text", lambda self: line + "\n")
+    assert numerics._driver() == "570.124.06"
+
+    def absent(self: Path) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", absent)
+    assert numerics._driver() is None
 
 
 def test_only_reproducible_devices() -> None:

@@ -27,6 +27,7 @@ from pocketvlm.export.reference import load_reference, record_reference, show
 from pocketvlm.export.reference_write import encode_rows
 from pocketvlm.export.subject import ForeignSubject, StudentSubject, open_subject
 from pocketvlm.teachers import load_teacher
+from pocketvlm.teachers.hf import joint
 
 
 def _load(name: str) -> Any:
@@ -105,7 +106,8 @@ def _oracle(recorded: Recorded, run: Any, monkeypatch: pytest.MonkeyPatch) -> tu
     with torch.no_grad():
         if hasattr(model, "get_image_features"):
             batch = teacher._batch(strings)
-            return model.get_image_features(pixel_values=planes).numpy(), model.get_text_features(**batch).numpy()
+            found = model.get_image_features(pixel_values=planes), model.get_text_features(**batch)
+            return joint(found[0]).numpy(), joint(found[1]).numpy()
         return model.encode_image(planes).numpy(), model.encode_text(teacher.tokenize(strings)).numpy()
 
 

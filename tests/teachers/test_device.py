@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -11,6 +13,27 @@ from pocketvlm.teachers.device import describe_device, full_float32, pick_device
 def test_named_devices(name: str | torch.device) -> None:
     device = pick_device(name)
     assert torch.ones(2, device=device).device == device == torch.device(name)
+
+
+@pytest.fixture(autouse=True)
+def _cublas_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    # set first, so that what `pick_device` sets is taken back
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_choosing_cuda_asks_cublas_to_be_reproducible(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first matmul, after which torch no longer looks; a user's own value stays."""
+    pick_device("cpu")
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    pick_device(name)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    pick_device(name)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 def test_auto_prefers_cuda_then_mps(monkeypatch: pytest.MonkeyPatch) -> None:
