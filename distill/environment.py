@@ -54,7 +54,9 @@ def describe_environment(**extra: Any) -> dict[str, Any]:
 def command_line() -> str:
     """The command that is running, without the folders of absolute paths."""
     parts = without_folders(sys.argv)
-    return " ".join(["pocketvlm" if parts[:1] == ["__main__.py"] else parts[0] if parts else "python", *parts[1:]])
+    # python -m pocketvlm.cli is the same program
+    ours = parts[:1] in (["__main__.py"], ["cli.py"])
+    return " ".join(["pocketvlm" if ours else parts[0] if parts else "python", *parts[1:]])
 
 
 def without_folders(value: Any) -> Any:

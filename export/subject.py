@@ -109,7 +109,8 @@ def facts_of(name: str, value: Tensor) -> dict[str, dict[str, Any]]:
     """{name: shape, L2 norm, smallest and largest value} of one weight; empty for integers and empty tensors."""
     if not value.is_floating_point() or not value.numel():
         return {}
-    wide = value.detach().double()
+    # on the CPU: sums on a GPU depend on where the tensor happens to lie
+    wide = value.detach().cpu().double()
     return {
         name: {
             "shape": list(value.shape),

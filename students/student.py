@@ -86,7 +86,8 @@ class Student(nn.Module):
             dims=tuple(dict.fromkeys((*self.config.dims, self.embed_dim))),
             image=self.image_spec,
             text=self.text_spec,
-            logit_scale=float(self.logit_scale.detach()),
+            # on the CPU, where the loaded student will be: a GPU's exponential differs in the last bit
+            logit_scale=float(self.log_scale.detach().cpu().exp()),
         )
 
     @property

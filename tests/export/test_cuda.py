@@ -73,9 +73,17 @@ def test_the_noise_floor_is_measured_with_real_tf32(recorded: Path) -> None:
     assert worst["tf32"] < worst["bfloat16"] < 1e-2
 
 
-def test_recording_twice_gives_the_same_files(recorded: Path, tmp_path: Path) -> None:
+def test_two_recordings_agree_to_rounding(recorded: Path, tmp_path: Path) -> None:
+    """Not to the bit, as a rerun inside one recording does: an H100 sums in an order that depends on where tensors
+    lie."""
+    first = load_reference(recorded)
     again = record_reference(toy.toy_student(), tmp_path / "again", data=toy.toy_data(), device="cuda")
-    assert again.manifest["files"] == load_reference(recorded).manifest["files"]
+    assert again.weights == first.weights
+    for key in first.arrays:
+        if first.arrays[key].dtype.kind == "f":
+            np.testing.assert_allclose(again.arrays[key], first.arrays[key], rtol=0, atol=1e-5, err_msg=key)
+        else:
+            np.testing.assert_array_equal(again.arrays[key], first.arrays[key], err_msg=key)
 
 
 def test_it_agrees_with_the_cpus_float64_recording(recorded: Path, tmp_path: Path) -> None:
