@@ -4,7 +4,7 @@
 evidence: readme demo protocols parity text
 
 readme:
-	python benchmarks/readme_road.py
+	python -m benchmarks.readme_road
 
 # a demo whose bundle fails parity, or cannot be decided, has a result all the same: it is kept, and the target fails
 demo:
@@ -13,13 +13,13 @@ demo:
 	cp runs/demo/demo.json benchmarks/results/demo.json && exit $$code
 
 protocols:
-	python benchmarks/protocols.py
+	python -m benchmarks.protocols
 
 parity:
-	python benchmarks/pooled_parity.py
+	python -m benchmarks.pooled_parity
 
 text:
-	python benchmarks/text_vocabulary.py
+	python -m benchmarks.text_vocabulary
 
 test:
 	pytest -n 2
