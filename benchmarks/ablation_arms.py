@@ -115,7 +115,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("siglip", "SigLIP (recipe siglip)", _of("siglip"), replaces=True),
     _one("multi-positive", "SDM of IRRA", "multi-positive", replaces=True),
     Arm("lightclip-style", "soft negatives (recipe lightclip-style)", _of("lightclip-style"), replaces=True),
-    _one("mrl", "base on Matryoshka prefixes (recipe mrl)", "matryoshka", True, dims=[32, 64, 128, 256, 384]),
+    Arm("mrl", "the base on Matryoshka prefixes (recipe mrl)", _of("mrl"), replaces=True),
     _one("hycd", "CLIP-Refine's HyCD alone", "hycd", True),
     Arm("clip-refine", "RaFA and HyCD (recipe clip-refine)", _of("clip-refine"), replaces=True),
     Arm("cwcl", "CWCL (recipe cwcl)", _of("cwcl"), replaces=True),

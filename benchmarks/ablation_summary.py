@@ -151,16 +151,17 @@ def page(found: dict[str, Any]) -> str:
 
 def _method() -> list[str]:
     how = f"""
-        Arms differ in their losses alone: one student (`lite0-minilm2`) from the same initial weights, with the same
-        pictures, views, batches, learning rate and {TRAIN["steps"]} steps. Those were chosen for the base, `clip`
-        alone, on fold 0. The text tower starts from words (recipe `openmoji-text`), the image projection at the ridge solution
-        towards the student's own text tower; only `text-to-concept` and `openmoji-whole` start towards the teacher.
-        Beside the base, what an arm adds has the weight at which its gradient is r times the base's at the first step;
-        r of 0.3, 1 and 3 was chosen on fold 0, seed 0, by mean reciprocal rank. In place of the base there is nothing to
-        choose, as AdamW takes no scale. A sum keeps its published weights inside. R@5 is of both towers the student's,
-        on concepts that neither teacher nor student has seen; differences have 95 % paired bootstrap intervals, base
-        concepts resampled whole. Cost is the median step against the base's on the same machine. `token-gram` is not
-        here (it runs from Python only), nor `multi-teacher` beside the base (with one teacher it is `crd`)."""
+        Arms differ in their losses alone: one student (`lite0-minilm2`) from the same initial weights, with the
+        same pictures, views, batches, learning rate and {TRAIN["steps"]} steps. Those were chosen for the base,
+        `clip` alone, on fold 0. The text tower starts from words (recipe `openmoji-text`), the image projection
+        at the ridge solution towards the student's own text tower; only `text-to-concept` and `openmoji-whole`
+        start towards the teacher. Beside the base, what an arm adds has the weight at which its gradient is r
+        times the base's at the first step; r of 0.3, 1 and 3 was chosen on fold 0, seed 0, by mean reciprocal
+        rank. In place of the base there is nothing to choose, as AdamW takes no scale. A sum keeps its
+        published weights inside. R@5 is of both towers the student's, on concepts that neither teacher nor
+        student has seen; differences have 95 % paired bootstrap intervals, base concepts resampled whole. Cost
+        is the median step against the base's on the same machine. `token-gram` is not here (it runs from Python
+        only), nor `multi-teacher` beside the base (with one teacher it is `crd`)."""
     published = """
         CLIP-KD's points are of ImageNet zero-shot accuracy after training from scratch on 15 million pairs; ours are of
         R@5 after a short training of pretrained towers, mean of both directions. Sign and order are compared, not
