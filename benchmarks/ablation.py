@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from benchmarks.ablation_arms import BASE, PROTOCOLS, TRAIN, TUNING, chosen
+from benchmarks.ablation_arms import BASE, PROTOCOLS, TUNING, chosen
 from benchmarks.results_folder import RESULTS, machine
 
 Stage = Literal["prepare", "tune", "screen", "final", "summary", "all"]
@@ -103,15 +103,7 @@ def tune_jobs(protocols: Sequence[str]) -> Iterator[Any]:
     """The base with one setting changed at a time, from those in use."""
     from benchmarks.ablation_runs import job_of
 
-    variants: list[dict[str, Any]] = [{}]
-    for key, values in TUNING.items():
-        for value in values:
-            if key == "image_tower":
-                change: dict[str, Any] = {"lr_scale": TRAIN["lr_scale"] | {"image_tower": value}}
-            else:
-                change = {key: value}
-            if any(TRAIN[name] != new for name, new in change.items()):
-                variants.append(change)
+    variants = [{}, *({key: value} for key, values in TUNING.items() for value in values)]
     for protocol in protocols:
         for change in variants:
             yield job_of("tune", BASE, protocol, TUNED_ON, TUNED_ON, 1.0, None, **change)

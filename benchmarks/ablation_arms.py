@@ -25,7 +25,7 @@ TRAIN: dict[str, Any] = {
     "captioned_fraction": 0.5,
     "lr": 3.0e-4,
     "lr_scale": {"image_tower": 0.1, "text_tower.token": 0},
-    "cut_after_block": 3,
+    "cut_after_block": 4,
     "hold_statistics": ["image_tower"],
     "warmup_steps": 10,
     "ema_decay": 0.99,
@@ -35,11 +35,13 @@ TRAIN: dict[str, Any] = {
 }
 """The same for every arm, chosen for the base loss alone (`--stage tune`)."""
 
-TUNING = {
-    "lr": (1.0e-4, 3.0e-4, 1.0e-3),
-    "image_tower": (0.03, 0.1, 0.3),
-    "steps": (50, 100, 200),
+TUNING: dict[str, tuple[Any, ...]] = {
+    "lr": (1.0e-4, 1.0e-3),
+    "image_tower": (0.03, 0.3),
+    "fit_projection": (None,),
+    "steps": (50, 200),
 }
+"""One at a time, from TRAIN: its keys, the factor on the image tower's rate, and where the image projection starts."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,12 @@ def recipe_of(
 ) -> Recipe:
     """What a run does, but for the text tower that it starts from (`started_at`) and its device.
 
-    scale: factor on the weights of the arm's own objectives.
+    scale: factor on the weights of the arm's own objectives. train: changes, as `TUNING` names them.
     """
+    changed = dict(train or {})
+    ridge = changed.pop("fit_projection", 0.1)
+    if "image_tower" in changed:
+        changed["lr_scale"] = TRAIN["lr_scale"] | {"image_tower": changed.pop("image_tower")}
     taught = arm.learns_from_teacher
     own = [spec | {"weight": _round(spec.get("weight", 1.0) * scale)} for spec in arm.objectives]
     value = {
@@ -171,10 +177,10 @@ def recipe_of(
         "teacher": {"spec": f"openmoji-lit?fold={fold}", "cache_dtype": "bfloat16"} if taught else None,
         "student": {
             "name": "lite0-minilm2", "embed_dim": 384, "init_parts": ["text_tower"],
-            "fit_projection": 0.1, "fit_views": 2, "fit_to": "captions",
+            "fit_projection": ridge, "fit_views": 2, "fit_to": "captions",
         },
         "objectives": own if arm.replaces else [{"name": "clip"}, *own],
-        "train": TRAIN | (train or {}) | {"seed": seed} | ({} if taught else {"bank": "student"}),
+        "train": TRAIN | changed | {"seed": seed} | ({} if taught else {"bank": "student"}),
         "eval": {"metrics": ["retrieval"], "templates": ["{}"]},
     }  # fmt: skip
     _fit_schedules(value)

@@ -168,9 +168,9 @@ class Bench:
         if self.group != job.group:
             self.prepared, self.group, self.starts = open_pack(self.work, job.fold, job.protocol), job.group, {}
         assert self.prepared is not None, "a pack was opened"
-        key = (job.seed, recipe.student.fit_to, recipe.student.fit_text_projection, str(recipe.teacher))
-        if recipe.student.fit_to == "captions":
-            key = (*key[:3], None)
+        section = recipe.student
+        taught = str(recipe.teacher) if section.fit_to == "teacher" else ""
+        key = (job.seed, section.fit_projection, section.fit_to, section.fit_text_projection, taught)
         if key not in self.starts:
             student = load_student(start_folder(self.work, job.seed))
             student.space_id = None
