@@ -1,5 +1,5 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text test
+.PHONY: evidence readme demo protocols parity text ablation test
 
 evidence: readme demo protocols parity text
 
@@ -20,6 +20,10 @@ parity:
 
 text:
 	python -m benchmarks.text_vocabulary
+
+# a thousand short runs: hours on two cores, so not part of `evidence`; it continues where it stopped
+ablation:
+	python -m benchmarks.ablation --stage all
 
 test:
 	pytest -n 2
