@@ -296,6 +296,8 @@ def lower_outputs(prepared: Prepared, device: torch.device) -> Tensor:
     recipe, student, block = prepared.recipe, prepared.student, prepared.recipe.train.cut_after_block
     assert block is not None, "only a recipe with a cut comes here"
     trunk: Any = student.image_tower.trunk
+    # before anything runs through it: in training mode a single gray picture would move its batch-norm statistics
+    student.eval()
     student.image_tower.until_block(_gray(student), block)
     lower = nn.ModuleList([trunk.conv_stem, trunk.bn1, *trunk.blocks[: block + 1]])
     pictures = prepared.pictures
@@ -324,7 +326,6 @@ def _lower_on_disk(prepared: Prepared, path: Path, block: int, device: torch.dev
     if path.exists():
         return load_tensors(path.read_bytes())["lower"]
     rows, found = range(len(prepared.samples)), []
-    student.eval()
     with torch.no_grad(), prepared.report.stage("image tower, lower part", len(rows)) as update:
         for start in range(0, len(rows), 16):
             part = [row for row in rows[start : start + 16] for _ in range(recipe.views.count)]
