@@ -11,7 +11,7 @@ folds, whose test concepts are others, and three seeds (`--stage final`).
 Stages: prepare (starts and packs under --work; needs the extra `demo`), tune, screen, final, summary (the table, the
 plot and docs/ablation.md, from the result files alone), all (everything but tune). Each finished run is a line of
 benchmarks/results/ablation/STAGE.jsonl with the digest of what it does; a run whose digest is there is not repeated, so
-the command continues where it stopped. A second machine needs the tree, torch, timm, and the folder --work.
+the command continues where it stopped. A second machine needs the tree, torch, timm, pydantic, tyro, and --work.
 """
 
 from __future__ import annotations

@@ -33,7 +33,10 @@ TRAIN: dict[str, Any] = {
     "precision": "fp32",
     "threads": 1,
 }
-"""The same for every arm, chosen for the base loss alone (`--stage tune`)."""
+"""The same for every arm; `--stage tune` says what serves the base loss alone best."""
+
+RIDGE: float | None = 0.1
+"""Strength at which the image projection is fitted to the student's own text tower; None starts it at random."""
 
 TUNING: dict[str, tuple[Any, ...]] = {
     "lr": (1.0e-4, 1.0e-3),
@@ -161,7 +164,7 @@ def recipe_of(
     scale: factor on the weights of the arm's own objectives. train: changes, as `TUNING` names them.
     """
     changed = dict(train or {})
-    ridge = changed.pop("fit_projection", 0.1)
+    ridge = changed.pop("fit_projection", RIDGE)
     if "image_tower" in changed:
         changed["lr_scale"] = TRAIN["lr_scale"] | {"image_tower": changed.pop("image_tower")}
     taught = arm.learns_from_teacher
