@@ -1,10 +1,10 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text test
+.PHONY: evidence readme demo protocols parity text ablation test
 
 evidence: readme demo protocols parity text
 
 readme:
-	python benchmarks/readme_road.py
+	python -m benchmarks.readme_road
 
 # a demo whose bundle fails parity, or cannot be decided, has a result all the same: it is kept, and the target fails
 demo:
@@ -13,13 +13,17 @@ demo:
 	cp runs/demo/demo.json benchmarks/results/demo.json && exit $$code
 
 protocols:
-	python benchmarks/protocols.py
+	python -m benchmarks.protocols
 
 parity:
-	python benchmarks/pooled_parity.py
+	python -m benchmarks.pooled_parity
 
 text:
-	python benchmarks/text_vocabulary.py
+	python -m benchmarks.text_vocabulary
+
+# a thousand short runs: hours on two cores, so not part of `evidence`; it continues where it stopped
+ablation:
+	python -m benchmarks.ablation --stage all
 
 test:
 	pytest -n 2

@@ -1,6 +1,6 @@
 """Does int8 cost the shipped files anything? Parity of every fold's students, pooled, because one fold cannot decide.
 
-    python benchmarks/pooled_parity.py
+    python -m benchmarks.pooled_parity
 
 Takes the students of protocol "few", arm distilled, of each fold and seed (trained if `protocols.py` has not left them
 in --work), exports ONNX and ExecuTorch, records the reference on the fold's test pool, checks parity, and pools the
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import protocols
 import tyro
-from results_folder import machine, write
 
+from benchmarks import protocols
+from benchmarks.results_folder import machine, write
 from pocketvlm.data import open_data
 from pocketvlm.edge.bundle import Bundle
 from pocketvlm.export.bundle import export_bundle

@@ -1,6 +1,6 @@
 """The comparison that the README's claims come from: protocols x arms x folds x seeds, pooled.
 
-    python benchmarks/protocols.py
+    python -m benchmarks.protocols
 
 Protocols: the student pool has no captions (unlabelled), captions for 10 % (few), or all of them. Arms: no-teacher,
 distilled (teacher `openmoji-lit`), control (teacher `ingredients`: the same two public models without the trained map).
@@ -23,8 +23,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from results_folder import RESULTS, machine, recipe_digest, write
 
+from benchmarks.results_folder import RESULTS, machine, recipe_digest, write
 from pocketvlm.data.openmoji import openmoji_samples
 from pocketvlm.data.openmoji_groups import base_concept
 from pocketvlm.distill.loop import distill_run

@@ -1,6 +1,6 @@
 """Run every command of the README in full, as a newcomer types it, in an empty folder.
 
-    python benchmarks/readme_road.py
+    python -m benchmarks.readme_road
 
 The quick demo, the five lines of Python on what it made, and the blocks of the road, in the README's order. Where the
 README says `pairs.jsonl`, `test.jsonl` or `my-clip`, such files are made first, from the built-in pictures and a small
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results_folder import machine, write
+from benchmarks.results_folder import machine, write
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 LAST_LINES = 12

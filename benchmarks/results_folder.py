@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,14 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def write(name: str, value: Any) -> Path:
     """Write `value` as JSON under the results folder, whole or not at all."""
-    path = RESULTS / name
+    return write_text(RESULTS / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
     return path
 
@@ -32,7 +36,7 @@ def machine() -> dict[str, Any]:
     return facts | {"load_average": [round(value, 2) for value in os.getloadavg()]}
 
 
-def recipe_digest(recipe: str, changes: Sequence[str], starts: Sequence[str] = ()) -> str:
+def recipe_digest(recipe: str | Mapping[str, Any], changes: Sequence[str], starts: Sequence[str] = ()) -> str:
     """Digest of what a run does: its recipe and student, as far as they are no defaults, and the digests (`starts`) of
     what it starts from. A key that a later release adds does not make a result stale; a changed default does not show.
     """

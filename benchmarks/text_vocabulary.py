@@ -1,6 +1,6 @@
 """Many words in narrow rows, or few in wide ones? What the text student keeps of its teacher.
 
-    python benchmarks/text_vocabulary.py
+    python -m benchmarks.text_vocabulary
 
 Trains only the text tower (recipe `openmoji-text`, towards `openmoji-lit`, no caption of the data set among its words)
 with each token table, and scores teacher pictures x student texts on the *student* pool of each fold, not on its test
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from results_folder import machine, write
 
+from benchmarks.results_folder import machine, write
 from pocketvlm.distill.loop import distill_run
 from pocketvlm.distill.recipe import load_recipe
 from pocketvlm.students import load_student

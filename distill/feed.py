@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,10 @@ class Feed:
     def __init__(self, prepared: Prepared, order: Order, device: torch.device) -> None:
         self.prepared, self.order, self.device = prepared, order, device
         self.pretrain = prepared.recipe.train.text_pretrain_steps
-        self._ids: dict[str, np.ndarray[Any, Any]] = {}
-        texts = dict.fromkeys([*prepared.texts, *(c.text for s in prepared.samples for c in s.captions)])
-        if texts:
-            self._ids = dict(zip(texts, prepared.tokenizer.encode(list(texts))))
+        if "ids" not in prepared.memo:
+            texts = dict.fromkeys([*prepared.texts, *(c.text for s in prepared.samples for c in s.captions)])
+            prepared.memo["ids"] = dict(zip(texts, prepared.tokenizer.encode(list(texts)))) if texts else {}
+        self._ids: dict[str, np.ndarray[Any, Any]] = prepared.memo["ids"]
         self.bank = self._fixed_bank()
         self.cut = prepared.recipe.train.cut_after_block
         self.lower = lower_outputs(prepared, device) if self.cut is not None else None
@@ -142,17 +143,18 @@ class Feed:
     def fit_projection(self, student: Student) -> None:
         """Start the image projection at its ridge solution (`student.fit_projection`); see `students.ridge`.
 
-        Towards the teacher's targets of every picture; without a teacher, towards the student's own text
-        embeddings of the captions there are, so that both arms of a comparison start by the same means.
+        Towards the teacher's targets of every picture; with `fit_to: captions`, and without a teacher, towards the
+        student's own text embeddings of the captions there are, so that arms of a comparison start by the same means.
         """
         section, samples = self.prepared.recipe.student, self.prepared.samples
         assert section.fit_projection is not None, "only a recipe that asks for it comes here"
-        rows = [i for i, sample in enumerate(samples) if self.prepared.images is not None or sample.captions]
+        taught = self.prepared.images is not None and section.fit_to == "teacher"
+        rows = [i for i, sample in enumerate(samples) if taught or sample.captions]
         captions = [samples[i].captions[0].text if samples[i].captions else None for i in rows]
         features, targets = [], []
         student.eval()
         with torch.no_grad():
-            own = None if self.prepared.images is not None else self._own_texts(student, [c for c in captions if c])
+            own = None if taught else self._own_texts(student, [c for c in captions if c])
             for view in range(section.fit_views):
                 for start in range(0, len(rows), 64):
                     part = rows[start : start + 64]
@@ -289,11 +291,13 @@ def lower_outputs(prepared: Prepared, device: torch.device) -> Tensor:
     """What the frozen part below `train.cut_after_block` gives for every picture and view, [N, K, C, H, W] float16.
 
     Kept in the cache folder under a name made from that part's weights, the pictures and the views, so that runs that
-    differ in seed, captions or objectives compute it once.
+    differ in seed, captions or objectives compute it once; and in `prepared.memo`, on a GPU where it has ample room.
     """
     recipe, student, block = prepared.recipe, prepared.student, prepared.recipe.train.cut_after_block
     assert block is not None, "only a recipe with a cut comes here"
     trunk: Any = student.image_tower.trunk
+    # before anything runs through it: in training mode a single gray picture would move its batch-norm statistics
+    student.eval()
     student.image_tower.until_block(_gray(student), block)
     lower = nn.ModuleList([trunk.conv_stem, trunk.bn1, *trunk.blocks[: block + 1]])
     pictures = prepared.pictures
@@ -305,10 +309,23 @@ def lower_outputs(prepared: Prepared, device: torch.device) -> Tensor:
         / "lower"
         / f"{student.config.name.replace('/', '-').replace(':', '-')}-{block}-{key[:16]}.safetensors"
     )
+    if (place := f"{path.name}@{device}") in prepared.memo:
+        return prepared.memo[place]
+    prepared.memo[place] = result = _resident(_lower_on_disk(prepared, path, block, device), device)
+    return result
+
+
+def _resident(x: Tensor, device: torch.device) -> Tensor:
+    """On the GPU where it takes at most an eighth of the free memory, so that no step waits for its transfer."""
+    fits = device.type == "cuda" and 8 * x.nbytes <= torch.cuda.mem_get_info(device)[0]
+    return x.to(device) if fits else x
+
+
+def _lower_on_disk(prepared: Prepared, path: Path, block: int, device: torch.device) -> Tensor:
+    recipe, student, pictures = prepared.recipe, prepared.student, prepared.pictures
     if path.exists():
         return load_tensors(path.read_bytes())["lower"]
     rows, found = range(len(prepared.samples)), []
-    student.eval()
     with torch.no_grad(), prepared.report.stage("image tower, lower part", len(rows)) as update:
         for start in range(0, len(rows), 16):
             part = [row for row in rows[start : start + 16] for _ in range(recipe.views.count)]

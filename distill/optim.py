@@ -122,11 +122,15 @@ class Average:
     def update(self, module: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        own, new = [], []
         for name, value in module.state_dict().items():
             if value.is_floating_point():
-                self.state[name].lerp_(value.detach(), 1 - decay)
+                own.append(self.state[name])
+                new.append(value.detach())
             else:
                 self.state[name].copy_(value)
+        # one call for all: on a GPU, hundreds of small ones would cost as much as the forward
+        torch._foreach_lerp_(own, new, 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "state": self.state}

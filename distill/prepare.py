@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Prepared:
     images / words: teacher caches of pictures with captions, and of `texts`; None without a teacher.
     digest: over everything that decides the run's arithmetic besides the recipe; a resumed run must match it.
     pictures_digest: over uids and sources of the pictures. report: where progress is told.
+    memo: what runs over the same inputs share (token ids, outputs below the cut), filled by the first that needs it.
     """
 
     recipe: Recipe
@@ -73,6 +74,50 @@ class Prepared:
     digest: str
     pictures_digest: str
     report: Reporter
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def with_recipe(self, recipe: Recipe, student: Student | None = None) -> Prepared:
+        """The same inputs for another run: other objectives, schedule, seed or start, or the same without its teacher.
+
+        student: the one that is trained, in place of the one that `recipe` starts from; it is not copied.
+
+        Raises:
+            UsageError: `recipe` reads what was not prepared (data, views, teacher, texts, or another tokenizer).
+        """
+        own, other = self.recipe, recipe
+        differ = [part for part in ("data", "views") if getattr(own, part) != getattr(other, part)]
+        if other.teacher is not None:
+            kept = ("spec", "cache", "cache_dtype")
+            if own.teacher is None or any(getattr(own.teacher, k) != getattr(other.teacher, k) for k in kept):
+                differ.append("teacher")
+            elif _wants_texts(other) and self.words is None and self.texts:
+                differ.append("texts of the teacher")
+        if student is None and not differ:
+            student = _student(other, self.source, self.texts, self.teacher if other.teacher is not None else None)
+        if student is not None and student.tokenizer_json != self.tokenizer_json:
+            differ.append("tokenizer")
+        if differ or student is None:
+            raise UsageError(
+                f"recipe {other.name!r} has other inputs ({', '.join(differ)}) than those that were prepared for "
+                f"{own.name!r}, so it would be trained on the wrong ones; prepare it by itself"
+            )
+        _check_captions(other, self.source)
+        alone = other.teacher is None
+        return dataclasses.replace(
+            self,
+            recipe=other,
+            student=student,
+            teacher=None if alone else self.teacher,
+            images=None if alone else self.images,
+            words=self.words if not alone and _wants_texts(other) else None,
+            teacher_answers=None if alone else self.teacher_answers,
+            digest=_digest(self.samples, self.texts, student, None if alone else self.teacher),
+        )
+
+    @property
+    def tokenizer_json(self) -> bytes:
+        """Of the tokenizer that `texts` and captions were checked with."""
+        return self.student.tokenizer_json
 
     @property
     def licences(self) -> tuple[tuple[str, str, str], ...]:
@@ -128,14 +173,6 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
             report.line(f"left out of the {what} data {data.name}: {dict(sorted(data.report.counts.items()))}")
     _check_captions(recipe, source)
     images, words, answers = _teacher_outputs(recipe, teacher, samples, texts, questions, policy, report)
-    facts = {
-        "samples": digest_names([f"{s.uid} {[c.text for c in s.captions]}" for s in samples]),
-        "texts": digest_names(texts),
-        "tokenizer": hashlib.sha256(student.tokenizer_json).hexdigest(),
-        "teacher": teacher.fingerprint if teacher else None,
-        # dims say how far embeddings may be cut afterwards and change no step
-        "student": student.config.model_dump(mode="json", exclude={"dims"}),
-    }
     return Prepared(
         recipe=recipe,
         source=source,
@@ -150,10 +187,22 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         words=words,
         questions=questions,
         teacher_answers=answers,
-        digest=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
+        digest=_digest(samples, texts, student, teacher),
         pictures_digest=pictures.digest(),
         report=report,
     )
+
+
+def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, teacher: Any) -> str:
+    facts = {
+        "samples": digest_names([f"{s.uid} {[c.text for c in s.captions]}" for s in samples]),
+        "texts": digest_names(texts),
+        "tokenizer": hashlib.sha256(student.tokenizer_json).hexdigest(),
+        "teacher": teacher.fingerprint if teacher else None,
+        # dims say how far embeddings may be cut afterwards and change no step
+        "student": student.config.model_dump(mode="json", exclude={"dims"}),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def check_width(recipe: Recipe, teacher_dim: int, teacher_name: str) -> None:
@@ -325,7 +374,7 @@ def _teacher_outputs(
         # precomputed embeddings are a cache already; there is no model that could fill another one
         images: TeacherCache | None = ready
         words_cache: TeacherCache | None = ready
-        _check_precomputed(recipe, ready, samples, texts if recipe.train.text_batch else [])
+        _check_precomputed(recipe, ready, samples, texts if _wants_texts(recipe) else [])
     else:
         images = cached(
             "views", samples, captions, views=views, policy=policy if views > 1 else None, seed=recipe.views.seed
@@ -341,7 +390,8 @@ def _teacher_outputs(
 
 
 def _wants_texts(recipe: Recipe) -> bool:
-    return bool(recipe.train.text_batch or isinstance(recipe.train.bank, int))
+    train, student = recipe.train, recipe.student
+    return bool(train.text_batch or isinstance(train.bank, int) or student.fit_text_projection is not None)
 
 
 def _check_precomputed(recipe: Recipe, cache: TeacherCache, samples: Sequence[Sample], texts: Sequence[str]) -> None:

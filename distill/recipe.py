@@ -95,9 +95,9 @@ class StudentSection(_Section):
     overrides: changes to the named student's configuration (image size, text tower, ...).
     init: a folder of `students.save_student` to start from. init_parts: parameter-name prefixes to copy from it
     ("text_tower"); empty means everything.
-    fit_projection: start the image projection at the ridge solution towards the teacher's embeddings (without a
-    teacher: towards the student's own embeddings of its captions), with this strength; null starts it at random.
-    fit_views: how many views of each picture that regression sees.
+    fit_projection: start the image projection at the ridge solution with this strength; null starts it at random.
+    fit_to: towards the "teacher"'s embeddings, or, also where there is no teacher, towards the student's own embeddings
+    of its "captions". fit_views: how many views of each picture that regression sees.
     fit_text_projection: the same for the text projection, over the text pool, towards the teacher's embeddings.
     """
 
@@ -107,6 +107,7 @@ class StudentSection(_Section):
     init: str | None = None
     init_parts: tuple[str, ...] = ()
     fit_projection: Positive | None = None
+    fit_to: Literal["teacher", "captions"] = "teacher"
     fit_views: Count = 1
     fit_text_projection: Positive | None = None
 
@@ -467,8 +468,8 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
         yield "train.text_batch draws from data.words, which is not given; add data.words (name, size)"
     if recipe.student.fit_text_projection is not None and recipe.teacher is None:
         yield "student.fit_text_projection regresses to a teacher's embeddings and the recipe has none; leave it out"
-    if recipe.student.fit_text_projection is not None and train.text_batch == 0 and isinstance(train.bank, str):
-        yield "student.fit_text_projection needs the teacher's answers to the texts; set train.text_batch"
+    if recipe.student.fit_text_projection is not None and recipe.data.words is None:
+        yield "student.fit_text_projection regresses over generic texts; add data.words (name, size), or leave it out"
     if recipe.student.fit_views > recipe.views.count:
         yield f"student.fit_views is {recipe.student.fit_views} but views.count is {recipe.views.count}; lower it"
     if train.warmup_steps > train.steps:

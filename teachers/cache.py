@@ -144,6 +144,12 @@ class TeacherCache:
             if self._bytes.get(s.uid) and hashlib.sha256(s.image.read()).hexdigest() != self._bytes[s.uid]
         ]
 
+    def load(self) -> TeacherCache:
+        """Read every shard now, so that the cache can be pickled and used where its folder is not."""
+        for file in (*self._files, *self._text_files):
+            self._shard(file)
+        return self
+
     def __contains__(self, uid: str) -> bool:
         return uid in self._rows
 

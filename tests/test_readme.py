@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import readme_road
 
+from benchmarks import readme_road
 from pocketvlm.demo import QUICK, QUICK_DISTILLED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +94,7 @@ def test_every_command_of_the_readme_has_evidence() -> None:
     rows = json.loads((ROOT / "benchmarks" / "results" / "readme.json").read_text(encoding="utf-8"))["commands"]
     ran = {row["command"]: row["exit"] for row in rows}
     wrong = [command for command in readme_road.commands() if ran.get(command) != 0]
-    assert not wrong, f"run benchmarks/readme_road.py again: {wrong}"
+    assert not wrong, f"run `python -m benchmarks.readme_road` again: {wrong}"
 
 
 def test_every_link_leads_somewhere() -> None:

@@ -455,8 +455,12 @@ def test_what_lies_below_the_cut_is_computed_once_and_never_moves(
 ) -> None:
     monkeypatch.setenv("POCKETVLM_CACHE", str(tmp_path / "cache"))
     changes = ["train.cut_after_block=1", "student.overrides.image.levels=[1, 3]"]
-    trainer = Trainer(prepare(recipe(*changes), SILENT), torch.device("cpu"))
+    prepared = prepare(recipe(*changes), SILENT)
+    given = {name: value.clone() for name, value in prepared.student.image_tower.state_dict().items()}
+    trainer = Trainer(prepared, torch.device("cpu"))
     pictures, student = trainer.prepared.pictures, trainer.student
+    for name, value in student.image_tower.state_dict().items():
+        assert torch.equal(value, given[name]), f"{name} moved before the first step"
     student.eval()
     whole = student.encode_image(torch.from_numpy(pictures.batch([0, 5], [1, 2])))
     cut = trainer.feed._image(student, trainer.feed._below([0, 5], [1, 2]))

@@ -1,0 +1,1 @@
+"""Side-by-side runs, one module per question: `python -m benchmarks.NAME` from the repository's root."""

