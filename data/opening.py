@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pocketvlm.data.check import check_image, check_mode
@@ -84,7 +85,7 @@ def drop_undecodable(source: DataSource) -> DataSource:
             continue
         kept.append(sample)
     source.report.refuse_empty(source.name, len(kept))
-    return DataSource(source.name, kept, source.report, source.licences)
+    return replace(source, samples=kept)
 
 
 def _built_in(spec: DataSpec, report: BadSampleReport, progress: Progress | None) -> DataSource:

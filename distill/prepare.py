@@ -14,6 +14,7 @@ import numpy as np
 
 from pocketvlm.data import cache_dir, open_data
 from pocketvlm.data.augment import AugmentPolicy
+from pocketvlm.data.hard_negatives import with_hard_negatives
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource
 from pocketvlm.distill.batches import Pictures
@@ -121,6 +122,8 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
     texts = [text for text in texts if text not in gone]
     questions = None
     if held_out is not None:
+        if {"hard_negatives", "all"} & set(recipe.eval.metrics):
+            held_out = with_hard_negatives(held_out)
         held_out = held_out.within_context(tokenizer)
         questions = questions_of(held_out, templates=recipe.eval.templates)
     samples, pictures = _readable(recipe, source, student, policy, report)
@@ -374,7 +377,8 @@ def _answers_on_disk(cache: TeacherCache, questions: Questions, report: Reporter
         report.line("teacher: the embeddings on disk do not cover the evaluation data, so it is scored without them")
         return None
     info = cache.info
-    return Embedded(info.name, info.space_id, uids, cache.image(uids).numpy(), cache.text(questions.texts).numpy())
+    images, texts = cache.image(uids).numpy(), cache.text(questions.texts).numpy()
+    return Embedded(info.name, info.space_id, uids, images, texts, logit_scale=info.logit_scale)
 
 
 def _answers(teacher: Any, questions: Questions, root: Path, recipe: Recipe, report: Reporter) -> Embedded:
@@ -395,7 +399,8 @@ def _answers(teacher: Any, questions: Questions, root: Path, recipe: Recipe, rep
         with np.load(path, allow_pickle=False) as found:
             bad = [(str(uid), str(reason)) for uid, reason in found["bad"]]
             uids = [str(uid) for uid in found["uids"]]
-            return Embedded(teacher.name, teacher.space_id, uids, found["images"], found["texts"], bad)
+            images, texts = found["images"], found["texts"]
+            return Embedded(teacher.name, teacher.space_id, uids, images, texts, bad, float(teacher.logit_scale))
     report.line(f"teacher: answering {len(questions.samples)} evaluation pictures and {len(questions.texts)} texts")
     answers = embed_questions(TeacherEncoder(teacher), questions, name=teacher.name, batch_size=recipe.eval.batch_size)
     path.parent.mkdir(parents=True, exist_ok=True)
