@@ -15,7 +15,17 @@ if __name__ != "pocketvlm.data":
 from pocketvlm.data.cache import cache_dir
 from pocketvlm.data.opening import open_data
 from pocketvlm.data.report import BadSampleReport
-from pocketvlm.data.sample import Caption, ImageRef, Sample, Turn
+from pocketvlm.data.sample import Caption, HardNegative, ImageRef, Sample, Turn
 from pocketvlm.data.source import DataSource
 
-__all__ = ["BadSampleReport", "Caption", "DataSource", "ImageRef", "Sample", "Turn", "cache_dir", "open_data"]
+__all__ = [
+    "BadSampleReport",
+    "Caption",
+    "DataSource",
+    "HardNegative",
+    "ImageRef",
+    "Sample",
+    "Turn",
+    "cache_dir",
+    "open_data",
+]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pocketvlm.data.check import check_image, check_mode
 from pocketvlm.data.openmoji import SIZE, languages, licences, openmoji_samples
+from pocketvlm.data.readers.captioned import read_coco, read_flickr30k, read_karpathy, read_sugarcrepe
+from pocketvlm.data.readers.classes import read_elevater, read_imagenet, read_templates
 from pocketvlm.data.readers.common import Collector
 from pocketvlm.data.readers.folder import read_class_folder, read_images
 from pocketvlm.data.readers.manifest import Columns, read_manifest
@@ -34,7 +37,8 @@ def open_data(
     Args:
         spec: `openmoji`; a manifest (.jsonl, .json, .csv, .tsv, .parquet); a folder; tar shards such as
             `shards/{000..003}.tar`; or KIND:PATH with KIND one of manifest, folder (a folder per class), sidecar
-            (pictures with .txt files), images (no captions), wds. Options follow after "?": `pool`, `fold`, `folds`,
+            (pictures with .txt files), images (no captions), wds, or one of the field's own sets: imagenet, elevater,
+            coco, karpathy, flickr30k, sugarcrepe. Options follow after "?": `pool`, `fold`, `folds`,
             `captions`, `language`, `limit` for every kind, and those of its kind (docs/data.md).
         on_bad_sample: "skip" counts what cannot be used in `report`; "refuse" raises at the first.
         check_images: "quick" looks at the ends of every file, "full" (or True) decodes it, "none" (or False) trusts.
@@ -84,7 +88,7 @@ def drop_undecodable(source: DataSource) -> DataSource:
             continue
         kept.append(sample)
     source.report.refuse_empty(source.name, len(kept))
-    return DataSource(source.name, kept, source.report, source.licences)
+    return replace(source, samples=kept)
 
 
 def _built_in(spec: DataSpec, report: BadSampleReport, progress: Progress | None) -> DataSource:
@@ -105,9 +109,10 @@ def _files(spec: DataSpec, report: BadSampleReport, check: str) -> DataSource:
     # the folder's own name also for "." and "..", so that uids do not depend on where one stands
     folder = shards[0].parent if len(shards) > 1 else path
     name = Path(os.path.abspath(folder)).name or "data"
-    if spec.kind == "manifest" or len(shards) == 1:
+    if spec.kind == "manifest" or len(shards) == 1 or path.is_file():
         name = (shards[0] if shards else path).stem
     collector = Collector(name, report, check=check, language=spec.options.get("caption_language", "en"))
+    templates: tuple[str, ...] = ()
     if spec.kind == "manifest":
         options = spec.options
         read_manifest(
@@ -128,9 +133,33 @@ def _files(spec: DataSpec, report: BadSampleReport, check: str) -> DataSource:
         read_class_folder(path, collector, label_captions=spec.flag("label_captions", True))
     elif spec.kind == "sidecar":
         read_sidecar(path, collector)
-    else:
+    elif spec.kind == "images":
         read_images(path, collector)
-    return DataSource(name, collector.samples, report)
+    else:
+        templates = _own_set(spec, path, collector)
+    return DataSource(name, collector.samples, report, templates=templates)
+
+
+def _own_set(spec: DataSpec, path: Path, collector: Collector) -> tuple[str, ...]:
+    """Read one of the field's own sets; the prompts that it brings along."""
+    options = spec.options
+    images = Path(options["images"]) if "images" in options else None
+    label_captions, split = spec.flag("label_captions", True), options.get("split", "test")
+    if spec.kind in ("imagenet", "elevater"):
+        if spec.kind == "imagenet":
+            read_imagenet(path, collector, options.get("classes"), label_captions=label_captions)
+        else:
+            read_elevater(path, collector, split, label_captions=label_captions)
+        return read_templates(path, options.get("templates"))
+    if spec.kind == "coco":
+        read_coco(path, collector, images)
+    elif spec.kind == "karpathy":
+        read_karpathy(path, collector, images, split)
+    elif spec.kind == "flickr30k":
+        read_flickr30k(path, collector, images, split)
+    else:
+        read_sugarcrepe(path, collector, images)
+    return ()
 
 
 def _or(value: int | None, default: int) -> int:

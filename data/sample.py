@@ -51,6 +51,17 @@ class Caption:
 
 
 @dataclass(frozen=True)
+class HardNegative:
+    """A text that is false of a picture and differs little from `caption`, which is true of it.
+
+    kind: how the one was made from the other, such as "replace_attribute" or "swap_object"."""
+
+    caption: str
+    text: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class Turn:
     """One message of a conversation (used by generative students)."""
 
@@ -65,6 +76,7 @@ class Sample:
     uid: stable across runs, machines and orderings; cache keys and random streams are derived from it.
     captions: empty for an unlabelled image. group: samples of one group never fall into different pools.
     label: a class name where the source has one. tags: source-specific facts ("style", "category").
+    hard_negatives: false texts to be told from true ones; for evaluation only, no student is trained on them.
     """
 
     uid: str
@@ -74,3 +86,4 @@ class Sample:
     group: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
     conversation: tuple[Turn, ...] = ()
+    hard_negatives: tuple[HardNegative, ...] = ()

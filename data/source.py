@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pocketvlm.data.report import BadSampleReport
-from pocketvlm.data.sample import Sample
+from pocketvlm.data.sample import Caption, Sample
 from pocketvlm.data.splits import FOLDS, POOLS, group_of, has_caption, in_pool, pool_of
 from pocketvlm.edge.errors import BadSampleError, UsageError, unknown_name
 
@@ -22,13 +22,15 @@ class DataSource:
     """Samples in a fixed order.
 
     name: short, for people and file names. samples: uids are unique. report: what was left out and why.
-    licences: (what, licence, attribution) rows that travel with anything made from the data.
+    licences: (what, licence, attribution) rows that travel with anything made from the data. templates: prompts that
+    the data brings along for zero-shot classification, each with "{}" for the label.
     """
 
     name: str
     samples: list[Sample]
     report: BadSampleReport = field(default_factory=BadSampleReport)
     licences: tuple[tuple[str, str, str], ...] = ()
+    templates: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -80,7 +82,9 @@ class DataSource:
         return dataclasses.replace(self, samples=samples)
 
     def within_context(self, tokenizer: Tokenizer) -> DataSource:
-        """This data set without the captions that a text tower could not read whole; the pictures stay.
+        """This data set without the captions and hard negatives that a text tower could not read whole.
+
+        The pictures stay.
 
         `Tokenizer.encode` would cut a long caption at the context, and a model would be taught or scored on a part of
         what it says. Left out and counted, in a report of the new data set: "too-long-text", and what cannot be
@@ -92,16 +96,18 @@ class DataSource:
         Raises:
             BadSampleError: the first such caption, when the data set was opened with on_bad_sample="refuse".
         """
-        unfit = _unfit(tokenizer, self.captions())
+        negatives = dict.fromkeys(negative.text for sample in self.samples for negative in sample.hard_negatives)
+        unfit = _unfit(tokenizer, list(dict.fromkeys([*self.captions(), *negatives])))
         report = BadSampleReport(self.report.on_bad_sample)
         report.merge(self.report)
         samples = []
         for sample in self.samples:
-            for caption in sample.captions:
-                if caption.text in unfit:
-                    report.add_error(unfit[caption.text], sample.uid)
+            for text in (*(c.text for c in sample.captions), *(n.text for n in sample.hard_negatives)):
+                if text in unfit:
+                    report.add_error(unfit[text], sample.uid)
             kept = tuple(caption for caption in sample.captions if caption.text not in unfit)
-            samples.append(sample if kept == sample.captions else dataclasses.replace(sample, captions=kept))
+            told = tuple(negative for negative in sample.hard_negatives if negative.text not in unfit)
+            samples.append(_with_captions(dataclasses.replace(sample, hard_negatives=told), kept))
         return dataclasses.replace(self, samples=samples, report=report)
 
     def captions(self) -> list[str]:
@@ -142,7 +148,7 @@ class DataSource:
         for sample in samples:
             captions = tuple(c for c in sample.captions if any(_matches(c.language, tag) for tag in wanted))
             if captions or not sample.captions:
-                kept.append(dataclasses.replace(sample, captions=captions))
+                kept.append(_with_captions(sample, captions))
         return kept
 
 
@@ -171,5 +177,14 @@ def _matches(language: str, wanted: str) -> bool:
     return language == wanted or language.startswith(wanted + "-")
 
 
+def _with_captions(sample: Sample, captions: tuple[Caption, ...]) -> Sample:
+    """The sample with these captions, and with the hard negatives of these only."""
+    if captions == sample.captions:
+        return sample
+    texts = {caption.text for caption in captions}
+    negatives = tuple(negative for negative in sample.hard_negatives if negative.caption in texts)
+    return dataclasses.replace(sample, captions=captions, hard_negatives=negatives)
+
+
 def _unlabelled(sample: Sample) -> Sample:
-    return dataclasses.replace(sample, captions=(), label=None, conversation=())
+    return dataclasses.replace(sample, captions=(), label=None, conversation=(), hard_negatives=())

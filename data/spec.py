@@ -13,7 +13,10 @@ from pocketvlm.data.readers.manifest import SUFFIXES
 from pocketvlm.edge.errors import UsageError, unknown_name
 
 BUILT_IN = ("openmoji",)
-KINDS = ("manifest", "folder", "sidecar", "images", "wds")
+KINDS = (
+    *("manifest", "folder", "sidecar", "images", "wds"),
+    *("imagenet", "elevater", "coco", "karpathy", "flickr30k", "sugarcrepe"),
+)
 _COMMON = frozenset({"pool", "fold", "folds", "captions", "language", "limit"})
 _FILES = _COMMON | {"check", "caption_language"}
 OPTIONS: dict[str, frozenset[str]] = {
@@ -23,6 +26,12 @@ OPTIONS: dict[str, frozenset[str]] = {
     "sidecar": _FILES,
     "images": _COMMON | {"check"},
     "wds": _FILES,
+    "imagenet": _FILES | {"classes", "templates", "label_captions"},
+    "elevater": _FILES | {"split", "templates", "label_captions"},
+    "coco": _FILES | {"images"},
+    "karpathy": _FILES | {"images", "split"},
+    "flickr30k": _FILES | {"images", "split"},
+    "sugarcrepe": _FILES | {"images"},
 }
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
 

@@ -42,7 +42,8 @@ def teacher_answers(
         with np.load(path, allow_pickle=False) as found:
             bad = [(str(uid), str(reason)) for uid, reason in found["bad"]]
             uids = [str(uid) for uid in found["uids"]]
-            return Embedded(teacher.name, teacher.space_id, uids, found["images"], found["texts"], bad)
+            images, texts = found["images"], found["texts"]
+            return Embedded(teacher.name, teacher.space_id, uids, images, texts, bad, float(teacher.logit_scale))
     if say is not None:
         say(f"teacher: answering {len(questions.samples)} evaluation pictures and {len(questions.texts)} texts")
     answers = embed_questions(TeacherEncoder(teacher), questions, name=teacher.name, batch_size=batch_size)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from pocketvlm.data.hard_negatives import with_hard_negatives
 from pocketvlm.data.source import DataSource
-from pocketvlm.distill.evaluate import Encoder, Evaluation, evaluate_model
+from pocketvlm.distill.evaluate import DEFAULT_METRICS, Encoder, Evaluation, check_metrics, evaluate_model
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.edge.preprocess import load_image, stack
 from pocketvlm.edge.tokenizer import Tokenizer
@@ -110,6 +111,8 @@ def evaluate_path(
     data: Any,
     *,
     teacher: str | None = None,
+    against: str | Path | None = None,
+    metrics_wanted: Sequence[str] = DEFAULT_METRICS,
     backend: str = "auto",
     precision: str = "auto",
     device: str = "auto",
@@ -117,27 +120,43 @@ def evaluate_path(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Evaluation:
-    """Score what lies at `model` on `data`, beside the teacher spec `teacher` where one is given.
+    """Score what lies at `model` on `data`, beside the teacher spec `teacher` or the model at `against`, if any.
 
-    allow_download, trust_remote_code: of `teachers.load_teacher`, for that teacher.
-    data: a data spec, or an open source. options: `templates`, `tags`, `batch_size`, `metrics_wanted` of
-    `evaluate_model`.
+    allow_download, trust_remote_code: of `teachers.load_teacher`, for that teacher. against: another run, student or
+    bundle; both answer the same questions, without the captions that either could not read whole, and it takes the
+    teacher's place in all results.
+    data: a data spec, or an open source. options: `templates`, `tags`, `batch_size` of `evaluate_model`.
+
+    Raises:
+        UsageError: both a teacher and `against`, or a path that holds no model. UnknownNameError: no such metric.
     """
     from pocketvlm.data import open_data
     from pocketvlm.teachers import load_teacher
 
+    if teacher and against is not None:
+        raise UsageError(
+            f"the results were asked for beside the teacher {teacher!r} and against {str(against)!r}, and there is one "
+            "column for either; run the command once for each"
+        )
+    wanted = check_metrics(metrics_wanted)
     name, encoder = open_encoder(model, backend=backend, precision=precision, device=device)
-    source = read_by(encoder, open_data(data) if isinstance(data, str) else data)
-    loaded = None
-    if teacher:
+    source = open_data(data) if isinstance(data, str) else data
+    if "hard_negatives" in wanted:
+        source = with_hard_negatives(source)
+    source = read_by(encoder, source)
+    other: Encoder | None = None
+    other_name = "teacher"
+    if against is not None:
+        other_name, other = open_encoder(against, backend=backend, precision=precision, device=device)
+        source = read_by(other, source)
+    elif teacher:
         loaded = load_teacher(
             teacher, device=device, allow_download=allow_download, trust_remote_code=trust_remote_code
         )
-    return evaluate_model(
-        encoder,
-        source,
-        teacher=TeacherEncoder(loaded) if loaded else None,
-        name=name,
-        teacher_name=loaded.name if loaded else "teacher",
-        **options,
+        other_name, other = loaded.name, TeacherEncoder(loaded)
+    found = evaluate_model(
+        encoder, source, teacher=other, name=name, teacher_name=other_name, metrics_wanted=wanted, **options
     )
+    if against is not None:
+        found.values["beside"] = f"against {other_name}"
+    return found

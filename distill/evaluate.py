@@ -10,141 +10,51 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pocketvlm.data.sample import Sample
+from pocketvlm.data.hard_negatives import with_hard_negatives
+from pocketvlm.data.source import DataSource
 from pocketvlm.distill import metrics
-from pocketvlm.edge.errors import BadSampleError, UsageError
+from pocketvlm.distill.board import DEFAULT_METRICS, METRICS, Board, check_metrics
+from pocketvlm.distill.questions import (
+    TEMPLATES,
+    Array,
+    Embedded,
+    Encoder,
+    Questions,
+    embed_questions,
+    is_flag,
+    questions_of,
+)
+from pocketvlm.edge.errors import UsageError
 
-SCHEMA = "1.0"
-METRICS = ("retrieval", "zeroshot", "neighbours", "mixed")
-TEMPLATES = ("{}", "a picture of {}", "an icon of {}")
+__all__ = [
+    "DEFAULT_METRICS",
+    "METRICS",
+    "TEMPLATES",
+    "Embedded",
+    "Encoder",
+    "Evaluation",
+    "Questions",
+    "check_metrics",
+    "embed_questions",
+    "evaluate_model",
+    "evaluate_path",
+    "gap_text",
+    "is_flag",
+    "left_out",
+    "questions_of",
+    "rows_of",
+    "score",
+]
+
+SCHEMA = "1.1"
 TAGS = ("style", "category")
-KS = (1, 5, 10)
-TOP = 5
-
-Array = NDArray[Any]
-
-
-class Encoder(Protocol):
-    """What is scored: `edge.model.EdgeModel` fits as it is; `encoders` wraps students and teachers.
-
-    embed_image: decoded uint8 [H, W, 3] arrays -> float32 [N, D]. embed_text: strings -> float32 [N, D].
-    """
-
-    def embed_image(self, x: Any, /) -> Array: ...
-
-    def embed_text(self, x: Any, /) -> Array: ...
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What a data set asks: pictures, the texts of each language, and which belong together.
-
-    samples: the pictures, flags included. texts: every text that any part needs, each once.
-    left_out: what was left out of the data before, counted by reason.
-    """
-
-    name: str
-    samples: tuple[Sample, ...]
-    language: str
-    languages: tuple[str, ...]
-    labels: tuple[str, ...]
-    templates: tuple[str, ...]
-    texts: tuple[str, ...]
-    left_out: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, samples: Iterable[Sample], *, name: str = "data", templates: Sequence[str] = TEMPLATES) -> Questions:
-        """Collect them; the headline language is English where there is any, else the most frequent one."""
-        pictures = tuple(samples)
-        for template in templates:
-            if "{}" not in template:
-                raise UsageError(
-                    f"prompt template {template!r} has no {{}} for the label, so every class would get the same "
-                    "text; write for instance 'a picture of {}'"
-                )
-        counts: dict[str, int] = {}
-        for sample in pictures:
-            for caption in sample.captions:
-                counts[caption.language] = counts.get(caption.language, 0) + 1
-        languages = tuple(sorted(counts, key=lambda tag: (tag != "en", -counts[tag], tag)))
-        labels = tuple(sorted({s.label for s in pictures if s.label and not is_flag(s)}))
-        texts = dict.fromkeys(c.text for s in pictures for c in s.captions)
-        if len(labels) > 1:
-            texts |= dict.fromkeys(_prompt(template, label) for label in labels for template in templates)
-        return cls(name, pictures, languages[0] if languages else "", languages, labels, tuple(templates), tuple(texts))
-
-
-@dataclass
-class Embedded:
-    """One model's answers. images: float32 [N, D] for `uids`. texts: float32 [M, D] for `Questions.texts`.
-
-    bad: pictures that could not be decoded, (uid, reason)."""
-
-    name: str
-    space_id: str
-    uids: list[str]
-    images: Array
-    texts: Array
-    bad: list[tuple[str, str]] = field(default_factory=list)
-
-
-def _prompt(template: str, label: str) -> str:
-    # not str.format: a label or a template may hold other braces
-    return template.replace("{}", label)
-
-
-def is_flag(sample: Sample) -> bool:
-    return sample.tags.get("flag") == "1"
-
-
-def embed_questions(encoder: Encoder, questions: Questions, *, name: str, batch_size: int = 64) -> Embedded:
-    """Run both towers over everything that is asked; pictures that cannot be decoded are left out and listed."""
-    from pocketvlm.edge.preprocess import decode_image
-
-    uids: list[str] = []
-    bad: list[tuple[str, str]] = []
-    rows: list[Array] = []
-    for start in range(0, len(questions.samples), batch_size):
-        pixels = []
-        for sample in questions.samples[start : start + batch_size]:
-            try:
-                pixels.append(decode_image(sample.image.read()))
-                uids.append(sample.uid)
-            except BadSampleError as error:
-                bad.append((sample.uid, error.reason))
-        if pixels:
-            rows.append(np.asarray(encoder.embed_image(pixels), np.float32))
-    if not rows:
-        raise UsageError(
-            f"no picture of {questions.name} could be decoded ({len(bad)} tried), so there is nothing to score; "
-            "check the image paths of the data"
-        )
-    texts = [
-        np.asarray(encoder.embed_text(list(questions.texts[start : start + batch_size])), np.float32)
-        for start in range(0, len(questions.texts), batch_size)
-    ]
-    images = np.concatenate(rows)
-    return Embedded(
-        name=name,
-        space_id=_space_id(encoder),
-        uids=uids,
-        images=images,
-        texts=np.concatenate(texts) if texts else np.zeros((0, images.shape[1]), np.float32),
-        bad=bad,
-    )
-
-
-def _space_id(encoder: Encoder) -> str:
-    contract = getattr(encoder, "contract", None)
-    return str(getattr(encoder, "space_id", "") or getattr(contract, "space_id", ""))
 
 
 @dataclass
@@ -183,7 +93,7 @@ class Evaluation:
         return (self.queries[f"{side}/{direction}/rank"] <= k).astype(np.float64)
 
     def table(self) -> Any:
-        """A rich table: one row per metric; model, teacher and retention side by side."""
+        """A rich table: one row per metric; model, teacher, retention and the paired interval side by side."""
         from rich.table import Table
 
         teacher = self.values.get("teacher")
@@ -193,35 +103,60 @@ class Evaluation:
         table.add_column("metric")
         table.add_column("model", justify="right")
         if teacher:
-            table.add_column("teacher", justify="right")
+            table.add_column(self.values.get("beside", "teacher"), justify="right")
             table.add_column("retention", justify="right")
-        for part, metric, own, other, kept in rows_of(self.values):
-            cells = [part, metric, own]
-            table.add_row(*([*cells, other, kept] if teacher else cells))
+            table.add_column("difference (95 %)", justify="right")
+        for part, metric, own, *others in rows_of(self.values):
+            table.add_row(part, metric, own, *(others if teacher else []))
         return table
 
 
-def rows_of(values: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """(part, metric, model, teacher, retention) as text, for tables on a terminal and in the report."""
+_COUNTS = ("median_rank", "mean_rank_variance")
+_NUMBERS = ("skewness", "distance", "pair_cosine")
+_SHOWN = ("R@", "top-", "MAP", "ECE", "unreached", *_COUNTS, *_NUMBERS)
+
+
+def rows_of(values: dict[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
+    """(part, metric, model, teacher, retention, difference) as text, for tables on a terminal and in the report."""
     rows = []
-    teacher, kept = values.get("teacher") or {}, values.get("retention") or {}
-    for part in ("image_to_text", "text_to_image", "zero_shot"):
-        own = values["model"].get(part)
-        if not own:
-            continue
-        for metric in [key for key in own if key.startswith(("R@", "top-")) or key in ("MAP", "median_rank")]:
+    teacher, kept, gaps = (values.get(key) or {} for key in ("teacher", "retention", "difference"))
+    for part, own in values["model"].items():
+        for metric, value in own.items():
+            shown = f"{metric}_pictures" in own if part == "hard_negatives" else any(mark in metric for mark in _SHOWN)
+            if not shown or not isinstance(value, float) or metric.endswith("equal_mass"):
+                continue
             other = teacher.get(part, {}).get(metric)
             share = kept.get(part, {}).get(metric)
-            rows.append(
-                (part.replace("_", " "), metric, _show(metric, own[metric]), _show(metric, other), _percent(share))
-            )
+            gap = gap_text(metric, gaps.get(part, {}).get(metric))
+            row = (part.replace("_", " "), metric.replace("_", " "), _show(metric, value))
+            rows.append((*row, _show(metric, other), _percent(share), gap))
+    for part in ("neighbours", "divergence"):
+        for what, value in (values.get(part) or {}).items():
+            if isinstance(value, float) and what != "temperature":
+                shown_as = _show("distance" if part == "divergence" else what, value)
+                rows.append((part, f"{what}, nats" if part == "divergence" else what, shown_as, "–", "–", "–"))
     return rows
 
 
+def _unit(metric: str) -> tuple[float, str]:
+    """(factor, format) by which a metric is shown: shares in per cent, the rest as they are."""
+    if any(mark in metric for mark in _COUNTS):
+        return 1, ".0f"
+    return (1, ".3f") if any(mark in metric for mark in _NUMBERS) else (100, ".1f")
+
+
 def _show(metric: str, value: float | None) -> str:
-    if value is None:
+    factor, form = _unit(metric)
+    return "–" if value is None else format(factor * value, form)
+
+
+def gap_text(metric: str, interval: Mapping[str, float] | None) -> str:
+    """A difference with its interval as text, in the unit in which `metric` is shown."""
+    if interval is None:
         return "–"
-    return f"{value:.0f}" if metric == "median_rank" else f"{100 * value:.1f}"
+    factor, form = _unit(metric)
+    middle, low, high = (format(factor * interval[key], f"+{form}") for key in ("difference", "low", "high"))
+    return f"{middle} ({low} to {high})"
 
 
 def _percent(value: float | None) -> str:
@@ -231,9 +166,13 @@ def _percent(value: float | None) -> str:
 def _caption(values: dict[str, Any]) -> str:
     own = values["model"].get("image_to_text") or values["model"].get("zero_shot") or {}
     candidates = int(own.get("gallery", 0))
-    said = f"per cent; {int(own.get('queries', 0))} pictures, {candidates} candidates, ties against the model"
+    said = f"per cent; {values['data']['pictures']} pictures"
+    if own:
+        said = f"per cent; {int(own['queries'])} pictures, {candidates} candidates, ties against the model"
     gone = left_out(values)
-    return f"{said}; left out: {gone}" if gone else said
+    lines = [f"{said}; left out: {gone}" if gone else said]
+    lines += [f"not scored: {name.replace('_', ' ')}: {why}" for name, why in values.get("not_scored", {}).items()]
+    return "\n".join(lines)
 
 
 def left_out(values: dict[str, Any]) -> str:
@@ -253,22 +192,29 @@ def evaluate_model(
     teacher: Encoder | None = None,
     name: str = "model",
     teacher_name: str = "teacher",
-    metrics_wanted: Sequence[str] = METRICS,
+    metrics_wanted: Sequence[str] = DEFAULT_METRICS,
     templates: Sequence[str] = TEMPLATES,
     tags: Sequence[str] = TAGS,
     batch_size: int = 64,
 ) -> Evaluation:
     """Embed `data` (a DataSource or samples) by `model` and, where given, `teacher`; then score.
 
+    metrics_wanted: members of METRICS, or "all". Hard negatives are made from the captions where they are wanted and
+    the data brings none; those that it brings are always scored.
+
     Raises:
         UsageError: no picture could be read, or nothing can be asked of the data (no captions and no labels).
+        UnknownNameError: no such metric.
     """
+    wanted = check_metrics(metrics_wanted)
+    if "hard_negatives" in wanted:
+        data = with_hard_negatives(data if isinstance(data, DataSource) else DataSource("data", list(data)))
     questions = questions_of(data, templates=templates)
     own = embed_questions(model, questions, name=name, batch_size=batch_size)
     other = None
     if teacher is not None:
         other = embed_questions(teacher, questions, name=teacher_name, batch_size=batch_size)
-    return score(questions, own, other, metrics_wanted=metrics_wanted, tags=tags)
+    return score(questions, own, other, metrics_wanted=wanted, tags=tags)
 
 
 def evaluate_path(model: str | Path, data: Any, **options: Any) -> Evaluation:
@@ -279,22 +225,21 @@ def evaluate_path(model: str | Path, data: Any, **options: Any) -> Evaluation:
     return encoders.evaluate_path(model, data, **options)
 
 
-def questions_of(data: Any, *, templates: Sequence[str] = TEMPLATES) -> Questions:
-    samples = data.samples if hasattr(data, "samples") else data
-    questions = Questions.of(samples, name=getattr(data, "name", "data"), templates=templates)
-    return replace(questions, left_out=dict(data.report.counts)) if hasattr(data, "report") else questions
-
-
 def score(
     questions: Questions,
     model: Embedded,
     teacher: Embedded | None = None,
     *,
-    metrics_wanted: Sequence[str] = METRICS,
+    metrics_wanted: Sequence[str] = DEFAULT_METRICS,
     tags: Sequence[str] = TAGS,
 ) -> Evaluation:
-    """Score embeddings that exist already; see `evaluate_model`."""
-    board = _Board(questions, model, teacher)
+    """Score embeddings that exist already; see `evaluate_model`.
+
+    Raises:
+        UsageError: nothing can be asked of the data. UnknownNameError: no such metric.
+    """
+    wanted = check_metrics(metrics_wanted)
+    board = Board(questions, model, teacher)
     values: dict[str, Any] = {
         "schema": SCHEMA,
         "model_name": model.name,
@@ -308,8 +253,18 @@ def score(
             "left_out": dict(sorted(questions.left_out.items())),
             "language": questions.language,
         },
-        "model": board.part("model", model, model, headline=True, wanted=metrics_wanted),
+        "model": board.part("model", model, model, wanted),
     }
+    if "divergence" in wanted and teacher is None:
+        board.not_scored["divergence"] = "there is no teacher to diverge from"
+    if "robustness" in wanted and "retrieval" not in wanted:
+        board.not_scored["robustness"] = "it is made of recall, and the metric retrieval was not asked for"
+    if not values["model"] and board.not_scored:
+        why = "; ".join(f"{name}: {reason}" for name, reason in board.not_scored.items())
+        raise UsageError(
+            f"nothing of {', '.join(wanted)} can be scored on {questions.name} ({why}); ask for other metrics, such as "
+            "retrieval, or give data that has what they need"
+        )
     if not values["model"]:
         gone = f" (left out: {_listed(questions.left_out)})" if questions.left_out else ""
         raise UsageError(
@@ -317,179 +272,26 @@ def score(
             "give data with captions, or with a label column"
         )
     if teacher is not None:
-        values["teacher"] = board.part("teacher", teacher, teacher, headline=True, wanted=metrics_wanted)
-        values["retention"] = {
-            key: metrics.retention(values["model"][key], values["teacher"][key]) for key in values["model"]
-        }
-        if "neighbours" in metrics_wanted:
+        values["teacher"] = board.part("teacher", teacher, teacher, wanted)
+        if "neighbours" in wanted:
             values["neighbours"] = board.neighbours()
-        if "mixed" in metrics_wanted and "retrieval" in metrics_wanted:
-            values["mixed"] = board.mixed(metrics_wanted)
-    if "retrieval" in metrics_wanted and questions.language:
+        if "divergence" in wanted:
+            values["divergence"] = board.divergence()
+        if "mixed" in wanted and "retrieval" in wanted:
+            values["mixed"] = board.mixed(wanted)
+    if "retrieval" in wanted and questions.language:
         values["by_tag"] = board.by_tag(tags)
         values["by_language"] = board.by_language()
         values["flags"] = board.score_flags()
-    return Evaluation(values, board.queries)
-
-
-class _Board:
-    """The score sheet of one evaluation: which rows take part, and the per-query results as they come."""
-
-    def __init__(self, questions: Questions, model: Embedded, teacher: Embedded | None) -> None:
-        self.questions, self.model, self.teacher = questions, model, teacher
-        self.text_row = {text: row for row, text in enumerate(questions.texts)}
-        readable = set(model.uids) & set(teacher.uids if teacher else model.uids)
-        kept = [sample for sample in questions.samples if sample.uid in readable]
-        self.headline = [sample for sample in kept if not is_flag(sample)]
-        self.flags = [sample for sample in kept if is_flag(sample)]
-        self.queries: dict[str, Array] = {}
-
-    def _images(self, embedded: Embedded, samples: Sequence[Sample]) -> Array:
-        row = {uid: index for index, uid in enumerate(embedded.uids)}
-        return embedded.images[[row[sample.uid] for sample in samples]]
-
-    def _texts(self, embedded: Embedded, texts: Sequence[str]) -> Array:
-        return embedded.texts[[self.text_row[text] for text in texts]]
-
-    def pairs(self, samples: Sequence[Sample], language: str) -> tuple[list[Sample], list[str], list[list[int]]]:
-        """Pictures with a text in `language`, its distinct texts, and each picture's text indices."""
-        pictures, links = [], []
-        index: dict[str, int] = {}
-        for sample in samples:
-            own = dict.fromkeys(c.text for c in sample.captions if c.language == language)
-            if own:
-                pictures.append(sample)
-                links.append([index.setdefault(text, len(index)) for text in own])
-        return pictures, list(index), links
-
-    def retrieve(
-        self, images: Embedded, texts: Embedded, samples: Sequence[Sample], language: str, side: str = ""
-    ) -> dict[str, dict[str, float]]:
-        pictures, gallery, links = self.pairs(samples, language)
-        if not pictures:
-            return {}
-        back: list[list[int]] = [[] for _ in gallery]
-        for picture, indices in enumerate(links):
-            for index in indices:
-                back[index].append(picture)
-        x, t = self._images(images, pictures), self._texts(texts, gallery)
-        forward, reverse = metrics.retrieval(x, t, links), metrics.retrieval(t, x, back)
-        if side:
-            self.queries["image_to_text/uid"] = np.array([sample.uid for sample in pictures])
-            self.queries["text_to_image/text"] = np.array(gallery)
-            for direction, result in (("image_to_text", forward), ("text_to_image", reverse)):
-                self.queries[f"{side}/{direction}/rank"] = result.rank
-                self.queries[f"{side}/{direction}/ap"] = result.ap
-            self.queries[f"{side}/image_to_text/top"] = _top(x, t)
-        return {"image_to_text": forward.summary(KS), "text_to_image": reverse.summary(KS)}
-
-    def classify(self, images: Embedded, texts: Embedded, side: str) -> dict[str, float]:
-        labels, templates = self.questions.labels, self.questions.templates
-        samples = [sample for sample in self.headline if sample.label]
-        if len(labels) < 2 or not samples:
-            return {}
-        classes = np.mean(
-            [metrics.normalize(self._texts(texts, [_prompt(t, label) for label in labels])) for t in templates], axis=0
-        )
-        index = {label: place for place, label in enumerate(labels)}
-        result = metrics.retrieval(
-            self._images(images, samples), classes, [[index[str(sample.label)]] for sample in samples]
-        )
-        self.queries["zero_shot/uid"] = np.array([sample.uid for sample in samples])
-        self.queries[f"{side}/zero_shot/rank"] = result.rank
-        values = result.summary((1, 5))
-        return {"top-1": values["R@1"], "top-5": values["R@5"]} | {key: values[key] for key in ("queries", "gallery")}
-
-    def part(
-        self, side: str, images: Embedded, texts: Embedded, *, headline: bool, wanted: Sequence[str]
-    ) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        if "retrieval" in wanted:
-            values |= self.retrieve(images, texts, self.headline, self.questions.language, side if headline else "")
-        if "zeroshot" in wanted and (zero_shot := self.classify(images, texts, side)):
-            values["zero_shot"] = zero_shot
-        return values
-
-    def neighbours(self, k: int = 10) -> dict[str, float]:
-        """Mean share of each item's k nearest others on which model and teacher agree, in 0..1."""
-        assert self.teacher is not None
-        values = {}
-        if len(self.headline) > 1:
-            per_image = metrics.neighbour_overlap(
-                self._images(self.model, self.headline), self._images(self.teacher, self.headline), k=k
-            )
-            values[f"images@{k}"] = float(per_image.mean())
-        texts = self.pairs(self.headline, self.questions.language)[1]
-        if len(texts) > 1:
-            per_text = metrics.neighbour_overlap(self._texts(self.model, texts), self._texts(self.teacher, texts), k=k)
-            values[f"texts@{k}"] = float(per_text.mean())
-        return values
-
-    def mixed(self, wanted: Sequence[str]) -> dict[str, Any] | None:
-        """Retrieval across models; only where both embed into one space of one width."""
-        assert self.teacher is not None
-        model, teacher = self.model, self.teacher
-        if not model.space_id or model.space_id != teacher.space_id or model.images.shape[1] != teacher.texts.shape[1]:
-            return None
-        return {
-            "model_image_teacher_text": self.part(
-                "model_image_teacher_text", model, teacher, headline=True, wanted=wanted
-            ),
-            "teacher_image_model_text": self.part(
-                "teacher_image_model_text", teacher, model, headline=True, wanted=wanted
-            ),
+        if "robustness" in wanted:
+            for side in ("model", "teacher") if teacher else ("model",):
+                if found := board.robustness(values["by_tag"], side):
+                    values[side]["robustness"] = found
+    if teacher is not None:
+        values["retention"] = {
+            key: metrics.retention(values["model"][key], values["teacher"].get(key, {})) for key in values["model"]
         }
-
-    def _sides(self) -> list[tuple[str, Embedded]]:
-        return [("model", self.model)] + ([("teacher", self.teacher)] if self.teacher else [])
-
-    def by_tag(self, tags: Sequence[str]) -> dict[str, Any]:
-        """Headline results of the pictures that carry each value of a tag; the gallery stays whole."""
-        samples = {sample.uid: sample for sample in self.headline}
-        uids = self.queries.get("image_to_text/uid", np.array([], str))
-        found: dict[str, Any] = {}
-        for tag in tags:
-            carried = np.array([samples[str(uid)].tags.get(tag, "") for uid in uids])
-            values = sorted(set(carried.tolist()) - {""})
-            if len(values) < 2:
-                continue
-            found[tag] = {}
-            for value in values:
-                rows = carried == value
-                found[tag][value] = {
-                    side: metrics.QueryResults(
-                        self.queries[f"{side}/image_to_text/rank"][rows],
-                        self.queries[f"{side}/image_to_text/ap"][rows],
-                        len(self.queries["text_to_image/text"]),
-                    ).summary(KS)
-                    for side, _ in self._sides()
-                }
-        return found
-
-    def by_language(self) -> dict[str, Any]:
-        """Retrieval among the texts of each further language."""
-        found = {}
-        for language in self.questions.languages:
-            if language == self.questions.language:
-                continue
-            sides = {side: self.retrieve(e, e, self.headline, language) for side, e in self._sides()}
-            if sides["model"]:
-                found[language] = sides
-        return found
-
-    def score_flags(self) -> dict[str, Any] | None:
-        if not self.flags:
-            return None
-        sides = {side: self.retrieve(e, e, self.flags, self.questions.language) for side, e in self._sides()}
-        return sides if sides["model"] else None
-
-
-def _top(images: Array, texts: Array, *, chunk: int = 1024) -> Array:
-    """int64 [Q, min(TOP, M)]: the gallery indices that score highest, equal scores by index."""
-    x, t = metrics.normalize(images), metrics.normalize(texts)
-    k = min(TOP, len(t))
-    found = [
-        np.argsort(-np.round(x[start : start + chunk] @ t.T, 9), axis=1, kind="stable")[:, :k]
-        for start in range(0, len(x), chunk)
-    ]
-    return np.concatenate(found).astype(np.int64)
+        intervals = board.differences()
+        values["difference"] = {part: found for part, found in intervals.items() if part in values["model"]}
+    values["not_scored"] = board.not_scored
+    return Evaluation(values, board.queries)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pocketvlm.data import cache_dir, open_data
 from pocketvlm.data.augment import AugmentPolicy
+from pocketvlm.data.hard_negatives import with_hard_negatives
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource
 from pocketvlm.distill.answers import slug, teacher_answers
@@ -165,6 +166,8 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
     texts = [text for text in texts if text not in gone]
     questions = None
     if held_out is not None:
+        if {"hard_negatives", "all"} & set(recipe.eval.metrics):
+            held_out = with_hard_negatives(held_out)
         held_out = held_out.within_context(tokenizer)
         questions = questions_of(held_out, templates=recipe.eval.templates)
     samples, pictures = _readable(recipe, source, student, policy, report)
@@ -423,4 +426,5 @@ def _answers_on_disk(cache: TeacherCache, questions: Questions, report: Reporter
         report.line("teacher: the embeddings on disk do not cover the evaluation data, so it is scored without them")
         return None
     info = cache.info
-    return Embedded(info.name, info.space_id, uids, cache.image(uids).numpy(), cache.text(questions.texts).numpy())
+    images, texts = cache.image(uids).numpy(), cache.text(questions.texts).numpy()
+    return Embedded(info.name, info.space_id, uids, images, texts, logit_scale=info.logit_scale)

@@ -180,18 +180,14 @@ class TrainSection(_Section):
 
 
 class EvalSection(_Section):
-    """every: steps between evaluations while training (0: only at the end). metrics: which parts to score.
+    """every: steps between evaluations while training (0: only at the end). metrics: which parts to score
+    (docs/evaluation.md), or "all".
 
     templates: prompts of zero-shot classification. tags: sample tags by which results are also given.
     """
 
     every: CountOrZero = 0
-    metrics: tuple[Literal["retrieval", "zeroshot", "neighbours", "mixed"], ...] = (
-        "retrieval",
-        "zeroshot",
-        "neighbours",
-        "mixed",
-    )
+    metrics: tuple[str, ...] = ("retrieval", "zeroshot", "neighbours", "mixed")
     templates: tuple[str, ...] = ("{}", "a picture of {}", "an icon of {}")
     tags: tuple[str, ...] = ("style", "category")
     batch_size: Count = 64
@@ -404,6 +400,7 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _cross_checks(recipe: Recipe) -> Iterator[str]:
     """What the parts must know of each other; whatever needs the data itself is checked in `prepare`."""
+    from pocketvlm.distill.board import check_metrics
     from pocketvlm.distill.objectives import Widths, build_objective, list_objectives, objective_needs
     from pocketvlm.distill.objectives.matryoshka import listed_dims
     from pocketvlm.students.config import load_config
@@ -420,6 +417,10 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
     except UsageError as error:
         yield str(error).rstrip(".")
     yield from _policy_problems(recipe.views.policy)
+    try:
+        check_metrics(recipe.eval.metrics)
+    except UsageError as error:
+        yield f"eval.metrics: {error}".rstrip(".")
     known = list_objectives()
     for place, spec in enumerate(recipe.objectives):
         here = f"objectives.{place} ({spec.name})"

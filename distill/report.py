@@ -15,7 +15,7 @@ from PIL import Image
 from pocketvlm.data.splits import stable_hash
 from pocketvlm.distill.checkpoint import write_text_atomically
 from pocketvlm.distill.curves import Chart, line_chart
-from pocketvlm.distill.evaluate import Evaluation, Questions, rows_of
+from pocketvlm.distill.evaluate import Evaluation, Questions, gap_text, rows_of
 from pocketvlm.distill.run_folder import ENVIRONMENT, METRICS, RECIPE, REPORT, read_metrics
 from pocketvlm.edge.errors import BadSampleError, UsageError
 
@@ -165,6 +165,7 @@ def _tags(values: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
                 "queries": int(sides["model"]["queries"]),
                 "model": sides["model"]["R@5"],
                 "teacher": sides["teacher"]["R@5"] if "teacher" in sides else None,
+                "difference": gap_text("R@5", (sides.get("difference") or {}).get("R@5")),
             }
             for name, sides in sorted(rows.items(), key=lambda item: -item[1]["model"]["queries"])
         ]
@@ -181,6 +182,7 @@ def _sides(values: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
             "queries": int(sides["model"]["image_to_text"]["queries"]),
             "model": sides["model"]["image_to_text"]["R@5"],
             "teacher": sides["teacher"]["image_to_text"]["R@5"] if sides.get("teacher") else None,
+            "difference": gap_text("R@5", (sides.get("difference") or {}).get("R@5")),
         }
         for name, sides in found.items()
     ]

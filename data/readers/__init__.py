@@ -1,1 +1,1 @@
-"""Readers of the layouts that people already have: manifest, class folder, sidecar texts, plain folder, tar shards."""
+"""Readers of the layouts that people have: manifest, folders, sidecar texts, tar shards, and the field's own sets."""

@@ -110,6 +110,7 @@ class Collector:
                 label=known.label if known.label is not None else sample.label,
                 group=known.group if known.group is not None else sample.group,
                 tags={**sample.tags, **known.tags},
+                hard_negatives=tuple(dict.fromkeys((*known.hard_negatives, *sample.hard_negatives))),
             )
 
 

@@ -235,7 +235,10 @@ def _json_list(path: Path, report: BadSampleReport) -> Iterator[tuple[str, Mappi
             f"{path} is not JSON ({error}); name it .jsonl if every line is an object of its own"
         ) from error
     if not isinstance(rows, list):
-        raise UsageError(f"{path} holds a JSON {type(rows).__name__}; a manifest is a list of objects")
+        raise UsageError(
+            f"{path} holds a JSON {type(rows).__name__}; a manifest is a list of objects, and files of COCO captions, "
+            f"Karpathy's splits and SugarCrepe are read by coco:{path}, karpathy:{path} and sugarcrepe:{path}"
+        )
     for number, row in enumerate(rows):
         where = f"{path}[{number}]"
         if isinstance(row, dict):

@@ -130,6 +130,13 @@ def evaluate(
     teacher: Annotated[
         str | None, arg(metavar="TEACHER", help="Report retention and neighbour overlap against this teacher.")
     ] = None,
+    against: Annotated[
+        str | None, arg(metavar="MODEL", help="Compare with this run, student or bundle instead of a teacher.")
+    ] = None,
+    metrics: Annotated[
+        tuple[str, ...] | None,
+        arg(metavar="NAME ...", help="Parts to score, such as 'retrieval hubness', or 'all'; docs/evaluation.md."),
+    ] = None,
     allow_download: AllowDownload = False,
     trust_remote_code: TrustRemoteCode = False,
     on_bad_sample: OnBad = "skip",
@@ -138,13 +145,16 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Retrieval, MAP and zero-shot classification of a student or of a shipped bundle."""
-    from pocketvlm.distill.evaluate import evaluate_path
+    from pocketvlm.distill.evaluate import DEFAULT_METRICS, check_metrics, evaluate_path
 
+    wanted = check_metrics(metrics or DEFAULT_METRICS)
     source = _open(data, on_bad_sample)
     report = evaluate_path(
         model,
         source,
         teacher=teacher,
+        against=against,
+        metrics_wanted=wanted,
         backend=backend,
         precision=precision,
         allow_download=allow_download,

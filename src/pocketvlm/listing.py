@@ -62,6 +62,12 @@ _DATA = (
     ("sidecar:DIR", "images with a .txt of the same name"),
     ("images:DIR", "images without captions"),
     ("wds:DIR/shard-{000..003}.tar", "WebDataset shards"),
+    ("imagenet:DIR[?classes=FILE&templates=FILE]", "folders n01440764/ with a file of class names"),
+    ("elevater:DIR[?split=test]", "labels.txt and test.txt with lines 'PATH INDEX'"),
+    ("coco:captions_val2017.json[?images=DIR]", "COCO captions"),
+    ("karpathy:dataset_coco.json[?images=DIR&split=test]", "Karpathy's splits of COCO and Flickr30k"),
+    ("flickr30k:FILE[?images=DIR]", "Flickr30k's .token, .csv or .txt of captions"),
+    ("sugarcrepe:DIR[?images=DIR]", "SugarCrepe's hard negatives over COCO pictures"),
 )
 
 

@@ -550,3 +550,12 @@ def test_what_a_run_left_is_scored_by_its_path(recipe: Make, world: Path, tmp_pa
     assert again.values["retention"] == result.evaluation.values["retention"]
     with pytest.raises(UsageError, match=r"neither bundle\.json nor student\.json"):
         evaluate_path(tmp_path, str(world))
+    itself = evaluate_path(
+        tmp_path / "run", str(world), against=tmp_path / "run", device="cpu", metrics_wanted=("all",)
+    )
+    assert itself.values["beside"] == "against mnv4-035"
+    assert itself.values["teacher"] == itself.values["model"]
+    assert itself.values["model"]["calibration"]["logit_scale"] > 0
+    assert all(gap["low"] == gap["high"] == 0 for part in itself.values["difference"].values() for gap in part.values())
+    with pytest.raises(UsageError, match="one column for either"):
+        evaluate_path(tmp_path / "run", str(world), teacher="toy", against=tmp_path / "run")
