@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from pocketvlm.distill.environment import describe_environment
 from pocketvlm.distill.evaluate import Evaluation, embed_questions, score
 from pocketvlm.distill.feed import Feed, Step, build_objectives
 from pocketvlm.distill.gather import gather_outputs
-from pocketvlm.distill.objectives import Objective
+from pocketvlm.distill.objectives import Objective, Outputs
 from pocketvlm.distill.prepare import Prepared, prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe
@@ -45,7 +45,7 @@ from pocketvlm.edge.errors import IntegrityError, PocketvlmError
 from pocketvlm.students import save_student
 from pocketvlm.teachers.device import describe_device, pick_device
 
-CHECKPOINT_SCHEMA = 1
+CHECKPOINT_SCHEMA = 2
 
 
 class DivergedError(PocketvlmError, ArithmeticError):
@@ -231,8 +231,7 @@ class Trainer:
         lr = self._set_learning_rate()
         for objective in self.objectives:
             cast(Objective, objective).at(self.step, optim.progress(main, self.config.steps))
-        mixed = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
-        with mixed:
+        with self._precision():
             outputs = self.feed.forward(self.student, batch)
         loss, terms = self._loss(outputs, batch, main)
         if not math.isfinite(value := float(loss.detach())):
@@ -256,6 +255,24 @@ class Trainer:
         }
         return self.last
 
+    def _precision(self) -> Any:
+        return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
+
+    def _momentum(self, batch: Step) -> Outputs | None:
+        """What the averaged student says to this batch's pictures and captions, of all ranks; None where none asks.
+
+        Another forward of both towers: without a gradient, and in evaluation mode, so that it draws no random number.
+        """
+        asked = any(cast(Objective, objective).needs.momentum for objective in self.objectives)
+        if not asked or batch.pixels is None:
+            return None
+        assert self.average is not None, "the recipe was checked to keep an average"
+        captioned = 0 if batch.with_text is None else len(batch.with_text)
+        only = replace(batch, ids=batch.ids[:captioned] if batch.ids is not None and captioned else None, texts=0)
+        with torch.no_grad(), self._precision():
+            student, _ = self.feed.forward(self.average.module, only)["pairs"]
+        return gather_outputs(student)
+
     def _loss(self, outputs: Any, batch: Step, main: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum over objectives of the sums of their terms, and each weighted term by name."""
         total = torch.zeros((), device=self.device)
@@ -265,11 +282,14 @@ class Trainer:
             side: (gather_outputs(student), None if teacher is None else gather_outputs(teacher))
             for side, (student, teacher) in outputs.items()
         }
+        momentum = self._momentum(batch)
         for place, (spec, objective) in enumerate(zip(self.recipe.objectives, self.objectives)):
             if spec.batch not in gathered:
                 continue
             weight = optim.objective_weight(spec, max(main, 0), self.config.steps)
             student, teacher = gathered[spec.batch]
+            if cast(Objective, objective).needs.momentum:
+                teacher = momentum
             for name, term in objective(student=student, teacher=teacher).items():
                 total = total + weight * term
                 label = name if spec.batch == "pairs" else f"{name}@texts"
@@ -328,7 +348,9 @@ class Trainer:
 
     def averaged(self) -> Any:
         """The student with its averaged weights inside the `with`; the trained ones where there is no average."""
-        return self.average.applied(self.student) if self.average is not None else nullcontext()
+        if self.average is None:
+            return nullcontext()
+        return optim.replaced(self.student, self.average.module.state_dict())
 
     def evaluate(self) -> Evaluation | None:
         """Score the student as it stands; None without evaluation data."""

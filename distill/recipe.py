@@ -151,7 +151,9 @@ class TrainSection(_Section):
     hold_statistics: prefixes whose batch norms keep their running statistics while their weights are trained.
     cut_after_block: freeze the image trunk up to this block and compute what it gives once (EfficientNet and
     MobileNet families); a step then costs only what lies above.
-    precision: "auto" is bf16 or fp16 on CUDA and fp32 elsewhere. clip_norm 0: no clipping. ema_decay 0: off.
+    precision: "auto" is bf16 or fp16 on CUDA and fp32 elsewhere. clip_norm 0: no clipping.
+    ema_decay: of the moving average of all weights and batch-norm statistics, min(ema_decay, (1 + t) / (10 + t)) after
+    t steps, which is what is evaluated and saved, and the momentum model of `momentum`. 0: off.
     """
 
     steps: Count = 1000
@@ -443,6 +445,11 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
             yield f"{here} wants a masked view, which this loop does not provide; leave it out"
         if needs.teacher and recipe.teacher is None:
             yield f"{here} learns from a teacher and the recipe has none; add 'teacher', or leave the objective out"
+        if needs.momentum and not train.ema_decay:
+            yield (
+                f"{here} learns from the student's moving average and train.ema_decay is 0, so there is none; set it, "
+                "for instance to 0.995"
+            )
         if needs.bank and isinstance(train.bank, str) and train.text_batch < 1:
             yield (
                 f"{here} needs a bank of texts, and train.text_batch is 0; set train.text_batch, or train.bank "

@@ -27,9 +27,9 @@ STUDENT, TEACHER = Widths(4, 7, 7), Widths(5, 6, 6)
 class Towers(nn.Module):
     """A student small enough to compare every gradient."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        g = torch.Generator().manual_seed(0)
+        g = torch.Generator().manual_seed(seed)
         for name, shape in (("image", (4, 7)), ("text", (4, 7)), ("body", (7, 3))):
             setattr(self, name, nn.Parameter(torch.randn(*shape, generator=g, dtype=torch.float64)))
         self.log_scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
@@ -75,7 +75,11 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
 def objectives() -> list[tuple[str, dict[str, object]]]:
     extra = [("bank", {"anchors": "teacher"}), ("gram", {"variant": "spkd", "of": ("image", "text")})]
     extra += [("order", {"of": ("image", "text", "image-to-text", "text-to-image"), "neighbours": 2})]
-    extra += [("matryoshka", {"inner": {"name": "icl"}, "dims": (2, 4)}), ("token-gram", {"variant": "scd"})]
+    extra += [
+        ("matryoshka", {"inner": {"name": "icl"}, "dims": (2, 4)}),
+        ("matryoshka", {"inner": {"name": "momentum"}}),
+        ("token-gram", {"variant": "scd"}),
+    ]
     extra += [("siglip", {"bias": None}), ("multi-teacher", {"widths": [2, 3], "logit_scales": [5.0, 9.0]})]
     return [*((name, {}) for name in list_objectives()), *extra]
 
@@ -88,7 +92,10 @@ def run_all(start: int, stop: int, ranks: int) -> list[dict[str, torch.Tensor]]:
         objective = build_objective(name, student=STUDENT, teacher=TEACHER, seed=3, **options).double()
         objective.at(4, 0.5)
         inputs, teacher = batch(start, stop)
-        given = {"teacher": gather_outputs(teacher)} if objective.needs.teacher else {}
+        if objective.needs.momentum:  # an average of the student is as wide as the student
+            with torch.no_grad():
+                teacher = Towers(seed=9)(**inputs)
+        given = {"teacher": gather_outputs(teacher)} if objective.needs.targets else {}
         terms = objective(student=gather_outputs(student(**inputs)), **given)
         sum(terms.values()).backward()
         found = {f"value {key}": value.detach() for key, value in terms.items()}

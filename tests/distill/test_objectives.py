@@ -229,7 +229,7 @@ def test_value_equals_the_loop_oracle(name, oracle, options):
 @every_case
 def test_value_with_another_teacher_width(name, oracle, options):
     """Projectors (or their absence, where only similarities are compared) make unequal widths work."""
-    if "widths" not in options:
+    if "widths" not in options and not objective_needs(name).momentum:
         objective = build(name, OTHER, **options)
         student, teacher = outputs(1), outputs(2, dim=OTHER.embedding, features=OTHER.image_features)
         wanted = oracle(objective, student, teacher)
@@ -264,6 +264,7 @@ def test_teacher_and_student_are_not_interchangeable(name, oracle, options):
 def test_perfect_student_is_a_minimum(name, oracle, options):
     """A student equal to its teacher has zero gradient wherever the objective is a divergence or a distance."""
     truth_or_own_constant = ("clip", "icl", "hint", "siglip", "multi-positive", "cwcl", "soft-negatives", "rafa", "afd")
+    truth_or_own_constant += ("momentum",)
     mixed = (
         name in ("hycd", "vl2v", "multi-teacher")
         and options.get("blend") != 0.0
@@ -301,7 +302,7 @@ def test_gradients_are_right_and_reach_only_the_student(name, oracle, options):
         )
         return total(objective, given, teacher)
 
-    if name != "soft-negatives":  # whose target follows the student without a gradient: tested on its own
+    if name not in ("soft-negatives", "momentum"):  # whose targets follow the student without a gradient: tested apart
         assert torch.autograd.gradcheck(value, tuple(leaves), eps=1e-6, atol=1e-6, fast_mode=True)
     value(*leaves).backward()
     for part in (teacher.image, teacher.text, teacher.image_features, teacher.bank, teacher.logit_scale):
@@ -312,7 +313,7 @@ def test_gradients_are_right_and_reach_only_the_student(name, oracle, options):
 
 @every_case
 def test_trained_parts_are_the_ones_that_the_formula_names(name, oracle, options):
-    widths = WIDTHS if "widths" in options else OTHER
+    widths = WIDTHS if "widths" in options or objective_needs(name).momentum else OTHER
     objective, student = build(name, widths, **options), outputs(1, grad=True)
     teacher = outputs(2, dim=widths.embedding, features=widths.image_features)
     total(objective, student, teacher).backward()
@@ -369,7 +370,7 @@ def test_batch_without_captions_is_zero_with_a_graph(name, oracle, options, how)
         student = dataclasses.replace(student, text=None, has_text=None)
     else:
         student.has_text = torch.tensor([how == "one"] + [False] * (B - 1))
-    terms = objective(student=student, teacher=teacher if objective.needs.teacher else None)
+    terms = objective(student=student, teacher=teacher if objective.needs.targets else None)
     assert all(math.isfinite(float(value)) for value in terms.values())
     sum(terms.values()).backward()
     only_pairs = objective.needs.captions and name != "vl2v"
@@ -538,6 +539,8 @@ def test_docstrings_state_formula_reduction_and_source():
         (lambda: build("crdd"), UnknownNameError, "crd"),
         (lambda: build("crd", temprature=0.1), UnknownNameError, "temperature"),
         (lambda: build("crd", temperature=0.0), UsageError, "above 0"),
+        (lambda: build("crd", temperature=math.inf), UsageError, "above 0"),
+        (lambda: build("crd", temperature=math.nan), UsageError, "above 0"),
         (lambda: build("feature", distance="cosin"), UnknownNameError, "cosine"),
         (lambda: build("gram", of=("images",)), UnknownNameError, "image"),
         (lambda: build("gram", of=()), UsageError, "empty"),
@@ -545,6 +548,13 @@ def test_docstrings_state_formula_reduction_and_source():
         (lambda: build_objective("crd", student=WIDTHS), UsageError, "learns from a teacher"),
         (lambda: build_objective("hint", student=WIDTHS, teacher=Widths(embedding=3)), UsageError, "image features"),
         (lambda: build("crd")(student=outputs(1)), UsageError, "no teacher outputs"),
+        (lambda: build("momentum")(student=outputs(1)), UsageError, "no outputs of the momentum model"),
+        (
+            lambda: build("momentum")(student=outputs(1), teacher=outputs(2, dim=OTHER.embedding)),
+            UsageError,
+            "7-wide outputs for a student of width 5",
+        ),
+        (lambda: build("momentum", alpha=1.5), UsageError, "'alpha' is 1.5"),
         (
             lambda: build("crd")(student=outputs(1), teacher=dataclasses.replace(outputs(2), text=None)),
             UsageError,
