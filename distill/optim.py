@@ -22,10 +22,10 @@ def parameter_groups(student: nn.Module, objectives: nn.Module, train: TrainSect
     frozen for good (`requires_grad_(False)`) and in no group. Projectors of objectives train at factor 1.
 
     Raises:
-        UnknownNameError: a prefix of `lr_scale` or `freeze` that fits no parameter.
+        UnknownNameError: a prefix of `lr_scale`, `freeze`, `freeze_after` or `hold_statistics` that fits no parameter.
     """
     names = [name for name, _ in student.named_parameters()]
-    for prefix in [*train.lr_scale, *train.freeze, *train.hold_statistics]:
+    for prefix in [*train.lr_scale, *train.freeze, *train.freeze_after, *train.hold_statistics]:
         if not any(_under(name, prefix) for name in names):
             parts = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2, 3)}
             raise unknown_name("parameter prefix", prefix, parts)
@@ -66,7 +66,8 @@ def _below_cut(name: str, train: TrainSection) -> bool:
 def is_frozen(name: str, train: TrainSection, step: int) -> bool:
     """Whether the parameter or module of this name stands still at a 0-based step of the main phase."""
     waiting = any(_under(name, prefix) and step < steps for prefix, steps in train.freeze.items())
-    return waiting or _scale(name, train) == 0 or _below_cut(name, train)
+    done = any(_under(name, prefix) and step >= steps for prefix, steps in train.freeze_after.items())
+    return waiting or done or _scale(name, train) == 0 or _below_cut(name, train)
 
 
 def apply_freezing(student: nn.Module, train: TrainSection, step: int) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pocketvlm.distill.balance import GradientBalance
 from pocketvlm.distill.gather import gather_outputs
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective, list_objectives
 from pocketvlm.edge.errors import UsageError
@@ -108,6 +109,19 @@ def run_all(start: int, stop: int, ranks: int) -> list[dict[str, torch.Tensor]]:
     return results
 
 
+def balanced(start: int, stop: int) -> list[float]:
+    """Norms that `train.balance` would measure: of objectives over pairs, a bank, and a term that is exactly 0."""
+    names = ("clip", "crd", "bank", "hint")
+    balance = GradientBalance(len(names))
+    inputs, teacher = batch(start, stop)
+    student = gather_outputs(Towers()(**inputs))
+    theirs = gather_outputs(teacher)
+    for place, name in enumerate(names):
+        objective = build_objective(name, student=STUDENT, teacher=TEACHER, seed=3).double()
+        balance.measure(place, sum(objective(student=student, teacher=theirs).values()), student)
+    return balance.norms
+
+
 def plain(outputs: Outputs) -> dict[str, object]:
     """Detached tensors by field name, taps by their own names."""
     fields = {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
@@ -128,7 +142,10 @@ def main(rank: int, folder: Path) -> None:
         message = ""
     except UsageError as error:
         message = str(error)
-    torch.save({"results": found, "outputs": plain(gathered), "message": message}, folder / f"{rank}.pt")
+    norms = balanced(*bounds)
+    torch.save(
+        {"norms": norms, "results": found, "outputs": plain(gathered), "message": message}, folder / f"{rank}.pt"
+    )
     dist.destroy_process_group()
 
 
@@ -162,6 +179,14 @@ def test_two_ranks_equal_one(two_ranks):
                 # float64, other summation order: 1e-12 is a thousand roundings
                 torch.testing.assert_close(part[key], wanted, rtol=1e-11, atol=1e-12, msg=f"{name}: {key}")
         assert any(value.abs().sum() > 0 for key, value in whole[index].items() if key.startswith("gradient"))
+
+
+def test_two_ranks_balance_alike_and_like_one(two_ranks):
+    wanted = balanced(0, ROWS)
+    assert all(norm > 0 for norm in wanted[:3])
+    assert wanted[3] == 0.0
+    for part in two_ranks:
+        assert part["norms"] == pytest.approx(wanted, rel=1e-12)
 
 
 def test_every_field_is_gathered_in_rank_order(two_ranks):
