@@ -16,7 +16,7 @@ from pocketvlm.distill.objectives import Outputs
 from pocketvlm.distill.prepare import prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe, load_recipe
-from pocketvlm.edge.errors import UsageError
+from pocketvlm.edge.errors import IntegrityError, UsageError
 from pocketvlm.students import load_student
 
 Make = Callable[..., Recipe]
@@ -355,6 +355,28 @@ def test_parts_can_stand_still_again(recipe: Make) -> None:
         moved.append([any(name.startswith(part) for name in changes) for part in ("text_tower.token", "text_tower")])
         assert any(name.startswith("image_tower.projection") for name in changes)
     assert moved == [[False, True], [True, True], [False, False], [False, False]]
+
+
+@pytest.mark.parametrize("key", ["image", "features", "text"])
+def test_a_teacher_that_says_no_number_is_caught_where_it_is_read(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """Before the step that would use it, and by the name of the picture or text."""
+    made = trainer(recipe())
+    cache = made.prepared.images
+    assert cache is not None
+    real, asked = getattr(cache, key), []
+
+    def spoiled(names: Any, *rest: Any) -> torch.Tensor:
+        found = real(names, *rest).clone()
+        asked.append(list(names)[2])
+        found[2, 1] = float("inf")
+        return found
+
+    monkeypatch.setattr(cache, key, spoiled)
+    with pytest.raises(IntegrityError, match="is not finite, and one such target") as caught:
+        made.feed.make(0)
+    assert repr(asked[0]) in str(caught.value)
 
 
 def test_a_wrong_prefix_to_freeze_is_answered_with_the_nearest(recipe: Make) -> None:
