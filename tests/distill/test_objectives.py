@@ -38,6 +38,7 @@ from pocketvlm.distill.objectives import (
     objective_needs,
     objective_options,
 )
+from pocketvlm.distill.objectives.rkd import AngleLoss
 from pocketvlm.edge.errors import UnknownNameError, UsageError
 
 
@@ -431,6 +432,33 @@ def test_coinciding_rows_do_not_explode_rkd():
     total(build("rkd", of=("image", "text")), student, outputs(2)).backward()
     assert torch.isfinite(student.image.grad).all()
     assert torch.isfinite(student.text.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_angles_of_close_rows_are_those_of_their_differences(dtype):
+    """Value and gradient against all differences at once, where products cancel: clusters 1e-4 wide, and equal rows."""
+
+    def psi(z: torch.Tensor) -> torch.Tensor:
+        difference = z[None] - z[:, None]
+        length = difference.square().sum(-1, keepdim=True)
+        direction = torch.where(length > 0, difference / torch.where(length > 0, length, 1.0).sqrt(), 0.0)
+        return direction @ direction.transpose(1, 2)
+
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 6, generator=g).repeat_interleave(3, dim=0)
+    rows += 1e-4 * torch.randn(12, 6, generator=g)
+    rows[5] = rows[4]
+    student, teacher = rows.to(dtype).requires_grad_(), torch.randn(12, 8, generator=g).to(dtype)
+    value = AngleLoss.apply(student, teacher)
+    value.backward()
+    wide = student.detach().double().requires_grad_()
+    wanted = torch.nn.functional.smooth_l1_loss(psi(wide), psi(teacher.double()))
+    wanted.backward()
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-6
+    assert float(value.detach()) == pytest.approx(float(wanted.detach()), rel=tolerance)
+    torch.testing.assert_close(
+        student.grad.double(), wide.grad, rtol=tolerance, atol=tolerance * float(wide.grad.abs().max())
+    )
 
 
 def test_affinity_and_crd_have_one_gradient():
