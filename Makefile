@@ -1,7 +1,7 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text test
+.PHONY: evidence readme demo protocols parity text step-cost test
 
-evidence: readme demo protocols parity text
+evidence: readme demo protocols parity text step-cost
 
 readme:
 	python benchmarks/readme_road.py
@@ -20,6 +20,9 @@ parity:
 
 text:
 	python benchmarks/text_vocabulary.py
+
+step-cost:
+	python benchmarks/step_cost.py
 
 test:
 	pytest -n 2

@@ -7,8 +7,8 @@ The step that all is compared with: forward of both towers of `mnv4-050` at 128 
 same under every objective, so an objective is timed without them: forward, backward down to embeddings and features,
 and the update of its own parameters, `clip + objective` and `clip` in turn; the difference of the medians over the step
 is its share. What a definition asks of the towers besides (the momentum model's forward; a recipe's text-only batch, as
-many texts as it has) is timed on its own and stated apart. The shares of a cheap and of the dearest objective are checked
-by whole steps with and without it, in turn.
+many texts as it has) is timed on its own and stated apart. The shares of a cheap and of the dearest objective are
+checked by whole steps with and without it, in turn.
 
 Inputs are random numbers of the built-in teacher's widths: time does not depend on what is learned. Reading 256 pairs
 of teacher outputs from a cache on disk happens in the background while a step runs; its time is stated and not added.
