@@ -1,7 +1,7 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text ablation test
+.PHONY: evidence readme demo protocols parity text step-cost ablation test
 
-evidence: readme demo protocols parity text
+evidence: readme demo protocols parity text step-cost
 
 readme:
 	python -m benchmarks.readme_road
@@ -24,6 +24,9 @@ text:
 # a thousand short runs: hours on two cores, so not part of `evidence`; it continues where it stopped
 ablation:
 	python -m benchmarks.ablation --stage all
+
+step-cost:
+	python -m benchmarks.step_cost
 
 test:
 	pytest -n 2

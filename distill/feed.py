@@ -18,6 +18,7 @@ from pocketvlm.data import cache_dir
 from pocketvlm.distill.batches import Order, Plan
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective
 from pocketvlm.distill.prepare import Prepared
+from pocketvlm.edge.errors import IntegrityError
 from pocketvlm.students import Student, TowerOutput, fit_projection
 from pocketvlm.students.student import weights_digest
 from pocketvlm.teachers.files import write_atomic
@@ -100,7 +101,7 @@ class Feed:
             batch.ids = self._stacked([*captions, *texts])
         cache = self.prepared.words
         if texts and cache is not None:
-            batch.teacher_texts = cache.text(texts)
+            batch.teacher_texts = finite(cache.text(texts), texts)
             if cache.info.text_feature_dim:
                 batch.teacher_text_features = cache.text_features(texts)
 
@@ -117,9 +118,9 @@ class Feed:
         uids = [self.prepared.samples[row].uid for row in plan.rows]
         batch.teacher_image = self.targets(plan.rows, plan.views, plan.captions)
         if cache.info.feature_dim:
-            batch.teacher_features = cache.features(uids, plan.views)
+            batch.teacher_features = finite(cache.features(uids, plan.views), uids)
         if captions:
-            batch.teacher_captions = cache.text(captions)
+            batch.teacher_captions = finite(cache.text(captions), captions)
             if cache.info.text_feature_dim:
                 batch.teacher_caption_features = cache.text_features(captions)
 
@@ -129,7 +130,7 @@ class Feed:
         assert cache is not None, "only a run with a teacher asks for targets"
         assert section is not None, "only a run with a teacher asks for targets"
         uids = [self.prepared.samples[row].uid for row in rows]
-        target = cache.image(uids, list(views))
+        target = finite(cache.image(uids, list(views)), uids)
         if section.smooth:
             count = self.prepared.recipe.views.count
             mean = torch.stack([cache.image(uids, view) for view in range(count)]).mean(dim=0)
@@ -285,6 +286,21 @@ class Feed:
             logit_bias=torch.tensor(facts.logit_bias, device=self.device),
             **moved,
         )
+
+
+def finite(rows: Tensor, names: Sequence[str]) -> Tensor:
+    """The teacher's outputs [N, ...] for these pictures or texts, every one of them a number.
+
+    Raises:
+        IntegrityError: one is not, and is named.
+    """
+    if not bool(torch.isfinite(rows).all()):
+        bad = names[int((~torch.isfinite(rows.flatten(1)).all(dim=1)).nonzero()[0])]
+        raise IntegrityError(
+            f"the teacher's output for {bad!r} is not finite, and one such target turns every weight of a student into "
+            "nothing; drop that row from the embeddings, or delete the teacher's cache and run the teacher in float32"
+        )
+    return rows
 
 
 def lower_outputs(prepared: Prepared, device: torch.device) -> Tensor:

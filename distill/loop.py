@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.distill import optim
+from pocketvlm.distill.balance import GradientBalance
 from pocketvlm.distill.batches import Order, prefetch
 from pocketvlm.distill.checkpoint import load_checkpoint, save_checkpoint, write_text_atomically
 from pocketvlm.distill.encoders import StudentEncoder
@@ -27,7 +28,7 @@ from pocketvlm.distill.environment import describe_environment
 from pocketvlm.distill.evaluate import Evaluation, embed_questions, score
 from pocketvlm.distill.feed import Feed, Step, build_objectives
 from pocketvlm.distill.gather import gather_outputs
-from pocketvlm.distill.objectives import Objective
+from pocketvlm.distill.objectives import Objective, Outputs
 from pocketvlm.distill.prepare import Prepared, prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe
@@ -45,7 +46,7 @@ from pocketvlm.edge.errors import IntegrityError, PocketvlmError
 from pocketvlm.students import save_student
 from pocketvlm.teachers.device import describe_device, full_float32, pick_device
 
-CHECKPOINT_SCHEMA = 1
+CHECKPOINT_SCHEMA = 2
 
 
 class DivergedError(PocketvlmError, ArithmeticError):
@@ -174,7 +175,8 @@ class Trainer:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.dtype = optim.autocast_dtype(self.config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type) if self.dtype is torch.float16 else None
-        self.average = optim.Average(self.student, self.config.ema_decay) if self.config.ema_decay else None
+        self.balance = GradientBalance(len(self.objectives)) if self.config.balance else None
+        self._remember_start()
         self.step = 0
         self.total = self.config.text_pretrain_steps + self.config.steps
         self.last: dict[str, Any] = {}
@@ -186,8 +188,12 @@ class Trainer:
             self.feed.fit_text_projection(self.student)
         if section.fit_projection is not None:
             self.feed.fit_projection(self.student)
-        if self.average is not None:
-            self.average = optim.Average(self.student, self.config.ema_decay)
+        self._remember_start()
+
+    def _remember_start(self) -> None:
+        """The average begins here, and this is the start that the result may be interpolated with."""
+        self.average = optim.Average(self.student, self.config.ema_decay) if self.config.ema_decay else None
+        self.beginning = optim.snapshot(self.student) if self.config.interpolate < 1 else None
 
     def summary(self) -> str:
         """One line for people: what is trained, on what, for how long."""
@@ -232,8 +238,7 @@ class Trainer:
         lr = self._set_learning_rate()
         for objective in self.objectives:
             cast(Objective, objective).at(self.step, optim.progress(main, self.config.steps))
-        mixed = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
-        with mixed:
+        with self._precision():
             outputs = self.feed.forward(self.student, batch)
         loss, terms = self._loss(outputs, batch, main)
         if not math.isfinite(value := float(loss.detach())):
@@ -245,6 +250,9 @@ class Trainer:
         self.student.clamp_logit_scale_()
         if self.average is not None:
             self.average.update(self.student)
+            every = self.config.switch_every
+            if every and main >= 0 and (main + 1) % every == 0:
+                self.student.load_state_dict(self.average.module.state_dict())
         self.step += 1
         self.last = {
             "step": self.step,
@@ -254,11 +262,30 @@ class Trainer:
             "lr": lr,
             "grad_norm": norm,
             "logit_scale": float(self.student.logit_scale.detach()),
+            **self._factors(),
         }
         return self.last
 
+    def _precision(self) -> Any:
+        return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
+
+    def _momentum(self, batch: Step) -> Outputs | None:
+        """What the averaged student says to this batch's pictures and captions, of all ranks; None where none asks.
+
+        Another forward of both towers: without a gradient, and in evaluation mode, so that it draws no random number.
+        """
+        asked = any(cast(Objective, objective).needs.momentum for objective in self.objectives)
+        if not asked or batch.pixels is None:
+            return None
+        assert self.average is not None, "the recipe was checked to keep an average"
+        captioned = 0 if batch.with_text is None else len(batch.with_text)
+        only = replace(batch, ids=batch.ids[:captioned] if batch.ids is not None and captioned else None, texts=0)
+        with torch.no_grad(), self._precision():
+            student, _ = self.feed.forward(self.average.module, only)["pairs"]
+        return gather_outputs(student)
+
     def _loss(self, outputs: Any, batch: Step, main: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum over objectives of the sums of their terms, and each weighted term by name."""
+        """The sum over objectives of their (balanced) weight times their terms, and each weighted term by name."""
         total = torch.zeros((), device=self.device)
         terms: dict[str, Tensor] = {}
         # in float32 and over the whole global batch, whatever precision and ranks the towers ran on
@@ -266,16 +293,30 @@ class Trainer:
             side: (gather_outputs(student), None if teacher is None else gather_outputs(teacher))
             for side, (student, teacher) in outputs.items()
         }
+        momentum = self._momentum(batch)
         for place, (spec, objective) in enumerate(zip(self.recipe.objectives, self.objectives)):
             if spec.batch not in gathered:
                 continue
-            weight = optim.objective_weight(spec, max(main, 0), self.config.steps)
             student, teacher = gathered[spec.batch]
-            for name, term in objective(student=student, teacher=teacher).items():
+            if cast(Objective, objective).needs.momentum:
+                teacher = momentum
+            found = objective(student=student, teacher=teacher)
+            weight = optim.objective_weight(spec, max(main, 0), self.config.steps)
+            if self.balance is not None:
+                if main % self.config.balance_every == 0:
+                    self.balance.measure(place, sum(found.values(), torch.zeros_like(total)), student)
+                weight *= self.balance.factor(place)
+            for name, term in found.items():
                 total = total + weight * term
                 label = name if spec.batch == "pairs" else f"{name}@texts"
                 terms[label if label not in terms else f"{label}#{place}"] = weight * term.detach()
         return total, terms
+
+    def _factors(self) -> dict[str, float]:
+        if self.balance is None:
+            return {}
+        specs = enumerate(self.recipe.objectives)
+        return {f"balance/{place}.{spec.name}": self.balance.factor(place) for place, spec in specs}
 
     def _set_learning_rate(self) -> float:
         pretrain = self.config.text_pretrain_steps
@@ -328,8 +369,13 @@ class Trainer:
             save_checkpoint(out / CHECKPOINTS, self.step, self.state(), keep=self.recipe.checkpoint.keep)
 
     def averaged(self) -> Any:
-        """The student with its averaged weights inside the `with`; the trained ones where there is no average."""
-        return self.average.applied(self.student) if self.average is not None else nullcontext()
+        """The student as it is evaluated and saved inside the `with`: averaged, and interpolated with its start."""
+        if self.average is None and self.beginning is None:
+            return nullcontext()
+        state = (self.student if self.average is None else self.average.module).state_dict()
+        if self.beginning is not None:
+            state = optim.interpolated(self.beginning, state, self.config.interpolate)
+        return optim.replaced(self.student, state)
 
     def evaluate(self) -> Evaluation | None:
         """Score the student as it stands; None without evaluation data."""
@@ -354,6 +400,8 @@ class Trainer:
             "step": self.step,
             "student": self.student.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
+            "start": self.beginning,
+            "balance": self.balance.state_dict() if self.balance is not None else None,
             "objectives": self.objectives.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
@@ -379,6 +427,10 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.beginning is not None:
+            self.beginning = {name: value.to(self.device) for name, value in state["start"].items()}
+        if self.balance is not None:
+            self.balance.load_state_dict(state["balance"])
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
         optim.set_rng_state(state["rng"])

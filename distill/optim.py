@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,10 +22,10 @@ def parameter_groups(student: nn.Module, objectives: nn.Module, train: TrainSect
     frozen for good (`requires_grad_(False)`) and in no group. Projectors of objectives train at factor 1.
 
     Raises:
-        UnknownNameError: a prefix of `lr_scale` or `freeze` that fits no parameter.
+        UnknownNameError: a prefix of `lr_scale`, `freeze`, `freeze_after` or `hold_statistics` that fits no parameter.
     """
     names = [name for name, _ in student.named_parameters()]
-    for prefix in [*train.lr_scale, *train.freeze, *train.hold_statistics]:
+    for prefix in [*train.lr_scale, *train.freeze, *train.freeze_after, *train.hold_statistics]:
         if not any(_under(name, prefix) for name in names):
             parts = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2, 3)}
             raise unknown_name("parameter prefix", prefix, parts)
@@ -65,7 +66,8 @@ def _below_cut(name: str, train: TrainSection) -> bool:
 def is_frozen(name: str, train: TrainSection, step: int) -> bool:
     """Whether the parameter or module of this name stands still at a 0-based step of the main phase."""
     waiting = any(_under(name, prefix) and step < steps for prefix, steps in train.freeze.items())
-    return waiting or _scale(name, train) == 0 or _below_cut(name, train)
+    done = any(_under(name, prefix) and step >= steps for prefix, steps in train.freeze_after.items())
+    return waiting or done or _scale(name, train) == 0 or _below_cut(name, train)
 
 
 def apply_freezing(student: nn.Module, train: TrainSection, step: int) -> None:
@@ -112,43 +114,65 @@ class Average:
     """Exponential moving average of a module's whole state, buffers (batch-norm statistics) included.
 
     The decay starts low, min(decay, (1 + t) / (10 + t)), so that a short run is not dominated by its start.
+    module: a copy that holds the average, always in evaluation mode, without gradients; what it computes is what the
+    averaged student computes.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.state = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        self.module: Any = copy.deepcopy(module).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        # both list a shared tensor once, so it is averaged once
+        pairs = [*zip(self.module.parameters(), module.parameters()), *zip(self.module.buffers(), module.buffers())]
         own, new = [], []
-        for name, value in module.state_dict().items():
+        for average, value in pairs:
             if value.is_floating_point():
-                own.append(self.state[name])
+                own.append(average)
                 new.append(value.detach())
             else:
-                self.state[name].copy_(value)
+                average.copy_(value)
         # one call for all: on a GPU, hundreds of small ones would cost as much as the forward
         torch._foreach_lerp_(own, new, 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "state": self.state}
+        return {"updates": self.updates, "state": self.module.state_dict()}
 
     def load_state_dict(self, value: Mapping[str, Any]) -> None:
         self.updates = int(value["updates"])
-        for name, tensor in value["state"].items():
-            self.state[name].copy_(tensor)
+        self.module.load_state_dict(value["state"])
 
-    @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
-        """The averaged weights inside, the trained ones back afterwards."""
-        own = {name: value.detach().clone() for name, value in module.state_dict().items()}
-        module.load_state_dict(self.state)
-        try:
-            yield
-        finally:
-            module.load_state_dict(own)
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's state that later training does not change."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+@contextmanager
+def replaced(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """The module with the weights `state` inside, its own back afterwards."""
+    own = snapshot(module)
+    module.load_state_dict(state)
+    try:
+        yield
+    finally:
+        module.load_state_dict(own)
+
+
+def interpolated(start: Mapping[str, Tensor], trained: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """(1 - share) start + share trained of every floating-point entry; counters are the trained ones.
+
+    Everything that the student has takes part: both towers, batch-norm statistics, and the logarithm of the logit
+    scale, whose scale is therefore the weighted geometric mean. So share 1 is the trained student, and 0 the start.
+    Sources: WiSE-FT (Wortsman et al. 2021, 2109.01903), CLIPSelf (Wu et al. 2023, 2310.01403).
+    """
+    return {
+        name: torch.lerp(start[name], value, share) if value.is_floating_point() else value.clone()
+        for name, value in trained.items()
+    }
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pocketvlm.edge.errors import UsageError, unknown_name
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 
@@ -148,11 +148,21 @@ class TrainSection(_Section):
     they come). text_batch: words and captions drawn each step for `batch: texts` objectives and for the bank.
     bank: "student" makes the bank from the text-only batch through the student's text tower; a number uses
     that many fixed texts in the teacher's own embedding for both models (no cost, image tower only).
-    lr_scale: parameter-name prefix -> factor on `lr` (0 freezes). freeze: prefix -> steps to keep it frozen.
+    lr_scale: parameter-name prefix -> factor on `lr` (0 freezes). freeze: prefix -> steps of the main phase to keep it
+    frozen. freeze_after: prefix -> step of the main phase from which it stands still.
     hold_statistics: prefixes whose batch norms keep their running statistics while their weights are trained.
     cut_after_block: freeze the image trunk up to this block and compute what it gives once (EfficientNet and
     MobileNet families); a step then costs only what lies above.
-    precision: "auto" is bf16 or fp16 on CUDA and fp32 elsewhere. clip_norm 0: no clipping. ema_decay 0: off.
+    precision: "auto" is bf16 or fp16 on CUDA and fp32 elsewhere. clip_norm 0: no clipping.
+    ema_decay: of the moving average of all weights and batch-norm statistics, min(ema_decay, (1 + t) / (10 + t)) after
+    t steps, which is what is evaluated and saved, and the momentum model of `momentum`. 0: off.
+    switch_every: after every so many steps of the main phase the student's weights and statistics become the average's
+    and training goes on from there, optimizer and average untouched (SEMA, Li et al. 2024, 2402.09240, who switch after
+    each epoch); 0: never.
+    interpolate: what is evaluated and saved is (1 - interpolate) start + interpolate trained (`optim.interpolated`);
+    training itself goes on uninterpolated.
+    balance: "gradient-norm" scales the weights by `distill.balance.GradientBalance`, measured every `balance_every`
+    steps of the main phase; the first objective is the reference. null: weights as given.
     """
 
     steps: Count = 1000
@@ -165,6 +175,7 @@ class TrainSection(_Section):
     min_lr_ratio: Fraction = 0.01
     lr_scale: dict[str, NonNegative] = Field(default_factory=dict)
     freeze: dict[str, Count] = Field(default_factory=dict)
+    freeze_after: dict[str, Count] = Field(default_factory=dict)
     hold_statistics: tuple[str, ...] = ()
     cut_after_block: CountOrZero | None = None
     weight_decay: NonNegative = 0.05
@@ -172,6 +183,10 @@ class TrainSection(_Section):
     warmup_steps: CountOrZero = 50
     clip_norm: NonNegative = 1.0
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.995
+    switch_every: CountOrZero = 0
+    interpolate: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    balance: Literal["gradient-norm"] | None = None
+    balance_every: Count = 20
     seed: CountOrZero = 0
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -403,6 +418,7 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
     from pocketvlm.distill.board import check_metrics
     from pocketvlm.distill.objectives import Widths, build_objective, list_objectives, objective_needs
     from pocketvlm.distill.objectives.matryoshka import listed_dims
+    from pocketvlm.distill.train_checks import train_problems
     from pocketvlm.students.config import load_config
 
     train = recipe.train
@@ -445,6 +461,11 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
             yield f"{here} wants a masked view, which this loop does not provide; leave it out"
         if needs.teacher and recipe.teacher is None:
             yield f"{here} learns from a teacher and the recipe has none; add 'teacher', or leave the objective out"
+        if needs.momentum and not train.ema_decay:
+            yield (
+                f"{here} learns from the student's moving average and train.ema_decay is 0, so there is none; set it, "
+                "for instance to 0.995"
+            )
         if needs.bank and isinstance(train.bank, str) and train.text_batch < 1:
             yield (
                 f"{here} needs a bank of texts, and train.text_batch is 0; set train.text_batch, or train.bank "
@@ -461,25 +482,13 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
                 f"{here} contrasts each pair with the others of its batch, and train.batch_size is 1, so its "
                 "loss would be 0 for any student; use a batch of 2 or more"
             )
-    if train.text_pretrain_steps and all(spec.batch != "texts" for spec in recipe.objectives):
-        yield "train.text_pretrain_steps has no objective with batch: texts to train by; add one, or set it to 0"
-    if isinstance(train.bank, int) and recipe.teacher is None:
-        yield "train.bank asks for texts in the teacher's embedding and the recipe has no teacher; use 'student'"
-    if train.text_batch and recipe.data.words is None:
-        yield "train.text_batch draws from data.words, which is not given; add data.words (name, size)"
     if recipe.student.fit_text_projection is not None and recipe.teacher is None:
         yield "student.fit_text_projection regresses to a teacher's embeddings and the recipe has none; leave it out"
     if recipe.student.fit_text_projection is not None and recipe.data.words is None:
         yield "student.fit_text_projection regresses over generic texts; add data.words (name, size), or leave it out"
     if recipe.student.fit_views > recipe.views.count:
         yield f"student.fit_views is {recipe.student.fit_views} but views.count is {recipe.views.count}; lower it"
-    if train.warmup_steps > train.steps:
-        yield (
-            f"train.warmup_steps {train.warmup_steps} is more than train.steps {train.steps}, so the learning rate "
-            "would never be reached; lower it"
-        )
-    if not any(spec.weight > 0 or spec.schedule != "constant" for spec in recipe.objectives):
-        yield "every objective has weight 0, so nothing would be learned; give one a weight"
+    yield from train_problems(recipe)
 
 
 def _policy_problems(policy: Mapping[str, Any]) -> Iterator[str]:

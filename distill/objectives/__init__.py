@@ -25,6 +25,7 @@ from pocketvlm.distill.objectives.gram import Gram
 from pocketvlm.distill.objectives.hycd import HybridContrastive
 from pocketvlm.distill.objectives.icl import Interactive
 from pocketvlm.distill.objectives.matryoshka import Matryoshka
+from pocketvlm.distill.objectives.momentum import MomentumDistillation
 from pocketvlm.distill.objectives.multi_positive import DistributionMatching
 from pocketvlm.distill.objectives.multi_teacher import MultiTeacher
 from pocketvlm.distill.objectives.order import NeighbourOrder
@@ -68,6 +69,7 @@ _CLASSES: dict[str, type[BatchObjective]] = {
         HybridContrastive,
         Interactive,
         Matryoshka,
+        MomentumDistillation,
         MultiTeacher,
         NeighbourOrder,
         PairwiseSigmoid,

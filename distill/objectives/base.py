@@ -46,8 +46,10 @@ class Needs:
     """What an objective must be given; the loop refuses a recipe whose parts cannot provide it.
 
     captions: rows without a caption are masked out of this objective (it never invents a target).
-    teacher: reads teacher outputs. features: reads `image_features` of both models.
-    bank: reads embeddings of a fixed text list. taps: names of the options that name inner activations.
+    teacher: reads teacher outputs. momentum: its `teacher` is the moving average of the student itself, which the loop
+    runs without a gradient over the same batch (needs no external teacher).
+    features: reads `image_features` of both models. bank: reads embeddings of a fixed text list.
+    taps: names of the options that name inner activations.
     masked_view: wants an extra student forward of a masked image.
     """
 
@@ -57,6 +59,12 @@ class Needs:
     bank: bool = False
     taps: tuple[str, ...] = ()
     masked_view: bool = False
+    momentum: bool = False
+
+    @property
+    def targets(self) -> bool:
+        """Whether `forward` must be given a `teacher`: an external one, or the student's moving average."""
+        return self.teacher or self.momentum
 
 
 class Objective(nn.Module):

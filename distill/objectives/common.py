@@ -78,6 +78,11 @@ class BatchObjective(Objective):
             UsageError: no teacher where one is needed, or fewer rows than `minimum_rows`.
         """
         rows = student.image.shape[0]
+        if self.needs.momentum and teacher is None:
+            raise UsageError(
+                f"objective {self.name!r} was given no outputs of the momentum model, so its targets would be the "
+                "student's own; give the moving average's outputs for the same batch as `teacher`"
+            )
         if self.needs.teacher and teacher is None:
             raise UsageError(
                 f"objective {self.name!r} was given no teacher outputs but learns from them; name a teacher in the "
@@ -230,9 +235,10 @@ def positive(option: str, value: float | None) -> float | None:
     """Check a number that must be above zero (None stays None).
 
     Raises:
-        UsageError: zero, negative, or not a number.
+        UsageError: zero, negative, infinite, or not a number.
     """
-    if value is not None and not (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value < math.inf):
         raise UsageError(
             f"objective option {option!r} is {value!r} but must be a number above 0; the loss would not be defined, so "
             "give a positive one"

@@ -41,10 +41,10 @@ class Matryoshka(BatchObjective):
     list the full width too. `student.overrides.dims` promises the same widths to those who use the student.
     The teacher: keeps its full width, since inner losses of similarities or distributions compare no coordinates; what
     has a projector (`icl`, `cross-kd`, `gradient`, `afd`, `bank` with anchors "teacher", `feature` and `vl2v` between
-    unequal widths) gets one of its own for each m, from m to the teacher's width. Only `feature` and `vl2v` between
-    equal widths compare coordinates: there the teacher is cut to m too. A teacher that is no Matryoshka model itself
-    has no reason to keep much in its first numbers, so prefer a loss of similarities. A student's `bank` that the loop
-    took from the teacher is cut like the student's. What depends on the step is told it (`at`).
+    unequal widths) gets one of its own for each m, from m to the teacher's width. Only `momentum`, and `feature` and
+    `vl2v` between equal widths, compare coordinates: there the teacher is cut to m too. A teacher that is no Matryoshka
+    model itself has no reason to keep much in its first numbers, so prefer a loss of similarities. A student's `bank`
+    that the loop took from the teacher is cut like the student's. What depends on the step is told it (`at`).
     Inputs: as the inner objective's; image, text and bank are cut, logit scale shared by all prefixes.
     Output: {"<inner term>_<m>"}, times c_m. Reduction, temperature, KL direction, rows: the inner objective's.
     With dims = [full width] and weight 1 it *is* the inner objective, projectors included.
@@ -79,7 +79,9 @@ class Matryoshka(BatchObjective):
                 f"objective 'matryoshka' was given {len(self.weights)} weights for {len(self.dims)} dims; it is "
                 "unclear which width counts how much, so give one weight for each width or none"
             )
-        self.cuts_teacher = objective_class(name).coordinates and teacher is not None and teacher.embedding == full
+        cls = objective_class(name)
+        as_wide = cls.needs.momentum or (teacher is not None and teacher.embedding == full)
+        self.cuts_teacher = cls.coordinates and as_wide
         self.inners = nn.ModuleList()
         for m in self.dims:
             theirs = dataclasses.replace(teacher, embedding=m) if self.cuts_teacher and teacher is not None else teacher
@@ -102,7 +104,7 @@ class Matryoshka(BatchObjective):
     def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         found = {}
         for m, weight, inner in zip(self.dims, self.weights, self.inners):
-            theirs = (prefix(teacher, m) if self.cuts_teacher else teacher) if self.needs.teacher else None
+            theirs = (prefix(teacher, m) if self.cuts_teacher else teacher) if self.needs.targets else None
             for key, value in inner(student=prefix(student, m), teacher=theirs).items():
                 found[f"{key}_{m}"] = weight * value
         return found

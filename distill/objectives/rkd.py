@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pocketvlm.distill.objectives.common import Widths, unit
 from pocketvlm.distill.objectives.within import WithinModality
@@ -18,19 +20,84 @@ def scaled_distances(z: Tensor) -> Tensor:
 
     cdist without the matrix-product shortcut: that one cancels in float32 exactly where rows are alike.
     """
-    distances = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
-    mean = distances.sum() / (len(z) * (len(z) - 1))
+    return _scaled(torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist"))
+
+
+def _scaled(distances: Tensor) -> Tensor:
+    mean = distances.sum() / (len(distances) * (len(distances) - 1))
     return distances / mean.clamp(min=1e-12)
 
 
-def angles(z: Tensor) -> Tensor:
-    """cosine of the angle at i between j and k, [N, N, N]; 0 where i coincides with j or k."""
-    difference = z[None, :, :] - z[:, None, :]
-    square = difference.square().sum(dim=-1, keepdim=True)
-    apart = square > 1e-20
-    # the inner where keeps the square root's gradient finite for coinciding rows
-    direction = torch.where(apart, difference / torch.where(apart, square, 1.0).sqrt(), 0.0)
-    return direction @ direction.transpose(1, 2)
+def geometry(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(centred rows [N, D], their products [N, N], squared distances [N, N], 0 for equal rows), no gradient.
+
+    In float64, where the products lose nothing that float32 rows hold; where two rows are nearly equal even that is too
+    coarse, and their squared distance is taken from the difference. (Apple's GPUs have no float64 and use float32.)
+    """
+    z = z.detach().to(torch.float32 if z.device.type == "mps" else torch.float64)
+    z = z - z.mean(dim=0)
+    products = z @ z.T
+    lengths = products.diagonal()
+    squares = lengths[:, None] + lengths[None, :] - 2 * products
+    i, j = (squares <= 1e-6 * squares.max()).nonzero(as_tuple=True)
+    squares[i, j] = (z[i] - z[j]).square().sum(dim=-1)
+    return z, products, squares
+
+
+class AngleLoss(torch.autograd.Function):
+    """Mean over all N^3 triplets of Huber_1(psi^S - psi^T), see `RelationalKD`; student, teacher: [N, D_S], [N, D_T].
+
+    One vertex at a time, value and gradient together, so that nothing larger than [N, N] is ever held: with
+    A_jk = (z_j - z_i).(z_k - z_i) = G_jk - G_ij - G_ik + G_ii and r_j = 1/|z_j - z_i|, psi_ijk = A_jk r_j r_k.
+    No second derivative.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        n = len(student)
+        (z, products, squares), (_, their_products, their_squares) = geometry(student), geometry(teacher)
+        inverse, their_inverse = _inverse_root(squares), _inverse_root(their_squares)
+        scales, psi, difference = (torch.empty_like(products) for _ in range(3))
+        total = products.new_zeros(())
+        to_products, to_squares = torch.zeros_like(products), torch.zeros_like(products)
+        for i in range(n):
+            _cosines_at(i, their_products, their_inverse, scales, difference)
+            _cosines_at(i, products, inverse, scales, psi)
+            torch.sub(psi, difference, out=difference)
+            slope = difference.clamp(-1.0, 1.0)
+            # Huber_1(x) = h (x - h/2) with h its slope
+            total += torch.linalg.vecdot(slope, difference.sub_(slope, alpha=0.5)).sum()
+            r = inverse[i]
+            to_squares[i] = -torch.linalg.vecdot(psi, slope) * r.square()
+            to_products.addcmul_(slope, scales)
+            rows = r * (slope @ r)
+            to_products[i] -= 2 * rows
+            to_products[i, i] += rows.sum()
+        pulls = to_squares + to_squares.T
+        gradient = (to_products + to_products.T) @ z + 2 * (pulls.sum(dim=1, keepdim=True) * z - pulls @ z)
+        ctx.save_for_backward((gradient / n**3).to(student.dtype))
+        return (total / n**3).to(student.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return outer * gradient, None
+
+
+def _inverse_root(squares: Tensor) -> Tensor:
+    """1 / distance; 0 for rows that coincide, whose angles then are 0."""
+    apart = squares > 1e-20
+    return torch.where(apart, torch.where(apart, squares, 1.0).rsqrt(), 0.0)
+
+
+def _cosines_at(i: int, products: Tensor, inverse: Tensor, scales: Tensor, out: Tensor) -> None:
+    """psi_i [N, N] into `out`, and r_j r_k into `scales`."""
+    r = inverse[i]
+    shift = (products[i] - products[i, i] / 2) * r
+    torch.outer(r, r, out=scales)
+    torch.mul(products, scales, out=out)
+    out.addmm_(torch.stack([shift, r], dim=1), torch.stack([r, shift]), alpha=-1.0)
 
 
 class RelationalKD(WithinModality):
@@ -48,7 +115,8 @@ class RelationalKD(WithinModality):
     not. normalize=False is the authors' example. At least 3 rows: with 2, both terms are identically zero.
     Paper: Park et al. 2019 (RKD, 1904.05068), equations 4 to 9; code lenscloth/RKD.
     Ours: normalisation by default; `angle_rows` (default 256): of a larger batch only the first so many rows enter the
-    angle term, whose memory grows with N^3; coinciding rows have distance 0 (the code clamps squares at 1e-12).
+    angle term; coinciding rows have distance 0 (the code clamps squares at 1e-12).
+    Cost: the angle term's time grows with N^3, its memory with N^2 (one vertex at a time); no second derivative.
     """
 
     name = "rkd"
@@ -82,9 +150,9 @@ class RelationalKD(WithinModality):
             student, teacher = unit(student), unit(teacher)
         found = {}
         if self.distance:
-            value = F.smooth_l1_loss(scaled_distances(student), scaled_distances(teacher))
-            found["_distance"] = self.distance * value
+            theirs = _scaled(geometry(teacher)[2].sqrt()).to(student.dtype)
+            found["_distance"] = self.distance * F.smooth_l1_loss(scaled_distances(student), theirs)
         if self.angle:
             n = self.angle_rows
-            found["_angle"] = self.angle * F.smooth_l1_loss(angles(student[:n]), angles(teacher[:n]))
+            found["_angle"] = self.angle * AngleLoss.apply(student[:n], teacher[:n])
         return found

@@ -217,6 +217,23 @@ def multi_teacher_oracle(o, s, t):
     return value
 
 
+def momentum_oracle(o, s, t):
+    a = o.alpha * (min(1.0, o.progress / o.ramp) if o.ramp else 1.0)
+    scale = float(s.logit_scale)
+    image, text, groups = captioned(s)
+    their_image, their_text, _ = captioned(t)
+    value = 0.0
+    for queries, their_queries, keys in ((image, their_image, their_text), (text, their_text, their_image)):
+        for i, query in enumerate(queries):
+            allowed, right = columns(i, groups, o.duplicates)
+            p = chances({j: scale * cosine(query, keys[j]) for j in allowed}, len(keys))
+            believed = chances({j: scale * cosine(their_queries[i], keys[j]) for j in allowed}, len(keys))
+            for j in allowed:
+                label = (1 - a) * (1 / len(right) if j in right else 0.0) + a * believed[j]
+                value -= label * math.log(p[j]) / len(queries) / 2
+    return value
+
+
 CONTRASTIVE_CASES = [
     ("siglip", siglip_oracle, {}),
     ("siglip", siglip_oracle, {"duplicates": "positives", "bias": -1.0}),
@@ -228,6 +245,9 @@ CONTRASTIVE_CASES = [
     ("soft-negatives", soft_negatives_oracle, {}),
     ("soft-negatives", soft_negatives_oracle, {"softness": 0.9, "duplicates": "positives"}),
     ("soft-negatives", soft_negatives_oracle, {"duplicates": "negatives"}),
+    ("momentum", momentum_oracle, {}),
+    ("momentum", momentum_oracle, {"alpha": 0.9, "ramp": 0.8, "duplicates": "positives"}),
+    ("momentum", momentum_oracle, {"ramp": 0.0, "duplicates": "negatives"}),
     ("hycd", hycd_oracle, {}),
     ("hycd", hycd_oracle, {"blend": 0.0, "duplicates": "negatives", "temperature": 2.0}),
     ("hycd", hycd_oracle, {"normalize": False, "temperature": 3.0, "duplicates": "positives", "blend": 0.3}),

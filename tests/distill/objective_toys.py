@@ -52,7 +52,7 @@ def build(name: str, teacher: Widths = WIDTHS, **options) -> Objective:
 
 
 def total(objective, student: Outputs, teacher: Outputs) -> torch.Tensor:
-    given = teacher if objective.needs.teacher else None
+    given = teacher if objective.needs.targets else None
     return sum(objective(student=student, teacher=given).values())  # type: ignore[return-value]
 
 

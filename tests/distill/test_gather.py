@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pocketvlm.distill.balance import GradientBalance
 from pocketvlm.distill.gather import gather_outputs
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective, list_objectives
 from pocketvlm.edge.errors import UsageError
@@ -27,9 +28,9 @@ STUDENT, TEACHER = Widths(4, 7, 7), Widths(5, 6, 6)
 class Towers(nn.Module):
     """A student small enough to compare every gradient."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        g = torch.Generator().manual_seed(0)
+        g = torch.Generator().manual_seed(seed)
         for name, shape in (("image", (4, 7)), ("text", (4, 7)), ("body", (7, 3))):
             setattr(self, name, nn.Parameter(torch.randn(*shape, generator=g, dtype=torch.float64)))
         self.log_scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
@@ -75,7 +76,11 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
 def objectives() -> list[tuple[str, dict[str, object]]]:
     extra = [("bank", {"anchors": "teacher"}), ("gram", {"variant": "spkd", "of": ("image", "text")})]
     extra += [("order", {"of": ("image", "text", "image-to-text", "text-to-image"), "neighbours": 2})]
-    extra += [("matryoshka", {"inner": {"name": "icl"}, "dims": (2, 4)}), ("token-gram", {"variant": "scd"})]
+    extra += [
+        ("matryoshka", {"inner": {"name": "icl"}, "dims": (2, 4)}),
+        ("matryoshka", {"inner": {"name": "momentum"}}),
+        ("token-gram", {"variant": "scd"}),
+    ]
     extra += [("siglip", {"bias": None}), ("multi-teacher", {"widths": [2, 3], "logit_scales": [5.0, 9.0]})]
     return [*((name, {}) for name in list_objectives()), *extra]
 
@@ -88,7 +93,10 @@ def run_all(start: int, stop: int, ranks: int) -> list[dict[str, torch.Tensor]]:
         objective = build_objective(name, student=STUDENT, teacher=TEACHER, seed=3, **options).double()
         objective.at(4, 0.5)
         inputs, teacher = batch(start, stop)
-        given = {"teacher": gather_outputs(teacher)} if objective.needs.teacher else {}
+        if objective.needs.momentum:  # an average of the student is as wide as the student
+            with torch.no_grad():
+                teacher = Towers(seed=9)(**inputs)
+        given = {"teacher": gather_outputs(teacher)} if objective.needs.targets else {}
         terms = objective(student=gather_outputs(student(**inputs)), **given)
         sum(terms.values()).backward()
         found = {f"value {key}": value.detach() for key, value in terms.items()}
@@ -99,6 +107,19 @@ def run_all(start: int, stop: int, ranks: int) -> list[dict[str, torch.Tensor]]:
             found[f"gradient {key}"] = gradient / ranks
         results.append(found)
     return results
+
+
+def balanced(start: int, stop: int) -> list[float]:
+    """Norms that `train.balance` would measure: of objectives over pairs, a bank, and a term that is exactly 0."""
+    names = ("clip", "crd", "bank", "hint")
+    balance = GradientBalance(len(names))
+    inputs, teacher = batch(start, stop)
+    student = gather_outputs(Towers()(**inputs))
+    theirs = gather_outputs(teacher)
+    for place, name in enumerate(names):
+        objective = build_objective(name, student=STUDENT, teacher=TEACHER, seed=3).double()
+        balance.measure(place, sum(objective(student=student, teacher=theirs).values()), student)
+    return balance.norms
 
 
 def plain(outputs: Outputs) -> dict[str, object]:
@@ -121,7 +142,10 @@ def main(rank: int, folder: Path) -> None:
         message = ""
     except UsageError as error:
         message = str(error)
-    torch.save({"results": found, "outputs": plain(gathered), "message": message}, folder / f"{rank}.pt")
+    norms = balanced(*bounds)
+    torch.save(
+        {"norms": norms, "results": found, "outputs": plain(gathered), "message": message}, folder / f"{rank}.pt"
+    )
     dist.destroy_process_group()
 
 
@@ -155,6 +179,14 @@ def test_two_ranks_equal_one(two_ranks):
                 # float64, other summation order: 1e-12 is a thousand roundings
                 torch.testing.assert_close(part[key], wanted, rtol=1e-11, atol=1e-12, msg=f"{name}: {key}")
         assert any(value.abs().sum() > 0 for key, value in whole[index].items() if key.startswith("gradient"))
+
+
+def test_two_ranks_balance_alike_and_like_one(two_ranks):
+    wanted = balanced(0, ROWS)
+    assert all(norm > 0 for norm in wanted[:3])
+    assert wanted[3] == 0.0
+    for part in two_ranks:
+        assert part["norms"] == pytest.approx(wanted, rel=1e-12)
 
 
 def test_every_field_is_gathered_in_rank_order(two_ranks):

@@ -38,6 +38,7 @@ from pocketvlm.distill.objectives import (
     objective_needs,
     objective_options,
 )
+from pocketvlm.distill.objectives.rkd import AngleLoss
 from pocketvlm.edge.errors import UnknownNameError, UsageError
 
 
@@ -229,7 +230,7 @@ def test_value_equals_the_loop_oracle(name, oracle, options):
 @every_case
 def test_value_with_another_teacher_width(name, oracle, options):
     """Projectors (or their absence, where only similarities are compared) make unequal widths work."""
-    if "widths" not in options:
+    if "widths" not in options and not objective_needs(name).momentum:
         objective = build(name, OTHER, **options)
         student, teacher = outputs(1), outputs(2, dim=OTHER.embedding, features=OTHER.image_features)
         wanted = oracle(objective, student, teacher)
@@ -264,6 +265,7 @@ def test_teacher_and_student_are_not_interchangeable(name, oracle, options):
 def test_perfect_student_is_a_minimum(name, oracle, options):
     """A student equal to its teacher has zero gradient wherever the objective is a divergence or a distance."""
     truth_or_own_constant = ("clip", "icl", "hint", "siglip", "multi-positive", "cwcl", "soft-negatives", "rafa", "afd")
+    truth_or_own_constant += ("momentum",)
     mixed = (
         name in ("hycd", "vl2v", "multi-teacher")
         and options.get("blend") != 0.0
@@ -301,7 +303,7 @@ def test_gradients_are_right_and_reach_only_the_student(name, oracle, options):
         )
         return total(objective, given, teacher)
 
-    if name != "soft-negatives":  # whose target follows the student without a gradient: tested on its own
+    if name not in ("soft-negatives", "momentum"):  # whose targets follow the student without a gradient: tested apart
         assert torch.autograd.gradcheck(value, tuple(leaves), eps=1e-6, atol=1e-6, fast_mode=True)
     value(*leaves).backward()
     for part in (teacher.image, teacher.text, teacher.image_features, teacher.bank, teacher.logit_scale):
@@ -312,7 +314,7 @@ def test_gradients_are_right_and_reach_only_the_student(name, oracle, options):
 
 @every_case
 def test_trained_parts_are_the_ones_that_the_formula_names(name, oracle, options):
-    widths = WIDTHS if "widths" in options else OTHER
+    widths = WIDTHS if "widths" in options or objective_needs(name).momentum else OTHER
     objective, student = build(name, widths, **options), outputs(1, grad=True)
     teacher = outputs(2, dim=widths.embedding, features=widths.image_features)
     total(objective, student, teacher).backward()
@@ -369,7 +371,7 @@ def test_batch_without_captions_is_zero_with_a_graph(name, oracle, options, how)
         student = dataclasses.replace(student, text=None, has_text=None)
     else:
         student.has_text = torch.tensor([how == "one"] + [False] * (B - 1))
-    terms = objective(student=student, teacher=teacher if objective.needs.teacher else None)
+    terms = objective(student=student, teacher=teacher if objective.needs.targets else None)
     assert all(math.isfinite(float(value)) for value in terms.values())
     sum(terms.values()).backward()
     only_pairs = objective.needs.captions and name != "vl2v"
@@ -430,6 +432,31 @@ def test_coinciding_rows_do_not_explode_rkd():
     total(build("rkd", of=("image", "text")), student, outputs(2)).backward()
     assert torch.isfinite(student.image.grad).all()
     assert torch.isfinite(student.text.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_angles_of_close_rows_are_those_of_their_differences(dtype):
+    """Value and gradient against all differences at once, where products cancel: clusters 1e-4 wide, and equal rows."""
+
+    def psi(z: torch.Tensor) -> torch.Tensor:
+        difference = z[None] - z[:, None]
+        length = difference.square().sum(-1, keepdim=True)
+        direction = torch.where(length > 0, difference / torch.where(length > 0, length, 1.0).sqrt(), 0.0)
+        return direction @ direction.transpose(1, 2)
+
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 6, generator=g).repeat_interleave(3, dim=0)
+    rows += 1e-4 * torch.randn(12, 6, generator=g)
+    rows[5] = rows[4]
+    student, teacher = rows.to(dtype).requires_grad_(), torch.randn(12, 8, generator=g).to(dtype)
+    value = AngleLoss.apply(student, teacher)
+    value.backward()
+    wide = student.detach().double().requires_grad_()
+    wanted = torch.nn.functional.smooth_l1_loss(psi(wide), psi(teacher.double()))
+    wanted.backward()
+    # a cosine is off by 1e-16 / (1e-4)^2, a gradient by 1e4 times as much; float32 differences would be off by 1e-3
+    assert float(value.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
+    torch.testing.assert_close(student.grad.double(), wide.grad, rtol=0, atol=1e-5 * float(wide.grad.abs().max()))
 
 
 def test_affinity_and_crd_have_one_gradient():
@@ -538,6 +565,8 @@ def test_docstrings_state_formula_reduction_and_source():
         (lambda: build("crdd"), UnknownNameError, "crd"),
         (lambda: build("crd", temprature=0.1), UnknownNameError, "temperature"),
         (lambda: build("crd", temperature=0.0), UsageError, "above 0"),
+        (lambda: build("crd", temperature=math.inf), UsageError, "above 0"),
+        (lambda: build("crd", temperature=math.nan), UsageError, "above 0"),
         (lambda: build("feature", distance="cosin"), UnknownNameError, "cosine"),
         (lambda: build("gram", of=("images",)), UnknownNameError, "image"),
         (lambda: build("gram", of=()), UsageError, "empty"),
@@ -545,6 +574,13 @@ def test_docstrings_state_formula_reduction_and_source():
         (lambda: build_objective("crd", student=WIDTHS), UsageError, "learns from a teacher"),
         (lambda: build_objective("hint", student=WIDTHS, teacher=Widths(embedding=3)), UsageError, "image features"),
         (lambda: build("crd")(student=outputs(1)), UsageError, "no teacher outputs"),
+        (lambda: build("momentum")(student=outputs(1)), UsageError, "no outputs of the momentum model"),
+        (
+            lambda: build("momentum")(student=outputs(1), teacher=outputs(2, dim=OTHER.embedding)),
+            UsageError,
+            "7-wide outputs for a student of width 5",
+        ),
+        (lambda: build("momentum", alpha=1.5), UsageError, "'alpha' is 1.5"),
         (
             lambda: build("crd")(student=outputs(1), teacher=dataclasses.replace(outputs(2), text=None)),
             UsageError,

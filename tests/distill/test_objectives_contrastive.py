@@ -140,6 +140,57 @@ def test_soft_negatives_of_one_group_alone_have_no_negatives(duplicates):
     assert torch.isfinite(student.image.grad).all()
 
 
+# ------------------------------------------------------------------------------------------------ momentum
+
+
+def test_momentum_ramps_its_soft_part_and_then_keeps_it():
+    student, average = outputs(1), outputs(2)
+    objective = build("momentum", alpha=0.6, ramp=0.2)
+
+    def at(progress: float) -> float:
+        objective.at(0, progress)
+        return float(total(objective, student, average))
+
+    hard = float(total(build("momentum", alpha=0.0), student, average))
+    soft = float(total(build("momentum", alpha=1.0, ramp=0.0), student, average))
+    assert at(0.0) == pytest.approx(hard, rel=1e-12)
+    assert at(0.1) == pytest.approx(0.7 * hard + 0.3 * soft, rel=1e-12)
+    assert at(0.2) == at(0.9) == pytest.approx(0.4 * hard + 0.6 * soft, rel=1e-12)
+    assert hard != pytest.approx(soft, rel=1e-2)
+
+
+def test_momentum_targets_and_keys_are_constants():
+    """d/dc of a cross-entropy with a fixed target, by hand; and every embedding that moves is a query."""
+    student, average = outputs(1, grad=True), outputs(2, grad=True)
+    objective = build("momentum", alpha=0.5, ramp=0.0, duplicates="negatives")
+    total(objective, student, average).backward()
+    assert all(part.grad is None for part in (average.image, average.text, average.logit_scale))
+    expected = 0.0
+    v, s, theirs_v, theirs_s = (
+        F.normalize(part.detach()[KEEP], dim=-1) for part in (student.image, student.text, average.image, average.text)
+    )
+    scale = student.logit_scale.detach()
+    for queries, their_queries, keys in ((v, theirs_v, theirs_s), (s, theirs_s, theirs_v)):
+        cosines = queries @ keys.T
+        target = 0.5 * torch.eye(len(v)) + 0.5 * (scale * their_queries @ keys.T).softmax(dim=-1)
+        chance = (scale * cosines).softmax(dim=-1)
+        expected += float(((chance - target) * cosines).sum(dim=-1).mean()) / 2
+    assert float(student.logit_scale.grad) == pytest.approx(expected, rel=1e-10)
+    pictures = student.image.grad
+    again = outputs(1, grad=True)
+    with torch.no_grad():
+        again.text.mul_(-1.0)  # the student's captions are no keys, so its pictures do not feel them
+    total(objective, again, average).backward()
+    torch.testing.assert_close(again.image.grad, pictures)
+
+
+def test_a_student_that_is_its_average_has_soft_targets_without_gradient_on_itself():
+    """alpha 1 and equal models: the target is the student's own softmax, a minimum."""
+    student = outputs(2, grad=True)
+    total(build("momentum", alpha=1.0, ramp=0.0), student, outputs(2)).backward()
+    assert max(float(part.grad.abs().max()) for part in (student.image, student.text, student.logit_scale)) < 1e-9
+
+
 # ------------------------------------------------------------------------------------------------ hycd, cross-kd
 
 

@@ -281,7 +281,7 @@ def test_batch_without_captions_is_zero_with_a_graph(name, oracle, options, how)
         student = dataclasses.replace(student, text=None, has_text=None)
     else:
         student.has_text = torch.tensor([how == "one"] + [False] * (B - 1))
-    terms = objective(student=student, teacher=teacher if objective.needs.teacher else None)
+    terms = objective(student=student, teacher=teacher if objective.needs.targets else None)
     assert all(math.isfinite(float(value)) for value in terms.values())
     sum(terms.values()).backward()
     images_too = options.get("inner", {}).get("name") == "vl2v"  # whose picture term needs no caption
@@ -325,7 +325,8 @@ def test_order_of_the_rows_changes_nothing(name, options):
     """A batch is a set. Duplicate captions (rows 0 and 3) tie in every order."""
     if name == "rafa" or "angle_rows" in options:
         return  # by definition: a random point belongs to a place in the batch; only the first rows have angles
-    widths = WIDTHS if "widths" in options else OTHER  # `widths` must add up to the teacher's
+    # `widths` must add up to the teacher's, and an average is as wide as its student
+    widths = WIDTHS if "widths" in options or objective_needs(name, options).momentum else OTHER
     objective = build(name, widths, **options)
     student, teacher = outputs(1), outputs(2, dim=widths.embedding, features=widths.image_features)
     wanted = float(total(objective, student, teacher))
@@ -547,13 +548,14 @@ INNERS = sorted(
 def test_full_width_is_the_inner_objective(inner, widths):
     """Of everything registered that reads embeddings, projectors included; and every prefix can be trained."""
     student = outputs(1)
+    widths = WIDTHS if objective_needs(inner).momentum else widths  # an average is as wide as its student
     teacher = outputs(2, dim=widths.embedding, features=widths.image_features)
     whole, wrapped = build(inner, widths), build("matryoshka", widths, inner={"name": inner}, dims=[D])
     assert wrapped.needs == whole.needs == objective_needs("matryoshka", {"inner": {"name": inner}})
     assert wrapped.minimum_rows == whole.minimum_rows
     for key, value in whole.state_dict().items():
         assert torch.equal(wrapped.state_dict()[f"inners.0.{key}"], value)
-    given = teacher if whole.needs.teacher else None
+    given = teacher if whole.needs.targets else None
     found, wanted = wrapped(student=student, teacher=given), whole(student=student, teacher=given)
     assert {key.removesuffix(f"_{D}"): float(value) for key, value in found.items()} == {
         key: float(value) for key, value in wanted.items()
@@ -592,7 +594,7 @@ def test_teacher_is_cut_only_where_coordinates_are_compared():
 
 def test_matryoshka_without_a_teacher_needs_none():
     objective = build_objective("matryoshka", student=Widths(8), inner={"name": "clip"}, dims=(4, 8))
-    assert not objective.needs.teacher
+    assert not objective.needs.targets
     with pytest.raises(UsageError, match="learns from a teacher"):
         build_objective("matryoshka", student=Widths(8), dims=(4, 8))
 

@@ -1,0 +1,295 @@
+"""What an objective, and a shipped recipe, adds to a training step: B = 256, teacher outputs from the cache.
+
+    python benchmarks/step_cost.py
+
+The step that all is compared with: forward of both towers of `mnv4-050` at 128 px over 256 pictures and 256 captions of
+12 pieces, `clip`, backward, gradient clipping, AdamW, the moving average; it is timed as a whole. The towers cost the
+same under every objective, so an objective is timed without them: forward, backward down to embeddings and features,
+and the update of its own parameters, `clip + objective` and `clip` in turn; the difference of the medians over the step
+is its share. What a definition asks of the towers besides (the momentum model's forward; a recipe's text-only batch, as
+many texts as it has) is timed on its own and stated apart. The shares of a cheap and of the dearest objective are
+checked by whole steps with and without it, in turn.
+
+Inputs are random numbers of the built-in teacher's widths: time does not depend on what is learned. Reading 256 pairs
+of teacher outputs from a cache on disk happens in the background while a step runs; its time is stated and not added.
+One thread and its CPU time, so that what else runs on the machine counts little; wall time is given beside it. The
+result, benchmarks/results/step_cost.json, holds the machine and its load; docs/objectives.md has the table. About three
+minutes on one core.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks.results_folder import machine, write
+from torch import Tensor, nn
+
+from pocketvlm.data.wordlist import word_list
+from pocketvlm.distill.objectives import Outputs, Widths, build_objective, list_objectives
+from pocketvlm.distill.optim import Average
+from pocketvlm.distill.recipe import Recipe, list_recipes, load_recipe
+from pocketvlm.edge.errors import UsageError
+from pocketvlm.students import build_student, train_tokenizer
+from pocketvlm.teachers.precomputed import import_embeddings
+
+BATCH, DIM, FEATURES, TOKENS, PIECES, SIZE = 256, 384, 768, 16, 12, 128
+WIDTHS = Widths(DIM, FEATURES, FEATURES)
+STUDENT, ROUNDS, STEPS = "mnv4-050", 9, 5
+FLOORS = {"objective": 0.05, "recipe": 0.15}
+
+
+def in_turn(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    """Median CPU and wall seconds of each job; every round runs all of them once, after one unmeasured round."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
+    for round_ in range(rounds + 1):
+        for name, job in jobs.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            job()
+            if round_:
+                taken[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+    return {
+        name: {"cpu_s": statistics.median(c for c, _ in found), "wall_s": statistics.median(w for _, w in found)}
+        for name, found in taken.items()
+    }
+
+
+def outputs(seed: int, *, grad: bool, rows: int = BATCH, bank: int = BATCH) -> Outputs:
+    """Random outputs of one model, every row captioned and no caption twice."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).requires_grad_(grad)
+
+    return Outputs(
+        image=draw(rows, DIM),
+        text=draw(rows, DIM),
+        has_text=torch.ones(rows, dtype=torch.bool),
+        logit_scale=torch.tensor(30.0, requires_grad=grad),
+        image_features=draw(rows, FEATURES),
+        text_features=draw(rows, FEATURES),
+        bank=draw(bank, DIM),
+        group=torch.arange(rows),
+        taps={"tokens": draw(rows, TOKENS, FEATURES)},
+    )
+
+
+class Heads:
+    """Objectives over given outputs: forward, backward down to the outputs, update of their own parameters."""
+
+    def __init__(self, parts: Sequence[tuple[nn.Module, float, Outputs, Outputs]]) -> None:
+        self.parts = parts
+        own = [p for objective, *_ in parts for p in objective.parameters()]
+        self.update = torch.optim.AdamW(own) if own else None
+
+    def loss(self) -> Tensor:
+        total = torch.zeros(())
+        for objective, weight, student, teacher in self.parts:
+            given = teacher if objective.needs.targets else None  # type: ignore[union-attr]
+            total = total + weight * sum(objective(student=student, teacher=given).values())
+        return total
+
+    def __call__(self) -> None:
+        for _, _, student, _ in self.parts:
+            leaves = (student.image, student.text, student.image_features, student.text_features, student.bank)
+            for leaf in (*leaves, student.logit_scale, *student.taps.values()):
+                if leaf is not None:
+                    leaf.grad = None
+        self.loss().backward()
+        if self.update is not None:
+            self.update.step()
+            self.update.zero_grad(set_to_none=True)
+
+
+def heads_of(*named: tuple[str, Mapping[str, Any]]) -> Heads:
+    """Objectives over one batch of 256 pairs, in the middle of a run."""
+    student, teacher, average = outputs(0, grad=True), outputs(1, grad=False), outputs(2, grad=False)
+    parts = []
+    for name, options in named:
+        objective = build_objective(name, student=WIDTHS, teacher=WIDTHS, **options)
+        objective.at(5, 0.5)
+        parts.append((objective, 1.0, student, average if objective.needs.momentum else teacher))
+    return Heads(parts)
+
+
+def heads_of_recipe(recipe: Recipe, texts: int) -> Heads:
+    """A recipe's objectives: 256 pictures with captions, and `texts` texts in place of pictures where it has them."""
+    bank = recipe.train.bank if isinstance(recipe.train.bank, int) else max(texts, 1)
+    sides = {
+        "pairs": [outputs(seed, grad=seed == 0, bank=bank) for seed in range(3)],
+        "texts": [outputs(3 + seed, grad=seed == 0, rows=max(texts, 2)) for seed in range(3)],
+    }
+    if isinstance(recipe.train.bank, int):  # fixed texts in the teacher's embedding, the same for both models
+        sides["pairs"][0].bank = sides["pairs"][1].bank
+    parts = []
+    for spec in recipe.objectives:
+        objective = build_objective(spec.name, student=WIDTHS, teacher=WIDTHS, **spec.options)
+        objective.at(5, 0.5)
+        student, teacher, average = sides[spec.batch]
+        parts.append((objective, spec.weight or 1.0, student, average if objective.needs.momentum else teacher))
+    return Heads(parts)
+
+
+class Step:
+    """A whole step of the towers with `clip` and perhaps another objective."""
+
+    def __init__(self, student: Any, extra: str | None = None) -> None:
+        self.student = copy.deepcopy(student).train()
+        names = ["clip", *([extra] if extra else [])]
+        self.objectives = nn.ModuleList(build_objective(n, student=self.widths(), teacher=WIDTHS) for n in names)
+        self.parameters = [*self.student.parameters(), *self.objectives.parameters()]
+        self.optimizer, self.average = torch.optim.AdamW(self.parameters, lr=1e-4), Average(self.student, 0.995)
+        g = torch.Generator().manual_seed(0)
+        self.pixels = torch.randint(0, 256, (BATCH, SIZE, SIZE, 3), generator=g, dtype=torch.uint8)
+        self.ids = torch.randint(
+            4, self.student.text_tower.token.num_embeddings, (BATCH, PIECES), generator=g, dtype=torch.int32
+        )
+        self.teacher = outputs(1, grad=False)
+
+    def widths(self) -> Widths:
+        with torch.no_grad():
+            image = self.student.eval().encode_image(torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8)).features
+            text = self.student.encode_text(torch.ones(1, PIECES, dtype=torch.int32)).features
+        self.student.train()
+        return Widths(DIM, image.shape[-1], text.shape[-1])
+
+    def __call__(self) -> None:
+        image, text = self.student.encode_image(self.pixels), self.student.encode_text(self.ids)
+        student = Outputs(
+            image=image.embedding,
+            text=text.embedding,
+            has_text=torch.ones(BATCH, dtype=torch.bool),
+            logit_scale=self.student.logit_scale,
+            image_features=image.features,
+            text_features=text.features,
+            bank=text.embedding,
+            group=torch.arange(BATCH),
+        )
+        loss = torch.zeros(())
+        for objective in self.objectives:
+            given = self.teacher if objective.needs.targets else None  # type: ignore[union-attr]
+            loss = loss + sum(objective(student=student, teacher=given).values())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], 1.0)
+        self.optimizer.step()
+        self.student.clamp_logit_scale_()
+        self.average.update(self.student)
+
+    def momentum_forward(self) -> None:
+        with torch.no_grad():
+            self.average.module.encode_image(self.pixels)
+            self.average.module.encode_text(self.ids)
+
+    def texts(self) -> None:
+        """As many texts again through the text tower, forward and backward."""
+        self.student.encode_text(self.ids).embedding.square().mean().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def cache_read_seconds() -> dict[str, float]:
+    """256 pictures and captions out of 4,096 in a cache on disk."""
+    g = np.random.Generator(np.random.PCG64(0))
+    names, rows = [f"n{i}" for i in range(4096)], g.normal(size=(2, 4096, DIM)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = import_embeddings(Path(folder) / "c", image=rows[0], uids=names, text=rows[1], texts=names)
+        wanted = [names[i] for i in g.permutation(4096)[:BATCH]]
+        return in_turn({"read": lambda: (cache.image(wanted), cache.text(wanted))}, ROUNDS)["read"]
+
+
+def shares(jobs: Mapping[str, Callable[[], object]], step: float) -> dict[str, dict[str, float]]:
+    """Each job over `clip` alone, as a share of the step; `clip` is timed between any two of them."""
+    found = {}
+    clip = heads_of(("clip", {}))
+    for name, job in jobs.items():
+        pair = in_turn({"clip": clip, "with": job}, ROUNDS)
+        added = pair["with"]["cpu_s"] - pair["clip"]["cpu_s"]
+        found[name] = {"added_ms": round(1e3 * added, 2), "share": round(added / step, 4)}
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(word_list("wordfreq-en", size=20_000), 8000)
+    student = build_student(
+        STUDENT, embed_dim=DIM, tokenizer_json=tokenizer, seed=0, overrides={"image": {"size": SIZE}}
+    )
+    loads = [machine()["load_average"]]
+    base = Step(student)
+    whole = in_turn({"step": base, "momentum_forward": base.momentum_forward, "texts": base.texts}, STEPS)
+    step = whole["step"]["cpu_s"]
+    jobs: dict[str, Callable[[], object]] = {}
+    refused = {}
+    for name in list_objectives():
+        try:
+            jobs[name] = heads_of(("clip", {}), (name, {}))
+            jobs[name]()
+        except UsageError as error:
+            refused[name] = str(error)
+    objectives = shares(jobs, step)
+    objectives["momentum"]["another_forward"] = round(whole["momentum_forward"]["cpu_s"] / step, 4)
+    recipes: dict[str, dict[str, float]] = {}
+    for row in list_recipes():
+        recipe = load_recipe(row["name"])
+        texts = recipe.train.text_batch
+        recipes |= shares({row["name"]: heads_of_recipe(recipe, texts)}, step)
+        found = recipes[row["name"]]
+        if texts:
+            found["text_batch"] = round(texts / BATCH * whole["texts"]["cpu_s"] / step, 4)
+        if any(spec.name == "momentum" for spec in recipe.objectives):
+            found["another_forward"] = objectives["momentum"]["another_forward"]
+    timed = [name for name in objectives if name not in ("momentum", "token-gram", "matryoshka", "hint")]
+    dearest = max(timed, key=lambda name: objectives[name]["share"])
+    checks = {}
+    for name in dict.fromkeys(("crd", dearest)):
+        pair = in_turn({"clip": base, "with": Step(student, name)}, STEPS)
+        added = pair["with"]["cpu_s"] - pair["clip"]["cpu_s"]
+        checks[name] = {"whole_steps": round(added / pair["clip"]["cpu_s"], 4), "apart": objectives[name]["share"]}
+    loads.append(machine()["load_average"])
+    result = {
+        "command": "python benchmarks/step_cost.py",
+        "machine": machine(),
+        "load_average_before_and_after": loads,
+        "note": "other work ran on the machine; shares are of CPU time of one thread",
+        "batch": BATCH, "student": f"{STUDENT} at {SIZE} px", "rounds": ROUNDS, "steps": STEPS, "floors": FLOORS,
+        "step": whole["step"], "momentum_forward": whole["momentum_forward"], "texts": whole["texts"],
+        "cache_read": cache_read_seconds(),
+        "objectives": objectives, "recipes": recipes, "whole_steps": checks, "not_timed": refused,
+        "above_floor": {
+            "objective": [name for name, row in objectives.items() if row["share"] > FLOORS["objective"]],
+            "recipe": [name for name, row in recipes.items() if row["share"] > FLOORS["recipe"]],
+        },
+    }  # fmt: skip
+    write("step_cost.json", result)
+    print(table(result))
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The rows of docs/objectives.md, from a result."""
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.1f} %"
+
+    lines = ["| name | losses | towers besides |", "|---|---|---|"]
+    for kind in ("objectives", "recipes"):
+        for name, row in result[kind].items():
+            besides = [
+                f"{percent(row[key])} {what}"
+                for key, what in (("another_forward", "another forward"), ("text_batch", "its texts"))
+                if key in row
+            ]
+            shown = f"`{name}`" if kind == "objectives" else f"recipe `{name}`"
+            lines.append(f"| {shown} | {percent(row['share'])} | {', '.join(besides)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
