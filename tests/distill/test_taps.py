@@ -279,6 +279,42 @@ def test_recipes_that_cannot_work_are_refused(recipe: Make, objective: dict[str,
         recipe("train.text_batch=8", "teacher.token_grid=2", objectives=[objective])
 
 
+# ------------------------------------------------------------------------------------------------ export
+
+
+def test_train_only_heads_are_in_no_exported_file(recipe: Make, tmp_path: Path) -> None:
+    """Projectors as wide as nothing else, filled with a number that no initialiser draws, after a step of training."""
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    from pocketvlm.export.source import open_source
+    from pocketvlm.export.targets import get_target
+    from pocketvlm.students import save_student
+
+    mark = 7.53125
+    wide = [{**spec, "options": {**spec["options"], "width": 77}} for spec in ALL[3:]]
+    trainer = trainer_of(recipe(objectives=[*ALL[:3], *wide]))
+    trainer.one_step(trainer.feed.make(0))
+    heads = dict(trainer.objectives.named_parameters())
+    assert sum(value.numel() for value in heads.values()) > 77 * 32
+    for value in heads.values():
+        torch.nn.init.constant_(value, mark)
+    trainer.one_step(trainer.feed.make(1))  # with them in use
+    save_student(trainer.student, tmp_path / "student")
+    exported = open_source(tmp_path / "student")
+    variant = get_target("onnx").lower(exported.towers, precision="fp32", folder=tmp_path, calibration=None)
+    for tower, file in variant.files.items():
+        graph = onnx.load(str(tmp_path / file)).graph
+        weights = {item.name: to_array(item) for item in graph.initializer}
+        assert sum(value.size for value in weights.values()) > 1000
+        for name, value in weights.items():
+            assert "projector" not in name
+            assert 77 not in value.shape, (tower, name)
+            assert value.dtype.kind != "f" or not np.isclose(value, mark, atol=0.01).any(), (tower, name)
+        # nothing was added for the taps: the embedding is the only output
+        assert [output.name for output in graph.output] == ["embedding"]
+
+
 # ------------------------------------------------------------------------------------------------ other towers
 
 
