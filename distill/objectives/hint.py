@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
 from pocketvlm.distill.objectives.common import BatchObjective, Projector, Widths, choice, tap_of, unit
@@ -15,10 +15,8 @@ from pocketvlm.distill.objectives.feature import row_distance
 from pocketvlm.edge.errors import UsageError
 
 
-def resampled(tokens: Tensor, side: int) -> Tensor:
-    """[B, C, H, W] or [B, N, W] of a square grid as [B, side^2, W], row by row.
-
-    Towards fewer places in both directions by adaptive average pooling, otherwise bilinearly (half-pixel centres).
+def as_map(tokens: Tensor) -> Tensor:
+    """[B, C, H, W], which a [B, N, W] of a square grid becomes row by row.
 
     Raises:
         UsageError: [B, N, W] that is no square grid, or another shape.
@@ -31,11 +29,21 @@ def resampled(tokens: Tensor, side: int) -> Tensor:
             f"objective 'hint' was given a student map of shape {list(tokens.shape)} but takes [B, C, H, W] or a "
             "square grid [B, N, W]; its places have no place on the teacher's grid, so tap a map before the pooling"
         )
-    if max(tokens.shape[2:]) > side or tuple(tokens.shape[2:]) == (side, side):
-        tokens = F.adaptive_avg_pool2d(tokens, (side, side))
-    else:
-        tokens = F.interpolate(tokens, (side, side), mode="bilinear", align_corners=False)
-    return tokens.flatten(2).transpose(1, 2)
+    return tokens
+
+
+def projected_to(tokens: Tensor, side: int, projector: nn.Module) -> Tensor:
+    """A student's map on the teacher's grid and in its width: [B, C, H, W] or square [B, N, W] -> [B, side^2, W_T].
+
+    Towards fewer places in both directions by adaptive average pooling, otherwise bilinearly (half-pixel centres); the
+    projector, which works on each place alone, sees whichever of the two grids has fewer places. For a linear one the
+    order makes no difference.
+    """
+    chart = as_map(tokens)
+    if min(chart.shape[2:]) >= side:
+        return projector(F.adaptive_avg_pool2d(chart, (side, side)).flatten(2).transpose(1, 2))
+    chart = projector(chart.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return F.interpolate(chart, (side, side), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
 
 
 class Hint(BatchObjective):
@@ -56,7 +64,7 @@ class Hint(BatchObjective):
     widths. Captions are not used; no temperature; a batch of one is fine.
     Paper: Romero et al. 2015 (FitNets, 1412.6550), equation 3, there on maps with a convolutional regressor.
     Ours: pooled features, the row standardisation, the mean over channels and places (FitNets sums), the resampling.
-    Cost: maps: B N (W_S W_T) multiplications, and the teacher's maps in its cache.
+    Cost: maps: B N W_S W_T multiplications, N the places of the coarser grid; and the teacher's maps in its cache.
     """
 
     name = "hint"
@@ -106,14 +114,14 @@ class Hint(BatchObjective):
 
     def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         ours, theirs = self._compared(student, teacher)
-        x, target = self._standard(self.projector(ours)), self._standard(theirs)
+        x, target = self._standard(ours), self._standard(theirs)
         rows = row_distance(x, target, self.distance, 1.0)
         if not rows.numel():
             return {"hint": self.zero(student)}
         return {"hint": rows.mean() / (1 if self.standardize == "unit" else x.shape[-1])}
 
     def _compared(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
-        """Both sides' features, [B, W] or [B, N, W]."""
+        """The student's features, projected, and the teacher's: [B, W] or [B, N, W]."""
         theirs = teacher.image_features
         if self.teacher_tap is not None:
             theirs = tap_of(self.name, teacher, "teacher", self.teacher_tap)
@@ -132,10 +140,10 @@ class Hint(BatchObjective):
                     f"objective 'hint' was given a teacher map of shape {list(theirs.shape)} but takes [B, N, W] of a "
                     "square grid; places could not be matched, so tap the teacher's tokens"
                 )
-            return resampled(ours, side), theirs
+            return projected_to(ours, side, self.projector), theirs
         if self.student_tap is not None and ours.ndim > 2:
             ours = ours.mean(dim=(2, 3)) if ours.ndim == 4 else ours.mean(dim=1)
-        return ours, theirs
+        return self.projector(ours), theirs
 
     def _standard(self, x: Tensor) -> Tensor:
         if self.standardize == "row":

@@ -36,7 +36,8 @@ from objective_toys import (
 from test_objectives_relation import cut
 
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective, objective_needs, objective_taps
-from pocketvlm.distill.objectives.hint import resampled
+from pocketvlm.distill.objectives.common import Projector
+from pocketvlm.distill.objectives.hint import projected_to
 from pocketvlm.distill.objectives.token_alignment import best_matches
 from pocketvlm.edge.errors import UnknownNameError, UsageError
 
@@ -340,19 +341,32 @@ def test_alignment_reads_feature_maps_too():
 
 
 def test_finer_maps_are_averaged_and_coarser_ones_interpolated():
+    same = torch.nn.Identity()
     fine = torch.randn(2, 5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = resampled(fine, 2)
+    found = projected_to(fine, 2, same)
     for place, (y, x) in enumerate([(0, 0), (0, 2), (2, 0), (2, 2)]):
         torch.testing.assert_close(found[:, place], fine[:, :, y : y + 2, x : x + 2].mean(dim=(2, 3)))
     coarse = fine[:, :, :2, :2]
-    found = resampled(coarse.flatten(2).transpose(1, 2), 3)
+    found = projected_to(coarse.flatten(2).transpose(1, 2), 3, same)
     at = [0.0, 0.5, 1.0]  # half-pixel centres: (k + 1/2) 2/3 - 1/2, held inside 0..1
     for place in range(9):
         y, x = at[place // 3], at[place % 3]
         weights = [((1 - y) * (1 - x), 0, 0), ((1 - y) * x, 0, 1), (y * (1 - x), 1, 0), (y * x, 1, 1)]
         torch.testing.assert_close(found[:, place], sum(w * coarse[:, :, a, b] for w, a, b in weights))
-    same = fine.flatten(2).transpose(1, 2)
-    torch.testing.assert_close(resampled(same, 4), same)
+    torch.testing.assert_close(projected_to(fine.flatten(2).transpose(1, 2), 4, same), fine.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("side", [2, 3, 6])
+def test_a_linear_projector_may_come_before_or_after_the_resampling(side):
+    """Said in the docstring, so true; also of its bias, as the weights of every new place sum to 1."""
+    chart = torch.randn(2, 5, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    linear = Projector(5, 4, seed=1, tag="x").double()
+    with torch.no_grad():
+        linear.biases[0].copy_(torch.arange(4.0))
+    after = linear(projected_to(chart, side, torch.nn.Identity()))
+    torch.testing.assert_close(projected_to(chart, side, linear), after)
+    first = linear(chart.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (3, 3))
+    torch.testing.assert_close(projected_to(first, side, torch.nn.Identity()), after)
 
 
 def test_a_map_hint_knows_where_things_are():
