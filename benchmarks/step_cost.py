@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.results_folder import machine, write
 from torch import Tensor, nn
 
+from benchmarks.results_folder import machine, write
 from pocketvlm.data.wordlist import word_list
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective, list_objectives
 from pocketvlm.distill.optim import Average

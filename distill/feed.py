@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from pocketvlm.data import cache_dir
 from pocketvlm.distill.batches import Order, Plan
+from pocketvlm.distill.masking import asked_masking, statistics_kept
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective
 from pocketvlm.distill.prepare import Prepared
+from pocketvlm.distill.taps import asked_taps, encode_image, gray, tap_widths, text_taps
+from pocketvlm.edge.contract import TextSpec
 from pocketvlm.edge.errors import IntegrityError
 from pocketvlm.students import Student, TowerOutput, fit_projection
-from pocketvlm.students.student import weights_digest
+from pocketvlm.students.student import TOKENS, weights_digest
 from pocketvlm.teachers.files import write_atomic
 
 Pair = tuple[Outputs, Outputs | None]
@@ -33,7 +36,8 @@ class Step:
     phase: "pairs", or "texts" while the text tower is trained alone. size: pictures (texts in the text phase).
     pixels: uint8 [B, S, S, 3], or, under `train.cut_after_block`, float32 [B, C, H, W] from below the cut.
     ids: int32 [C + T, L], captions of the C rows in `with_text`, then T texts.
-    The teacher's embeddings and features for the same rows, or None.
+    The teacher's embeddings, features and tokens [B, N, W] for the same rows, or None.
+    masked: uint8 [B, S, S, 3], the same pictures with patches masked, where an objective asks for them.
     """
 
     phase: str
@@ -49,6 +53,8 @@ class Step:
     teacher_caption_features: Tensor | None = None
     teacher_texts: Tensor | None = None
     teacher_text_features: Tensor | None = None
+    teacher_tokens: Tensor | None = None
+    masked: Tensor | None = None
 
 
 class Feed:
@@ -62,6 +68,7 @@ class Feed:
             prepared.memo["ids"] = dict(zip(texts, prepared.tokenizer.encode(list(texts)))) if texts else {}
         self._ids: dict[str, np.ndarray[Any, Any]] = prepared.memo["ids"]
         self.bank = self._fixed_bank()
+        self.taps, self.masking = asked_taps(prepared.recipe), asked_masking(prepared.recipe)
         self.cut = prepared.recipe.train.cut_after_block
         self.lower = lower_outputs(prepared, device) if self.cut is not None else None
 
@@ -84,6 +91,10 @@ class Feed:
             return batch
         plan = self.order.plan(step - self.pretrain)
         batch = Step("pairs", len(plan.rows))
+        if self.masking is not None:
+            pictures, uids = self.prepared.pictures, [self.prepared.samples[row].uid for row in plan.rows]
+            whole, seed = pictures.batch(plan.rows, plan.views), self.prepared.recipe.train.seed
+            batch.masked = torch.from_numpy(self.masking.paint(whole, seed, step, uids, pictures.spec))
         batch.pixels = self._below(plan.rows, plan.views)
         batch.group = torch.from_numpy(plan.group)
         batch.with_text = torch.tensor(
@@ -119,6 +130,8 @@ class Feed:
         batch.teacher_image = self.targets(plan.rows, plan.views, plan.captions)
         if cache.info.feature_dim:
             batch.teacher_features = finite(cache.features(uids, plan.views), uids)
+        if self.taps.teacher:
+            batch.teacher_tokens = finite(cache.tokens(uids, plan.views), uids)
         if captions:
             batch.teacher_captions = finite(cache.text(captions), captions)
             if cache.info.text_feature_dim:
@@ -194,19 +207,25 @@ class Feed:
         return torch.from_numpy(self.prepared.pictures.batch(rows, views))
 
     def _image(self, student: Student, x: Tensor) -> TowerOutput:
-        x = x.to(self.device)
-        if self.cut is None:
-            return student.encode_image(x)
-        embedding, features = student.image_tower.from_block(x, self.cut)
-        return TowerOutput(embedding, features, {})
+        return encode_image(student, x.to(self.device), self.cut)
+
+    def _masked(self, student: Student, pixels: Tensor) -> Tensor:
+        """[B, D] embeddings of masked pictures, which leave no trace in the running statistics."""
+        x, tower = pixels.to(self.device), student.image_tower
+        with statistics_kept(tower):
+            if self.cut is not None:
+                with torch.no_grad():
+                    x = tower.until_block(x, self.cut)
+            return encode_image(student, x, self.cut).embedding.float()
 
     def forward(self, student: Student, batch: Step) -> dict[str, Pair]:
         """{"pairs": (student, teacher), "texts": (student, teacher)}, whichever the step has; float32."""
         found: dict[str, Pair] = {}
-        text, text_features = None, None
+        text, text_features, taps = None, None, {}
         if batch.ids is not None:
-            output = student.encode_text(batch.ids.to(self.device))
+            output = student.encode_text(batch.ids.to(self.device), taps=self.taps.text)
             text, text_features = output.embedding.float(), output.features.float()
+            taps = text_taps(output.taps, student.text_spec.context_length)
         captioned = 0 if batch.with_text is None else len(batch.with_text)
         scale, bias = student.logit_scale.float(), torch.zeros((), device=self.device)
         if batch.texts:
@@ -219,10 +238,34 @@ class Feed:
                 self._teacher(image=batch.teacher_texts, image_features=batch.teacher_text_features),
             )
         if batch.pixels is not None:
-            pictures = self._image(student, batch.pixels)
+            pictures = encode_image(student, batch.pixels.to(self.device), self.cut, self.taps.image)
             image, features = pictures.embedding.float(), pictures.features.float()
             found["pairs"] = self._pairs(batch, image, features, text, text_features, captioned, scale, bias)
+            outputs, teacher = found["pairs"]
+            outputs.taps = pictures.taps | self._caption_taps(taps, batch, captioned)
+            if self.taps.text:
+                outputs.text_mask = self._caption_mask(batch, captioned, student.text_spec)
+            if batch.masked is not None:
+                outputs.masked_image = self._masked(student, batch.masked)
+            if teacher is not None and batch.teacher_tokens is not None:
+                teacher.taps = {TOKENS: batch.teacher_tokens.to(self.device)}
         return found
+
+    def _caption_taps(self, taps: dict[str, Tensor], batch: Step, captioned: int) -> dict[str, Tensor]:
+        """The captions' taps in the captions' rows, zeros elsewhere."""
+        assert batch.with_text is not None, "a batch of pictures says which have captions"
+        rows, found = batch.with_text.to(self.device), {}
+        for name, value in taps.items():
+            empty = torch.zeros(batch.size, *value.shape[1:], device=self.device, dtype=value.dtype)
+            found[name] = empty.index_copy(0, rows, value[:captioned])
+        return found
+
+    def _caption_mask(self, batch: Step, captioned: int, spec: TextSpec) -> Tensor:
+        """bool [B, context_length]: the tokens of each row's caption that are no padding."""
+        mask = torch.zeros(batch.size, spec.context_length, dtype=torch.bool)
+        if batch.ids is not None and batch.with_text is not None and captioned:
+            mask[batch.with_text, : batch.ids.shape[1]] = batch.ids[:captioned] != spec.pad_id
+        return mask.to(self.device)
 
     def _pairs(
         self,
@@ -314,7 +357,7 @@ def lower_outputs(prepared: Prepared, device: torch.device) -> Tensor:
     trunk: Any = student.image_tower.trunk
     # before anything runs through it: in training mode a single gray picture would move its batch-norm statistics
     student.eval()
-    student.image_tower.until_block(_gray(student), block)
+    student.image_tower.until_block(gray(student), block)
     lower = nn.ModuleList([trunk.conv_stem, trunk.bn1, *trunk.blocks[: block + 1]])
     pictures = prepared.pictures
     facts = [weights_digest(lower), str(student.image_spec), str(block), str(recipe.views.seed)]
@@ -355,11 +398,6 @@ def _lower_on_disk(prepared: Prepared, path: Path, block: int, device: torch.dev
     return result
 
 
-def _gray(student: Student) -> Tensor:
-    size = student.image_spec.size
-    return torch.full((1, size, size, 3), 128, dtype=torch.uint8, device=student.log_scale.device)
-
-
 def _fit(head: Any, features: list[Tensor], targets: list[Tensor], strength: float, widths: Sequence[int]) -> None:
     device = next(head.parameters()).device
     fit_projection(head.cpu(), torch.cat(features), torch.cat(targets), ridge=strength, widths=widths)
@@ -370,14 +408,16 @@ def build_objectives(prepared: Prepared) -> nn.ModuleList:
     """The recipe's objectives in order, projectors included, seeded by the run's seed and their place."""
     student, (pictures, texts) = prepared.student, _feature_widths(prepared)
     facts, images, words = prepared.teacher, prepared.images, prepared.words
+    taps = tap_widths(student, asked_taps(prepared.recipe), prepared.recipe.train.cut_after_block)
     built = []
     for place, spec in enumerate(prepared.recipe.objectives):
         teacher = None
         if spec.batch == "pairs":
-            own = Widths(student.embed_dim, pictures, texts)
+            own = Widths(student.embed_dim, pictures, texts, taps)
             if facts is not None and images is not None:
                 info = images.info
-                teacher = Widths(facts.dim, info.feature_dim or None, info.text_feature_dim or None)
+                kept = {TOKENS: info.token_dim} if info.token_dim else {}
+                teacher = Widths(facts.dim, info.feature_dim or None, info.text_feature_dim or None, kept)
         else:
             # texts take the place of pictures in the text-only batch
             own = Widths(student.embed_dim, texts)
@@ -395,7 +435,7 @@ def _feature_widths(prepared: Prepared) -> tuple[int, int]:
     student.eval()
     with torch.no_grad():
         device = student.log_scale.device
-        pictures = student.encode_image(_gray(student))
+        pictures = student.encode_image(gray(student))
         texts = student.encode_text(torch.ones(1, student.text_spec.context_length, dtype=torch.int32, device=device))
     student.train(training)
     return pictures.features.shape[-1], texts.features.shape[-1]

@@ -18,15 +18,15 @@ from torch import Tensor
 from pocketvlm.distill.objectives.base import Outputs
 from pocketvlm.edge.errors import UsageError
 
-_ROWS = ("image", "text", "image_features", "text_features")
-_LABELS = ("has_text", "group")
+_ROWS = ("image", "text", "image_features", "text_features", "masked_image")
+_LABELS = ("has_text", "group", "text_mask")
 
 
 def gather_outputs(outputs: Outputs, group: Any = None) -> Outputs:
     """The outputs of all ranks' batches, concatenated in rank order; ranks may hold different numbers of rows.
 
-    Gathered: image, text, image_features, text_features, taps (with gradient), has_text, group (group ids must be
-    global). Not gathered, because every rank holds the same: logit_scale, logit_bias, bank.
+    Gathered: image, text, image_features, text_features, masked_image, taps (with gradient), has_text, text_mask, group
+    (group ids must be global). Not gathered, because every rank holds the same: logit_scale, logit_bias, bank.
     Without an initialised process group, or with one rank, `outputs` itself is returned.
 
     Args:
@@ -56,8 +56,8 @@ def gather_outputs(outputs: Outputs, group: Any = None) -> Outputs:
     }
     taps = {name.removeprefix("taps."): changed.pop(name) for name in list(changed) if name.startswith("taps.")}
     for name, value in labels.items():
-        whole = _all_rows(value.to(torch.int64)[:, None], sizes, group)[:, 0]
-        changed[name] = whole.to(value.dtype)
+        whole = _all_rows(value.to(torch.int64).reshape(len(value), -1), sizes, group)
+        changed[name] = whole.to(value.dtype).reshape(-1, *value.shape[1:])
     return dataclasses.replace(outputs, taps=taps, **changed)
 
 

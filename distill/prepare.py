@@ -18,8 +18,10 @@ from pocketvlm.data.source import DataSource
 from pocketvlm.distill.answers import slug, teacher_answers
 from pocketvlm.distill.batches import Pictures
 from pocketvlm.distill.evaluate import Embedded, Questions, questions_of
+from pocketvlm.distill.masking import asked_masking
 from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.recipe import Recipe
+from pocketvlm.distill.taps import asked_taps, tap_widths
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.students import (
@@ -31,6 +33,7 @@ from pocketvlm.students import (
     train_tokenizer,
 )
 from pocketvlm.teachers.cache import TeacherCache, build_cache, digest_names
+from pocketvlm.teachers.tokens import token_bytes, token_shape
 
 DEFAULT_DIM = 256
 
@@ -159,6 +162,10 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
             )
         check_width(recipe, teacher.dim, teacher.name)
     student = _student(recipe, source, texts, teacher)
+    # before the teacher works for minutes on what the student cannot be compared with
+    taps = asked_taps(recipe)
+    tap_widths(student, taps, recipe.train.cut_after_block)
+    asked_masking(recipe)
     tokenizer = Tokenizer(student.tokenizer_json, student.text_spec)
     policy = AugmentPolicy.from_dict(recipe.views.policy)
     whole, source = source, source.within_context(tokenizer)
@@ -356,6 +363,17 @@ def _teacher_outputs(
     captions = list(dict.fromkeys(c.text for s in samples for c in s.captions))
     root = Path(section.cache) if section.cache else cache_dir() / "teacher"
 
+    tokens: dict[str, Any] = {}
+    if asked_taps(recipe).teacher and not isinstance(getattr(teacher, "cache", None), TeacherCache):
+        grid, width = token_shape(teacher, section.token_grid)
+        cost = token_bytes(len(samples), views, grid, width, section.cache_dtype)
+        report.line(
+            f"teacher: token maps of {len(samples)} pictures x {views} views, {grid} x {grid} places of {width} "
+            f"numbers in {section.cache_dtype}: {cost / 1e6:.1f} MB in {root}"
+        )
+        # a shard is held in memory while it is made
+        tokens = {"token_grid": grid, "shard_size": max(1, min(512, (1 << 28) * len(samples) // max(1, cost)))}
+
     def cached(part: str, pictures: Sequence[Sample], words: Sequence[str], **how: Any) -> TeacherCache:
         facts = [part, teacher.fingerprint, section.cache_dtype, section.batch_size, str(how), policy.digest()]
         key = digest_names([*facts, "|", *(s.uid for s in pictures), "|", *words])
@@ -380,7 +398,13 @@ def _teacher_outputs(
         _check_precomputed(recipe, ready, samples, texts if _wants_texts(recipe) else [])
     else:
         images = cached(
-            "views", samples, captions, views=views, policy=policy if views > 1 else None, seed=recipe.views.seed
+            "views",
+            samples,
+            captions,
+            views=views,
+            policy=policy if views > 1 else None,
+            seed=recipe.views.seed,
+            **tokens,
         )
         words_cache = cached("texts", (), texts) if _wants_texts(recipe) and texts else None
     answers = None
@@ -402,6 +426,18 @@ def _check_precomputed(recipe: Recipe, cache: TeacherCache, samples: Sequence[Sa
         raise UsageError(
             f"views.count is {recipe.views.count} but the embeddings on disk hold {cache.info.views} view(s), so the "
             f"teacher could not answer for the others; set views.count to {cache.info.views}"
+        )
+    if (taps := asked_taps(recipe).teacher) and not cache.info.token_grid:
+        raise UsageError(
+            f"the recipe's objectives read the teacher's {taps[0]!r} and the embeddings on disk hold no token maps, so "
+            "there is nothing to learn from; use a teacher with weights, or leave these objectives out"
+        )
+    grid = recipe.teacher.token_grid if recipe.teacher is not None else None
+    if grid not in (None, cache.info.token_grid):
+        kept = cache.info.token_grid
+        raise UsageError(
+            f"teacher.token_grid is {grid} but the embeddings on disk keep maps of {kept} x {kept} places, and there "
+            "is no model to make others; leave teacher.token_grid out"
         )
     absent = [s.uid for s in samples if s.uid not in cache]
     if absent:

@@ -74,7 +74,8 @@ class TeacherSection(_Section):
     """spec: of `teachers.load_teacher`. cache: folder of its outputs (null: in the user's cache folder).
 
     allow_download lets a spec that names a hub id reach the network. trust_remote_code runs Python code that comes
-    with a Hugging Face checkpoint. batch_size: of the teacher's forward.
+    with a Hugging Face checkpoint. batch_size: of the teacher's forward. token_grid: places in a row of the token maps
+    that are kept where an objective reads them (null: the teacher's own); their bytes are told before they are made.
     The target of a picture's view is unit(unit((1 - smooth) * view + smooth * mean of its views) + caption_mix *
     caption), the caption part only where the student may see the caption; 0 and 0 is the teacher's own embedding.
     """
@@ -85,6 +86,7 @@ class TeacherSection(_Section):
     cache: str | None = None
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Count = 32
+    token_grid: Count | None = None
     allow_download: bool = False
     trust_remote_code: bool = False
 
@@ -416,8 +418,9 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 def _cross_checks(recipe: Recipe) -> Iterator[str]:
     """What the parts must know of each other; whatever needs the data itself is checked in `prepare`."""
     from pocketvlm.distill.board import check_metrics
-    from pocketvlm.distill.objectives import Widths, build_objective, list_objectives, objective_needs
+    from pocketvlm.distill.objectives import build_objective, list_objectives, objective_needs
     from pocketvlm.distill.objectives.matryoshka import listed_dims
+    from pocketvlm.distill.taps import shared_problems, stand_in_widths, tap_problems
     from pocketvlm.distill.train_checks import train_problems
     from pocketvlm.students.config import load_config
 
@@ -444,21 +447,17 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
             yield str(unknown_name("objective", spec.name, known)).rstrip(".")
             continue
         compares_rows = False
-        # wide enough for every listed prefix; the real width is known with the teacher
-        needs, wide = objective_needs(spec.name), Widths(min(max([8, *listed_dims(spec.options)]), 1 << 14), 8, 8)
+        needs = objective_needs(spec.name)
         try:
+            wide = stand_in_widths(spec)
             needs = objective_needs(spec.name, spec.options)
             built = build_objective(spec.name, student=wide, teacher=wide, **spec.options)
             compares_rows = built.minimum_rows > 1  # asked of what was built: a wrapper compares what its inner does
         except (UsageError, TypeError, ValueError) as error:
             yield f"{here}: {error}".rstrip(".")
-        if needs.taps:
-            yield (
-                f"{here} compares inner activations of both models, and a teacher's cache keeps none (embeddings and "
-                "pooled features only), so there would be nothing to compare with; leave it out, or call it from Python"
-            )
-        if needs.masked_view:
-            yield f"{here} wants a masked view, which this loop does not provide; leave it out"
+        yield from tap_problems(spec, here)
+        if needs.masked_view and spec.batch == "texts":
+            yield f"{here} masks pictures, which a text-only batch has not; use batch: pairs"
         if needs.teacher and recipe.teacher is None:
             yield f"{here} learns from a teacher and the recipe has none; add 'teacher', or leave the objective out"
         if needs.momentum and not train.ema_decay:
@@ -482,6 +481,7 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
                 f"{here} contrasts each pair with the others of its batch, and train.batch_size is 1, so its "
                 "loss would be 0 for any student; use a batch of 2 or more"
             )
+    yield from shared_problems(recipe)
     if recipe.student.fit_text_projection is not None and recipe.teacher is None:
         yield "student.fit_text_projection regresses to a teacher's embeddings and the recipe has none; leave it out"
     if recipe.student.fit_text_projection is not None and recipe.data.words is None:

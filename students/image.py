@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import timm
@@ -70,6 +71,26 @@ class ImageTower(nn.Module):
             return self._rest(trunk.bn1(trunk.conv_stem(x)), 0)
         last, inner = trunk.forward_intermediates(x, indices=list(self.levels))
         return [*(level.mean(dim=(2, 3)) for level in inner), trunk.forward_head(last)]
+
+    def record_tokens(self, keep: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Have `keep` called with the last map before pooling in every forward; returns what undoes it.
+
+        The map is [B, C, H, W], or [B, N, W] without class and register tokens. It is what every timm model hands to
+        `forward_head`, whichever of this tower's ways leads there, so nothing is added to the graph.
+        """
+        trunk = cast(Any, self.trunk)
+        head, prefix = trunk.forward_head, getattr(trunk, "num_prefix_tokens", 0)
+        channels_last = getattr(trunk, "output_fmt", None) == "NHWC"
+
+        def recording(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if x.ndim == 4:
+                keep(x.permute(0, 3, 1, 2) if channels_last else x)
+            else:
+                keep(x[:, prefix:])
+            return head(x, *args, **kwargs)
+
+        trunk.forward_head = recording
+        return lambda: delattr(trunk, "forward_head")
 
     def standardised(self, pixels: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] -> [B, 3, S, S] with the contract's mean and std taken out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,6 +18,9 @@ from pocketvlm.students.image import ImageTower
 from pocketvlm.students.inherit import text_licences
 from pocketvlm.students.pretrained import weights_licences
 from pocketvlm.students.text import TextTower
+
+# the tap that every tower has: its last map or token sequence before pooling
+TOKENS = "tokens"
 
 
 class TowerOutput(NamedTuple):
@@ -98,10 +101,11 @@ class Student(nn.Module):
     def encode_image(self, pixels: Tensor, *, taps: Sequence[str] = ()) -> TowerOutput:
         """pixels: uint8 [B, S, S, 3] RGB, made by `edge.preprocess` under `image_spec`.
 
-        taps: names of submodules of the image tower ("trunk.blocks.3") whose outputs are returned too.
+        taps: names of submodules of the image tower ("trunk.blocks.3") whose outputs are returned too, or "tokens":
+        the last map before pooling ([B, C, H, W], or [B, N, W] without class and register tokens).
 
         Raises:
-            UsageError: another shape or dtype. UnknownNameError: no such submodule.
+            UsageError: another shape or dtype, or a tap that takes no part. UnknownNameError: no such submodule.
         """
         size = self.image_spec.size
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or tuple(pixels.shape[1:]) != (size, size, 3):
@@ -110,16 +114,16 @@ class Student(nn.Module):
                 f"torch.uint8 [batch, {size}, {size}, 3]; the embedding would be meaningless, so prepare the pictures "
                 "with edge.preprocess.load_image and this student's image_spec"
             )
-        with _recorded(self.image_tower, taps) as seen:
+        with recorded(self.image_tower, taps) as seen:
             embedding, features = self.image_tower(pixels)
         return TowerOutput(embedding, features, seen)
 
     def encode_text(self, ids: Tensor, *, taps: Sequence[str] = ()) -> TowerOutput:
         """ids: int32 [B, L], made by `edge.tokenizer` under `text_spec`; L is context_length, or less where only
-        padding was cut off. taps: as in `encode_image`.
+        padding was cut off. taps: as in `encode_image`; "tokens" are the last layer's [B, L, W], padding included.
 
         Raises:
-            UsageError: another shape or dtype. UnknownNameError: no such submodule.
+            UsageError: another shape or dtype, or a tap that takes no part. UnknownNameError: no such submodule.
         """
         length = self.text_spec.context_length
         if ids.dtype not in (torch.int32, torch.int64) or ids.ndim != 2 or not 0 < ids.shape[1] <= length:
@@ -127,7 +131,7 @@ class Student(nn.Module):
                 f"text tower of {self.config.name!r} was given {ids.dtype} {list(ids.shape)} but takes torch.int32 "
                 f"[batch, {length}]; positions would be wrong, so encode the texts with this student's tokenizer"
             )
-        with _recorded(self.text_tower, taps) as seen:
+        with recorded(self.text_tower, taps) as seen:
             embedding, features = self.text_tower(ids)
         return TowerOutput(embedding, features, seen)
 
@@ -164,21 +168,33 @@ def check_widths(student_dim: int, teacher_dim: int, *, student: str = "student"
 
 
 @contextmanager
-def _recorded(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Outputs of the named submodules during one forward, through hooks that are removed afterwards."""
+def recorded(tower: ImageTower | TextTower, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Outputs of the named submodules, and "tokens", during one forward, through hooks that are removed afterwards.
+
+    Raises:
+        UnknownNameError: no such submodule. UsageError: its output is not one tensor, or the forward did not call it.
+    """
     seen: dict[str, Tensor] = {}
-    known = dict(module.named_modules()) if names else {}
-    handles = []
+    known = dict(tower.named_modules()) if names else {}
+    undo: list[Callable[[], None]] = []
     try:
         for name in names:
-            if name not in known:
-                raise unknown_name("tap", name, [key for key in known if key])
-            hook = _keep(seen, name)
-            handles.append(known[name].register_forward_hook(hook))
+            if name == TOKENS:
+                undo.append(tower.record_tokens(lambda tokens: seen.update({TOKENS: tokens})))
+                continue
+            if not name or name not in known:
+                raise unknown_name("tap", name, [TOKENS, *(key for key in known if key)])
+            undo.append(known[name].register_forward_hook(_keep(seen, name)).remove)
         yield seen
+        for name in names:
+            if name not in seen:
+                raise UsageError(
+                    f"tap {name!r} is a part of the tower that the forward never calls as a whole, so it has no "
+                    "output; tap one of its parts, or 'tokens' for the last map"
+                )
     finally:
-        for handle in handles:
-            handle.remove()
+        for action in undo:
+            action()
 
 
 def _keep(seen: dict[str, Tensor], name: str):  # type: ignore[no-untyped-def]

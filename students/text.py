@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -89,6 +91,14 @@ class TextTower(nn.Module):
         mask = torch.full((config.context_length,) * 2, _MASKED).triu(1) if config.attention == "causal" else None
         self.register_buffer("causal", mask, persistent=False)
         self._initialise(config)
+
+    def record_tokens(self, keep: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Have `keep` called with the last layer's [B, L, W] in every forward; returns what undoes it."""
+
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+            keep(output)
+
+        return self.norm.register_forward_hook(hook).remove
 
     def _initialise(self, config: TextConfig) -> None:
         nn.init.normal_(self.token.weight, std=0.02)

@@ -17,7 +17,7 @@ class TeacherOutput:
 
     embedding: [batch, dim], L2-normalised, in the joint space.
     features: [batch, width] pooled features before the joint projection, not normalised, or None.
-    taps: named inner activations asked for by an objective (pooled [batch, width] or tokens [batch, n, width]).
+    taps: {"tokens": [batch, n, width]} from `encode_image_tokens`; n places, row by row, of a square grid.
     """
 
     embedding: Tensor
@@ -50,3 +50,16 @@ class Teacher(Protocol):
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> TeacherOutput: ...
+
+
+@runtime_checkable
+class TokenTeacher(Teacher, Protocol):
+    """A teacher that also shows its last image tokens."""
+
+    def encode_image_tokens(self, pixels: Tensor) -> TeacherOutput:
+        """As `encode_images`, and taps["tokens"], from the same forward.
+
+        Raises:
+            UsageError: this model has no such tokens.
+        """
+        ...

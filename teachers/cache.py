@@ -3,7 +3,8 @@
 A folder holds `cache.json` (who made it, from what, and the sha256 of every other file) and shards in the
 safetensors format:
 
-    shard-00000.safetensors   image [n, K, D], features [n, K, F] (if the teacher has them)
+    shard-00000.safetensors   image [n, K, D], features [n, K, F] (if the teacher has them),
+                              tokens [n, K, G G, W] (if asked for: the last image tokens on a grid of G x G places)
     text-00000.safetensors    text [m, D], features [m, G] (if the teacher has them)
 
 Row order is in each shard's own metadata (uids or texts), so a shard explains itself. K counts the replayable
@@ -33,7 +34,7 @@ from pocketvlm.data.sample import Sample
 from pocketvlm.edge.contract import ImageSpec
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.preprocess import decode_image, resize_image
-from pocketvlm.teachers.base import Teacher, TeacherOutput
+from pocketvlm.teachers.base import Teacher, TeacherOutput, TokenTeacher
 from pocketvlm.teachers.cache_format import (
     DTYPES,
     SCHEMA_VERSION,
@@ -47,6 +48,7 @@ from pocketvlm.teachers.cache_format import (
     write_shard,
 )
 from pocketvlm.teachers.files import Progress, sha256_file, write_json
+from pocketvlm.teachers.tokens import gray, on_grid, token_shape
 
 
 class TeacherCache:
@@ -123,6 +125,19 @@ class TeacherCache:
             )
         return self._gather("features", uids, views)
 
+    def tokens(self, uids: Sequence[str], views: int | Sequence[int] = 0) -> Tensor:
+        """[B, G G, W] float32 image tokens, row by row of the grid, not normalised.
+
+        Raises:
+            UsageError: none are kept here.
+        """
+        if not self.info.token_grid:
+            raise UsageError(
+                f"{self.folder} keeps embeddings of {self.info.name!r} and no token maps; leave objectives on token "
+                "maps out of the recipe, or build a cache with tokens"
+            )
+        return self._gather("tokens", uids, views)
+
     def text(self, texts: Sequence[str]) -> Tensor:
         """[M, D] float32 text embeddings, L2-normalised, looked up by the exact string."""
         return self._gather_text("text", texts)
@@ -171,8 +186,9 @@ class TeacherCache:
                 raise UsageError(_absent(f"image {uid!r}", self.folder, len(self._rows), self.skipped.get(uid)))
             shard, row = self._rows[uid]
             rows.append(self._shard(self._files[shard])[key][row, view])
-        width = self.info.dim if key == "image" else self.info.feature_dim
-        return torch.stack(rows).float() if rows else torch.zeros(0, width)
+        info = self.info
+        empty = {"image": (info.dim,), "features": (info.feature_dim,), "tokens": (info.token_grid**2, info.token_dim)}
+        return torch.stack(rows).float() if rows else torch.zeros(0, *empty[key])
 
     def _gather_text(self, key: str, texts: Sequence[str]) -> Tensor:
         rows = []
@@ -203,6 +219,7 @@ def build_cache(
     dtype: Literal["float32", "bfloat16"] = "float32",
     batch_size: int = 32,
     shard_size: int = 512,
+    token_grid: int = 0,
     on_bad_sample: Literal["refuse", "skip"] = "refuse",
     progress: Progress | None = None,
 ) -> TeacherCache:
@@ -210,13 +227,14 @@ def build_cache(
 
     views: K; view 0 is plain preprocessing, views 1..K-1 are drawn by `data.augment.view_params(uid, view, seed,
     policy)`, so a student can replay them at its own size. dtype: storage only; the teacher computes in float32.
+    token_grid: keep the last image tokens too, averaged to this many places in a row (0: none; see `token_bytes`).
     on_bad_sample: "skip" leaves undecodable images out and lists them in `TeacherCache.skipped`.
     progress: called as (done, total, "teacher images" | "teacher texts").
 
     A finished cache of the same teacher and inputs is opened and returned; an unfinished one is continued.
 
     Raises:
-        UsageError: nothing to cache, a duplicate uid, or more views without a policy.
+        UsageError: nothing to cache, a duplicate uid, more views without a policy, or tokens that the teacher lacks.
         IntegrityError: `folder` was begun with something else; the message names what differs.
         BadSampleError: an image cannot be decoded and `on_bad_sample` is "refuse".
     """
@@ -226,7 +244,9 @@ def build_cache(
     _check_request(uids, texts, views, policy, dtype)
     # one view needs no policy, and two caches of plain pictures are the same cache
     policy = policy if views > 1 else None
-    info = _describe(teacher, samples, texts, views=views, policy=policy, seed=seed, dtype=dtype, size=shard_size)
+    info = _describe(
+        teacher, samples, texts, views=views, policy=policy, seed=seed, dtype=dtype, size=shard_size, grid=token_grid
+    )
     if (folder / "cache.json").exists():
         cache = TeacherCache.open(folder, verify=True)
         refuse_difference(folder, cache.info.to_dict(), info.to_dict())
@@ -238,7 +258,7 @@ def build_cache(
         check_version(folder, started)
         refuse_difference(
             folder,
-            {**started["info"], "batch_size": started["batch_size"]},
+            {**CacheInfo.from_dict(started["info"]).to_dict(), "batch_size": started["batch_size"]},
             {**info.to_dict(), "batch_size": batch_size},
         )
     write_json(folder / "build.json", plan)
@@ -294,9 +314,11 @@ def _describe(
     seed: int,
     dtype: Literal["float32", "bfloat16"],
     size: int,
+    grid: int,
 ) -> CacheInfo:
     # widths are asked of the teacher itself, on one gray picture and one word
-    image = teacher.encode_images(torch.full((1, teacher.image.size, teacher.image.size, 3), 128, dtype=torch.uint8))
+    image = teacher.encode_images(gray(teacher))
+    token_dim = token_shape(teacher, grid)[1] if grid else 0
     text = teacher.encode_texts(["a"]) if texts else None
     if image.embedding.shape[-1] != teacher.dim or (text is not None and text.embedding.shape[-1] != teacher.dim):
         widths = [image.embedding.shape[-1], text.embedding.shape[-1] if text is not None else teacher.dim]
@@ -322,6 +344,8 @@ def _describe(
         samples=digest_names([s.uid for s in samples]),
         texts=digest_names(texts),
         licences=teacher.licences,
+        token_grid=grid,
+        token_dim=token_dim,
     )
     return info
 
@@ -358,10 +382,10 @@ def _write_image_shard(
                 hashes.append(item[1])
             if good:
                 pixels = torch.from_numpy(np.concatenate(good))
-                rows.append(_to_cpu(teacher.encode_images(pixels), teacher.name))
+                rows.append(_encoded(teacher, pixels, info))
             tell(start + len(group))
     tensors = _stack(rows, info, "image", info.dim, info.feature_dim)
-    tensors = {key: value.view(len(kept), info.views, value.shape[-1]) for key, value in tensors.items()}
+    tensors = {key: value.view(len(kept), info.views, *value.shape[1:]) for key, value in tensors.items()}
     write_shard(path, tensors, {"uids": kept, "bytes_sha256": hashes, "skipped": skipped})
 
 
@@ -393,15 +417,26 @@ def _load_views(
     return np.stack(stack), hashlib.sha256(data).hexdigest()
 
 
+def _encoded(teacher: Teacher, pixels: Tensor, info: CacheInfo) -> TeacherOutput:
+    if not info.token_grid:
+        return _to_cpu(teacher.encode_images(pixels), teacher.name)
+    assert isinstance(teacher, TokenTeacher), "token_shape asked before"
+    output = teacher.encode_image_tokens(pixels)
+    # at once in the stored form: a shard's maps in full would be the largest thing in memory
+    tokens = on_grid(output.taps["tokens"].float(), info.token_grid).to(DTYPES[info.dtype])
+    return _to_cpu(TeacherOutput(output.embedding, output.features, {"tokens": tokens}), teacher.name)
+
+
 def _to_cpu(output: TeacherOutput, name: str) -> TeacherOutput:
     embedding = output.embedding.float().cpu()
     features = None if output.features is None else output.features.float().cpu()
-    if not bool(torch.isfinite(embedding).all()) or (features is not None and not bool(torch.isfinite(features).all())):
+    taps = {key: value.cpu() for key, value in output.taps.items()}
+    if not all(bool(torch.isfinite(part).all()) for part in (embedding, features, *taps.values()) if part is not None):
         raise IntegrityError(
             f"teacher {name!r} gave a non-finite output, which would poison every student made from the cache; "
             "check its weights and run it in float32"
         )
-    return TeacherOutput(embedding, features)
+    return TeacherOutput(embedding, features, taps)
 
 
 def _stack(rows: list[TeacherOutput], info: CacheInfo, key: str, dim: int, feature_dim: int) -> dict[str, Tensor]:
@@ -411,6 +446,9 @@ def _stack(rows: list[TeacherOutput], info: CacheInfo, key: str, dim: int, featu
     if feature_dim:
         features = [r.features for r in rows if r.features is not None]
         out["features"] = torch.cat([torch.zeros(0, feature_dim), *features])
+    if info.token_grid and key == "image":
+        empty = torch.zeros(0, info.token_grid**2, info.token_dim, dtype=dtype)
+        out["tokens"] = torch.cat([empty, *(r.taps["tokens"] for r in rows)])
     return {k: v.to(dtype) for k, v in out.items()}
 
 

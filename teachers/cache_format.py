@@ -19,7 +19,8 @@ from pocketvlm.edge.contract import ImageSpec
 from pocketvlm.edge.errors import IntegrityError, VersionError
 from pocketvlm.teachers.files import sha256_file, write_atomic, write_json
 
-SCHEMA_VERSION = "1.0"
+# 1.1: token maps
+SCHEMA_VERSION = "1.1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -28,7 +29,8 @@ class CacheInfo:
     """What a cache was made from; two caches with equal fields hold the same numbers.
 
     policy: the augmentation policy's fields, or None for plain preprocessing only. dim / feature_dim /
-    text_feature_dim: widths D, F and G (0 where the teacher has no such features).
+    text_feature_dim: widths D, F and G (0 where the teacher has no such features). token_grid / token_dim: places in a
+    row of the kept token maps, and their width W (0 where none are kept).
     samples / texts: digests of the uids and of the texts, in order.
     """
 
@@ -49,6 +51,8 @@ class CacheInfo:
     samples: str
     texts: str
     licences: tuple[tuple[str, str, str], ...]
+    token_grid: int = 0
+    token_dim: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -87,6 +88,31 @@ class DualEncoderTeacher:
         Raises:
             UsageError: another shape or dtype.
         """
+        with full_float32():
+            return _output(*self._image_outputs(self._normalised(pixels)))
+
+    @torch.no_grad()
+    def encode_image_tokens(self, pixels: Tensor) -> TeacherOutput:
+        """As `encode_images`, and taps["tokens"] [B, N, W]: the last layer's patch tokens, or its map's places.
+
+        Raises:
+            UsageError: another shape or dtype, or a tower that gives no square grid of patch tokens.
+        """
+        with full_float32():
+            embedding, features, tokens = self._image_tokens(self._normalised(pixels))
+        if tokens is None or tokens.ndim != 3 or math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1]:
+            found = "none" if tokens is None else f"{list(tokens.shape)}"
+            raise UsageError(
+                f"objectives on token maps were asked of {self.name}, whose image tower gives no square grid of patch "
+                f"tokens (found {found}), so there is no map to learn from; use a ViT teacher, or leave them out"
+            )
+        output = _output(embedding, features)
+        return TeacherOutput(output.embedding, output.features, {"tokens": tokens.float()})
+
+    def _image_tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return (*self._image_outputs(pixels), None)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
         expected = (self.image.size, self.image.size, 3)
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != expected:
             raise UsageError(
@@ -94,8 +120,7 @@ class DualEncoderTeacher:
                 f"[B, {expected[0]}, {expected[1]}, 3]; prepare them with load_image(source, teacher.image)"
             )
         x = pixels.to(self.device).permute(0, 3, 1, 2).float() / 255
-        with full_float32():
-            return _output(*self._image_outputs((x - self._mean) / self._std))
+        return (x - self._mean) / self._std
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> TeacherOutput:

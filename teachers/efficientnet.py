@@ -82,8 +82,9 @@ class Lite2(nn.Module):
     def forward(self, x: Tensor, stages: tuple[int, ...] = ()) -> dict[str, Tensor]:
         """Pooled activations of normalised pixels [B, 3, S, S].
 
-        Returns "pool" [B, 1280] (mean of the last map), "logits" [B, 1000] (ImageNet-1k) and, for each asked
-        stage i in 0..6, "mean{i}" and "std{i}" [B, channels] over the positions of that stage's output.
+        Returns "map" [B, 1280, S/32, S/32] (the last map), "pool" [B, 1280] (its mean), "logits" [B, 1000]
+        (ImageNet-1k) and, for each asked stage i in 0..6, "mean{i}" and "std{i}" [B, channels] over the positions of
+        that stage's output.
         """
         out = {}
         x = self.net.bn1(self.net.conv_stem(x))
@@ -93,7 +94,7 @@ class Lite2(nn.Module):
                 std, mean = torch.std_mean(x.float(), dim=(2, 3))
                 out[f"mean{i}"], out[f"std{i}"] = mean, std
         x = self.net.bn2(self.net.conv_head(x))
-        out["pool"] = x.mean((2, 3))
+        out["map"], out["pool"] = x, x.mean((2, 3))
         out["logits"] = self.net.classifier(out["pool"])
         return out
 

@@ -56,9 +56,18 @@ class HfTeacher(DualEncoderTeacher):
         model: Any = self.model
         if not hasattr(model, "vision_model"):
             return joint(model.get_image_features(pixel_values=pixels)), None
-        pooled = model.vision_model(pixel_values=pixels).pooler_output
-        # SigLIP's attention pooling ends in the joint space: there is no projection after it
-        return (model.visual_projection(pooled) if hasattr(model, "visual_projection") else pooled), pooled
+        return self._image_tokens(pixels)[:2]
+
+    def _image_tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        model: Any = self.model
+        if not hasattr(model, "vision_model"):
+            return joint(model.get_image_features(pixel_values=pixels)), None, None
+        out = model.vision_model(pixel_values=pixels)
+        pooled, tokens = out.pooler_output, out.last_hidden_state
+        # CLIP's first token is the class token; SigLIP has none, and its attention pooling ends in the joint space
+        projected = hasattr(model, "visual_projection")
+        embedding = model.visual_projection(pooled) if projected else pooled
+        return embedding, pooled, tokens[:, 1:] if projected else tokens
 
     def _text_outputs(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         model: Any = self.model

@@ -59,10 +59,17 @@ class IngredientsTeacher:
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> TeacherOutput:
         """pixels: uint8 [B, 160, 160, 3]. embedding [B, 384]; features [B, 1280] (Lite2's pooled last map)."""
+        tokens = self.encode_image_tokens(pixels)
+        return TeacherOutput(tokens.embedding, tokens.features)
+
+    @torch.no_grad()
+    def encode_image_tokens(self, pixels: Tensor) -> TeacherOutput:
+        """As `encode_images`, and taps["tokens"] [B, 25, 1280]: the places of Lite2's last map."""
         with full_float32():
             out = self._images(self._images.normalise(pixels))
         top, index = out["logits"].softmax(-1).topk(CLASSES)
-        return TeacherOutput(F.normalize(torch.einsum("bk,bkd->bd", top, self._classes[index]), dim=-1), out["pool"])
+        embedding = F.normalize(torch.einsum("bk,bkd->bd", top, self._classes[index]), dim=-1)
+        return TeacherOutput(embedding, out["pool"], {"tokens": out["map"].flatten(2).transpose(1, 2)})
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> TeacherOutput:

@@ -104,9 +104,17 @@ class LitTeacher:
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> TeacherOutput:
         """pixels: uint8 [B, 160, 160, 3]. embedding [B, 384]; features [B, 1280] (Lite2's pooled last map)."""
-        features = lite2_features(self._images, pixels, self.precision)
-        embedding = F.normalize(self._project(features), dim=-1)
-        return TeacherOutput(embedding, features[:, : WIDTHS[0]])
+        return TeacherOutput(*self._encode(lite2_outputs(self._images, pixels, self.precision)))
+
+    @torch.no_grad()
+    def encode_image_tokens(self, pixels: Tensor) -> TeacherOutput:
+        """As `encode_images`, and taps["tokens"] [B, 25, 1280]: the places of Lite2's last map."""
+        out = lite2_outputs(self._images, pixels, self.precision)
+        return TeacherOutput(*self._encode(out), {"tokens": out["map"].float().flatten(2).transpose(1, 2)})
+
+    def _encode(self, out: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        features = joined(out)
+        return F.normalize(self._project(features), dim=-1), features[:, : WIDTHS[0]]
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> TeacherOutput:
@@ -182,12 +190,16 @@ def centred_sentences(model: MiniLM, texts: Sequence[str], mean: Tensor) -> Teac
     return TeacherOutput(F.normalize(sentence - mean, dim=-1), sentence)
 
 
-def lite2_features(model: Lite2, pixels: Tensor, precision: str) -> Tensor:
-    """[B, 2912] float32: the blocks of `BLOCKS`, joined."""
+def lite2_outputs(model: Lite2, pixels: Tensor, precision: str) -> dict[str, Tensor]:
+    """What Lite2 gives with the blocks of `BLOCKS`, in the precision it was computed in."""
     x = model.normalise(pixels)
     half = torch.autocast(x.device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
     with torch.no_grad(), full_float32(), half:
-        out = model(x, STAGES)
+        return model(x, STAGES)
+
+
+def joined(out: dict[str, Tensor]) -> Tensor:
+    """[B, 2912] float32: the blocks of `BLOCKS`."""
     return torch.cat([out[name].float() for name in BLOCKS], dim=1)
 
 
@@ -233,7 +245,7 @@ def _extract(model: Lite2, part: Sequence[Sample], precision: str) -> Tensor:
         pixels = np.stack(list(pool.map(lambda s: load_image(s.image.read(), IMAGE), part)))
     for start in range(0, len(part), _BATCH):
         clean = torch.from_numpy(pixels[start : start + _BATCH])
-        both = [lite2_features(model, view, precision).cpu() for view in (clean, clean.flip(2))]
+        both = [joined(lite2_outputs(model, view, precision)).cpu() for view in (clean, clean.flip(2))]
         rows.append(torch.stack(both, dim=1))
     return torch.cat(rows)
 

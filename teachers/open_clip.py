@@ -51,6 +51,26 @@ class OpenClipTeacher(DualEncoderTeacher):
                 return visual.head(features), features
         return self.model.encode_image(pixels), None  # type: ignore[operator]
 
+    def _image_tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        visual: Any = self.model.visual
+        if isinstance(visual._parameters.get("proj"), Tensor) and hasattr(visual, "output_tokens"):
+            twin: Any = without(visual, "proj")
+            twin.output_tokens = True
+            features, tokens = twin(pixels)
+            return features @ visual.proj, features, tokens
+        if hasattr(visual, "trunk") and hasattr(visual, "head"):
+            trunk = visual.trunk
+            last = trunk.forward_features(pixels)
+            features = trunk.forward_head(last)
+            if features.ndim == 2:
+                if last.ndim == 4:
+                    channels_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+                    tokens = last.flatten(1, 2) if channels_last else last.flatten(2).transpose(1, 2)
+                else:
+                    tokens = last[:, getattr(trunk, "num_prefix_tokens", 0) :]
+                return visual.head(features), features, tokens
+        return (*self._image_outputs(pixels), None)
+
     def _text_outputs(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         ids = self.tokenize(texts).to(self.device)
         tower: Any = getattr(self.model, "text", self.model)

@@ -19,11 +19,13 @@ from pocketvlm.distill.objectives.correlation import CorrelationCongruence
 from pocketvlm.distill.objectives.crd import ContrastiveRelational
 from pocketvlm.distill.objectives.cross_kd import CrossDistributions
 from pocketvlm.distill.objectives.cwcl import ContinuouslyWeighted
-from pocketvlm.distill.objectives.feature import Feature, Hint
+from pocketvlm.distill.objectives.feature import Feature
 from pocketvlm.distill.objectives.gradient import GradientDistillation
 from pocketvlm.distill.objectives.gram import Gram
+from pocketvlm.distill.objectives.hint import Hint
 from pocketvlm.distill.objectives.hycd import HybridContrastive
 from pocketvlm.distill.objectives.icl import Interactive
+from pocketvlm.distill.objectives.masked_feature import MaskedFeature
 from pocketvlm.distill.objectives.matryoshka import Matryoshka
 from pocketvlm.distill.objectives.momentum import MomentumDistillation
 from pocketvlm.distill.objectives.multi_positive import DistributionMatching
@@ -34,6 +36,7 @@ from pocketvlm.distill.objectives.rankclip import RankConsistency
 from pocketvlm.distill.objectives.rkd import RelationalKD
 from pocketvlm.distill.objectives.siglip import PairwiseSigmoid
 from pocketvlm.distill.objectives.soft_negatives import SoftNegatives
+from pocketvlm.distill.objectives.token_alignment import TokenAlignment
 from pocketvlm.distill.objectives.token_gram import TokenGram
 from pocketvlm.distill.objectives.vl2v import VisionLanguageToVision
 from pocketvlm.edge.errors import UsageError, unknown_name
@@ -48,6 +51,7 @@ __all__ = [
     "objective_class",
     "objective_needs",
     "objective_options",
+    "objective_taps",
 ]
 
 _CLASSES: dict[str, type[BatchObjective]] = {
@@ -68,6 +72,7 @@ _CLASSES: dict[str, type[BatchObjective]] = {
         Hint,
         HybridContrastive,
         Interactive,
+        MaskedFeature,
         Matryoshka,
         MomentumDistillation,
         MultiTeacher,
@@ -77,6 +82,7 @@ _CLASSES: dict[str, type[BatchObjective]] = {
         RankConsistency,
         RelationalKD,
         SoftNegatives,
+        TokenAlignment,
         TokenGram,
         VisionLanguageToVision,
     )
@@ -117,6 +123,24 @@ def objective_options(name: str) -> dict[str, Any]:
     """
     parameters = inspect.signature(objective_class(name).__init__).parameters
     return {key: item.default for key, item in parameters.items() if key not in _BUILT_WITH}
+
+
+def objective_taps(name: str, options: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """The inner activations that `name` reads when built with `options`: {"student_tap": name, ...}, see `Needs`.
+
+    Raises:
+        UnknownNameError: no such objective. UsageError: a tap that is no name.
+    """
+    given, defaults, found = options or {}, objective_options(name), {}
+    for option in objective_needs(name, given).taps:
+        tap = given.get(option, defaults[option])
+        if not isinstance(tap, str) or not tap:
+            raise UsageError(
+                f"option {option!r} of objective {name!r} is {tap!r} but must name an inner activation; there would be "
+                "nothing to read, so give 'tokens' or a part of the tower"
+            )
+        found[option] = tap
+    return found
 
 
 def build_objective(

@@ -24,7 +24,10 @@ class Outputs:
     rows without a caption hold a valid tensor that must be ignored through `has_text`.
     has_text: bool [B]. logit_scale: positive scalar multiplier of the cosine. logit_bias: scalar (SigLIP).
     image_features / text_features: [B, W] pooled features before the joint projection, or None.
-    taps: named inner activations that an objective asked for.
+    taps: named inner activations that an objective asked for: [B, C, H, W], [B, N, W] or [B, W]; those of the text
+    tower under "text." and the name, in every row.
+    text_mask: bool [B, L], where the text tower's tokens are no padding, or None.
+    masked_image: [B, D] raw embeddings of the same pictures with patches masked, or None.
     bank: [N, D] embeddings of a fixed list of texts (the same texts for student and teacher), or None.
     group: int64 [B]; equal values mean the same concept (duplicate captions), or None.
     """
@@ -39,6 +42,8 @@ class Outputs:
     taps: dict[str, Tensor] = field(default_factory=dict)
     bank: Tensor | None = None
     group: Tensor | None = None
+    text_mask: Tensor | None = None
+    masked_image: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,9 @@ class Needs:
     captions: rows without a caption are masked out of this objective (it never invents a target).
     teacher: reads teacher outputs. momentum: its `teacher` is the moving average of the student itself, which the loop
     runs without a gradient over the same batch (needs no external teacher).
-    features: reads `image_features` of both models. bank: reads embeddings of a fixed text list.
-    taps: names of the options that name inner activations.
-    masked_view: wants an extra student forward of a masked image.
+    features: reads `image_features` of both models. bank: reads embeddings of a fixed text list. taps: which of the
+    options `student_tap` (image tower), `text_tap` (text tower) and `teacher_tap` name inner activations that it reads.
+    masked_view: wants an extra student forward of a masked image, as its options `ratio` and `cells` say.
     """
 
     captions: bool = False

@@ -8,7 +8,7 @@ import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -23,22 +23,35 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Widths:
-    """Widths of one model's outputs. image_features, text_features: pooled, before the projection; None = none."""
+    """Widths of one model's outputs. image_features, text_features: pooled, before the projection; None = none.
+    taps: channels of each inner activation, by its name in `Outputs.taps`."""
 
     embedding: int
     image_features: int | None = None
     text_features: int | None = None
+    taps: Mapping[str, int] = field(default_factory=dict)
+
+    def tap(self, objective: str, side: str, name: str) -> int:
+        """Channels of one tap.
+
+        Raises:
+            UsageError: no taps at all. UnknownNameError: none of that name.
+        """
+        _refuse_absent(objective, side, name, self.taps)
+        return self.taps[name]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The rows that have a caption: raw student and (if there is one) teacher embeddings [P, D], groups [P]."""
+    """The rows that have a caption: raw student and (if there is one) teacher embeddings [P, D], groups [P].
+    keep: bool [B], which rows these are; None = all."""
 
     image: Tensor
     text: Tensor
     teacher_image: Tensor | None
     teacher_text: Tensor | None
     group: Tensor | None
+    keep: Tensor | None = None
 
     def taught(self) -> tuple[Tensor, Tensor]:
         """The teacher's raw image and text embeddings [P, D], for a caller that gave `pairs` a teacher."""
@@ -100,7 +113,7 @@ class BatchObjective(Objective):
 
     def zero(self, student: Outputs) -> Tensor:
         """Exactly 0, connected to everything that the objective could have trained, so that no parameter is unused."""
-        parts = [student.image, student.text, student.bank, student.image_features]
+        parts = [student.image, student.text, student.bank, student.image_features, student.masked_image]
         parts += [student.logit_scale, student.logit_bias]
         tensors: Iterable[Tensor] = [part for part in (*parts, *self.parameters()) if part is not None]
         total = student.image.new_zeros(())
@@ -138,7 +151,28 @@ class BatchObjective(Objective):
             teacher_image=rows(teacher.image) if teacher is not None else None,
             teacher_text=rows(teacher.text) if teacher is not None else None,
             group=rows(student.group),
+            keep=keep,
         )
+
+
+def tap_of(objective: str, outputs: Outputs, side: str, name: str) -> Tensor:
+    """The inner activation `name` of "student" or "teacher".
+
+    Raises:
+        UsageError: no taps at all. UnknownNameError: none of that name.
+    """
+    _refuse_absent(objective, side, name, outputs.taps)
+    return outputs.taps[name]
+
+
+def _refuse_absent(objective: str, side: str, name: str, taps: Mapping[str, object]) -> None:
+    if name not in taps:
+        if not taps:
+            raise UsageError(
+                f"objective {objective!r} was given {side} outputs without any tap; there are no token maps to "
+                f"compare, so put the map into Outputs.taps[{name!r}]"
+            )
+        raise unknown_name(f"{side} tap of objective {objective!r}", name, taps)
 
 
 class Projector(nn.Module):

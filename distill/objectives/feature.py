@@ -1,4 +1,4 @@
-"""Feature distillation on the joint embeddings, and on pooled image features (hint)."""
+"""Feature distillation on the joint embeddings."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from torch import Tensor
 from pocketvlm.distill.objectives.base import Needs, Outputs
 from pocketvlm.distill.objectives.common import (
     BatchObjective,
-    Projector,
     Widths,
     choice,
     positive,
     projector_if_needed,
     unit,
 )
-from pocketvlm.edge.errors import UsageError
 
 DISTANCES = ("l2", "cosine", "smooth-l1")
 
@@ -93,60 +91,3 @@ class Feature(BatchObjective):
         if self.normalize:
             x, target = unit(x), unit(target)
         return row_distance(x, target, self.distance, self.beta)
-
-
-class Hint(BatchObjective):
-    """hint: the student's pooled image features, through a projector, regress the teacher's.
-
-    Formula: with f the pooled features before the joint projection, R the projector, z the `standardize` map,
-        L = mean_i mean_d h( z(R f^S_i)_d - z(f^T_i)_d ),  h(x) = x^2 ("l2", default) or Huber_1 ("smooth-l1").
-    standardize: "row" (default) gives each row mean 0 and variance 1 over its channels, on both sides, so that feature
-    scales of different teachers do not change the weight; "unit" L2-normalises each row; "none" does nothing.
-    Inputs: image_features [B, F_S] and [B, F_T]. Output: {"hint"}. Reduction: mean over channels and rows ("unit": sum
-    over channels, as in `feature`). The projector ("linear" or "mlp") always exists, also between equal widths.
-    Captions are not used; no temperature; a batch of one is fine.
-    Paper: Romero et al. 2015 (FitNets, 1412.6550), equation 3, with pooled instead of spatial features.
-    Ours: the row standardisation and the mean over channels (FitNets sums).
-    """
-
-    name = "hint"
-    needs = Needs(features=True)
-
-    def __init__(
-        self,
-        *,
-        student: Widths,
-        teacher: Widths | None = None,
-        seed: int = 0,
-        distance: str = "l2",
-        standardize: str = "row",
-        projector: str = "linear",
-    ) -> None:
-        super().__init__()
-        if teacher is None or student.image_features is None or teacher.image_features is None:
-            raise UsageError(
-                "objective 'hint' compares pooled image features, which one of the two models does not provide; use a "
-                "teacher that has them, or leave the objective out"
-            )
-        self.distance = choice("distance", distance, ("l2", "smooth-l1"))
-        self.standardize = choice("standardize", standardize, ("row", "unit", "none"))
-        self.projector = Projector(
-            student.image_features, teacher.image_features, seed=seed, tag="hint", kind=projector
-        )
-
-    def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        if student.image_features is None or teacher.image_features is None:
-            raise UsageError(
-                "objective 'hint' was given outputs without image_features; there is nothing to compare, so use a "
-                "teacher (or cache) that keeps them"
-            )
-        x, target = self._standard(self.projector(student.image_features)), self._standard(teacher.image_features)
-        rows = row_distance(x, target, self.distance, 1.0)
-        if not len(rows):
-            return {"hint": self.zero(student)}
-        return {"hint": rows.mean() / (1 if self.standardize == "unit" else x.shape[-1])}
-
-    def _standard(self, x: Tensor) -> Tensor:
-        if self.standardize == "row":
-            return F.layer_norm(x, x.shape[-1:])
-        return unit(x) if self.standardize == "unit" else x

@@ -16,13 +16,17 @@ _DEFAULT_INNER = {"name": "crd"}
 
 
 def prefix(outputs: Outputs, width: int) -> Outputs:
-    """The first `width` numbers of every embedding (image, text, bank); features and taps are left as they are."""
+    """The first `width` numbers of every embedding (image, masked, text, bank); features and taps stay as they are."""
 
     def cut(value: Tensor | None) -> Tensor | None:
         return None if value is None else value[..., :width]
 
     return dataclasses.replace(
-        outputs, image=outputs.image[..., :width], text=cut(outputs.text), bank=cut(outputs.bank)
+        outputs,
+        image=outputs.image[..., :width],
+        masked_image=cut(outputs.masked_image),
+        text=cut(outputs.text),
+        bank=cut(outputs.bank),
     )
 
 
@@ -40,17 +44,18 @@ class Matryoshka(BatchObjective):
     dims: increasing widths (default: a quarter, a half and the whole of the student's). Only what is listed is trained:
     list the full width too. `student.overrides.dims` promises the same widths to those who use the student.
     The teacher: keeps its full width, since inner losses of similarities or distributions compare no coordinates; what
-    has a projector (`icl`, `cross-kd`, `gradient`, `afd`, `bank` with anchors "teacher", `feature` and `vl2v` between
-    unequal widths) gets one of its own for each m, from m to the teacher's width. Only `momentum`, and `feature` and
-    `vl2v` between equal widths, compare coordinates: there the teacher is cut to m too. A teacher that is no Matryoshka
-    model itself has no reason to keep much in its first numbers, so prefer a loss of similarities. A student's `bank`
-    that the loop took from the teacher is cut like the student's. What depends on the step is told it (`at`).
+    has a projector (`icl`, `cross-kd`, `gradient`, `afd`, `bank` with anchors "teacher"; between unequal widths also
+    `feature`, `masked-feature`, `vl2v`) gets one of its own for each m, from m to the teacher's width. Only `momentum`,
+    and those last three between equal widths, compare coordinates: there the teacher is cut to m too. A teacher that is
+    no Matryoshka model itself has no reason to keep much in its first numbers, so prefer a loss of similarities. A
+    student's `bank` that the loop took from the teacher is cut like the student's. What depends on the step is told it
+    (`at`).
     Inputs: as the inner objective's; image, text and bank are cut, logit scale shared by all prefixes.
     Output: {"<inner term>_<m>"}, times c_m. Reduction, temperature, KL direction, rows: the inner objective's.
     With dims = [full width] and weight 1 it *is* the inner objective, projectors included.
     Paper: Kusupati et al. 2022 (MRL, 2205.13147), the sum of losses with c_m = 1; there classification with a separate
     head for each m. Ours: the inner distillation losses; a projector for each m, as MRL's heads.
-    Refused: an inner objective that reads no embedding (`hint`, `token-gram`) and `matryoshka` itself.
+    Refused: an inner objective that reads no embedding (`hint`, `token-gram`, `token-alignment`), `matryoshka` itself.
     Cost: the inner objective's, once for each m; the towers run once.
     """
 
@@ -70,7 +75,7 @@ class Matryoshka(BatchObjective):
         super().__init__()
         from pocketvlm.distill.objectives import build_objective, objective_class
 
-        name, options = _inner(inner)
+        name, options = inner_of(inner)
         full = student.embedding
         self.dims = _checked_dims(dims, full) if dims else tuple(m for m in (full // 4, full // 2, full) if m > 1)
         self.weights = tuple(positive("weights", weight) or 1.0 for weight in weights) or (1.0,) * len(self.dims)
@@ -94,7 +99,7 @@ class Matryoshka(BatchObjective):
     def needs_with(cls, options: Mapping[str, Any]) -> Needs:
         from pocketvlm.distill.objectives import objective_needs
 
-        name, inner_options = _inner(options.get("inner", _DEFAULT_INNER))
+        name, inner_options = inner_of(options.get("inner", _DEFAULT_INNER))
         return objective_needs(name, inner_options)
 
     def at(self, step: int, progress: float) -> None:
@@ -110,7 +115,7 @@ class Matryoshka(BatchObjective):
         return found
 
 
-def _inner(inner: Any) -> tuple[str, dict[str, Any]]:
+def inner_of(inner: Any) -> tuple[str, dict[str, Any]]:
     """Name and options of the inner objective, checked as far as the wrapper is concerned."""
     from pocketvlm.distill.objectives import objective_class
 

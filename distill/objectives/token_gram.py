@@ -9,8 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
-from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, cross_entropy_rows, positive, unit
-from pocketvlm.edge.errors import UsageError, unknown_name
+from pocketvlm.distill.objectives.common import (
+    BatchObjective,
+    Widths,
+    choice,
+    cross_entropy_rows,
+    positive,
+    tap_of,
+    unit,
+)
+from pocketvlm.edge.errors import UsageError
 
 
 def gram(tokens: Tensor, others: Tensor | None = None) -> Tensor:
@@ -107,7 +115,8 @@ class TokenGram(BatchObjective):
     the official repository has no code; there within sampled regions.
     Ours: the pooling to a common grid, the whole picture as one region for "scd", the mean over pictures for "rdist".
     Related: `gram` compares pictures with each other, this compares places within one. Cost: B N^2 numbers for each.
-    The training loop cannot feed it yet: a teacher's cache holds no token maps. Call it from Python.
+    In a recipe, `student_tap` names a part of the image tower ("tokens": its last map), and the teacher's map is the
+    one that its cache keeps (`teacher.token_grid`), without class and register tokens.
     """
 
     name = "token-gram"
@@ -143,13 +152,6 @@ class TokenGram(BatchObjective):
         return {"token-gram": relation_cosine(ours, theirs)}
 
     def _tokens(self, outputs: Outputs, side: str) -> Tensor:
-        name, prefix = self.taps[side], self.prefixes[side]
-        if name not in outputs.taps:
-            if not outputs.taps:
-                raise UsageError(
-                    f"objective 'token-gram' was given {side} outputs without any tap; there are no token maps to "
-                    f"compare, so put the map into Outputs.taps[{name!r}]"
-                )
-            raise unknown_name(f"{side} tap of objective 'token-gram'", name, outputs.taps)
-        tokens = outputs.taps[name]
+        prefix = self.prefixes[side]
+        tokens = tap_of(self.name, outputs, side, self.taps[side])
         return tokens[:, prefix:] if tokens.ndim == 3 else tokens

@@ -79,6 +79,18 @@ class ToyTeacher:
         return TeacherOutput(torch.nn.functional.normalize(centred @ self.joint, dim=-1), centred @ self.wide)
 
 
+class ToyTokenTeacher(ToyTeacher):
+    """Shows the mean colours of sixteen cells too, in twelve made-up numbers."""
+
+    name = "toy-tokens"
+    fingerprint = hashlib.sha256(b"toy token teacher 1").hexdigest()
+
+    def encode_image_tokens(self, pixels: torch.Tensor) -> TeacherOutput:
+        cells = pixels.float().unflatten(1, (4, 4)).unflatten(3, (4, 4)).mean(dim=(2, 4)).flatten(1, 2) / 255
+        found = self.encode_images(pixels)
+        return TeacherOutput(found.embedding, found.features, {"tokens": (cells - 0.5) @ self.wide})
+
+
 TINY_STUDENT = {
     "image": {"backbone": "mobilenetv4_conv_small_035", "size": 32},
     "text": {"layers": 1, "width": 32, "heads": 2, "context_length": 8, "vocab_size": 300},
@@ -111,11 +123,15 @@ def toy_recipe(world: Path, cache: Path, **changes: Any) -> dict[str, Any]:
 
 
 def use_toy_teacher(monkeypatch: Any = None) -> None:
-    """Let `load_teacher("toy")` give the toy teacher; for good where no monkeypatch is given."""
+    """Let `load_teacher` give the toy teachers "toy" and "toy-tokens"; for good where no monkeypatch is given."""
     import pocketvlm.teachers
 
-    def load(spec: str, **_: Any) -> ToyTeacher:
-        return ToyTeacher()
+    real = pocketvlm.teachers.load_teacher
+
+    def load(spec: str, **options: Any) -> Any:
+        if spec.startswith("embeddings:"):
+            return real(spec, **options)
+        return ToyTokenTeacher() if spec == "toy-tokens" else ToyTeacher()
 
     if monkeypatch is None:
         pocketvlm.teachers.load_teacher = load  # type: ignore[attr-defined,assignment]

@@ -26,7 +26,7 @@ def outputs(seed: int, *, dim: int = D, features: int = F, dtype: torch.dtype = 
     text = draw(B, dim)
     with torch.no_grad():
         text[3] = text[0]
-    return Outputs(
+    found = Outputs(
         image=draw(B, dim),
         text=text,
         has_text=torch.tensor(HAS_TEXT),
@@ -37,11 +37,20 @@ def outputs(seed: int, *, dim: int = D, features: int = F, dtype: torch.dtype = 
         bank=draw(N, dim),
         group=torch.tensor(GROUP),
         taps={"tokens": draw(B, 9, features)},
+        masked_image=draw(B, dim),
     )
+    words = draw(B, L, features)
+    with torch.no_grad():
+        words[3] = words[0]
+    found.taps["text.tokens"] = words
+    found.text_mask = torch.tensor([[place < length for place in range(L)] for length in LENGTHS])
+    return found
 
 
-WIDTHS = Widths(embedding=D, image_features=F, text_features=F)
-OTHER = Widths(embedding=D + 2, image_features=F + 3, text_features=F + 3)
+L = 5
+LENGTHS = [4, 2, 0, 4, 5, 1]  # real tokens of each caption; row 2 has none
+WIDTHS = Widths(embedding=D, image_features=F, text_features=F, taps={"tokens": F, "text.tokens": F})
+OTHER = Widths(embedding=D + 2, image_features=F + 3, text_features=F + 3, taps={"tokens": F + 3})
 SEED, STEP, PROGRESS = 5, 7, 0.5  # an objective that changes during training is looked at in the middle of it
 
 

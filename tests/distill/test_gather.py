@@ -22,7 +22,7 @@ from pocketvlm.distill.objectives import Outputs, Widths, build_objective, list_
 from pocketvlm.edge.errors import UsageError
 
 ROWS, SPLIT, N = 9, 5, 6  # uneven on purpose: 5 rows on rank 0, 4 on rank 1
-STUDENT, TEACHER = Widths(4, 7, 7), Widths(5, 6, 6)
+STUDENT, TEACHER = Widths(4, 7, 7, {"tokens": 2, "text.tokens": 2, "b": 1}), Widths(5, 6, 6, {"tokens": 2})
 
 
 class Towers(nn.Module):
@@ -45,7 +45,13 @@ class Towers(nn.Module):
             logit_bias=self.bias,
             image_features=features,
             text_features=text_features,
-            taps={"b": features.reshape(-1, 7, 1), "a": text_features, "tokens": features[:, :6].reshape(-1, 2, 3)},
+            taps={
+                "b": features.reshape(-1, 7, 1),
+                "a": text_features,
+                "tokens": torch.stack([features[:, :4], features[:, 3:]], dim=2),
+                "text.tokens": torch.stack([text_features[:, :5], text_features[:, 2:]], dim=2),
+            },
+            masked_image=torch.sin(pixels @ self.body.T) @ self.image.T,
             bank=torch.tanh(words @ self.body.T) @ self.text.T,
             **labels,
         )
@@ -60,6 +66,7 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
     )}  # fmt: skip
     has_text = torch.tensor([1, 1, 0, 1, 0, 1, 1, 0, 1], dtype=torch.bool)[start:stop]
     group = torch.tensor([0, 1, -3, 0, -5, 2, 1, -8, 3])[start:stop]
+    text_mask = torch.tensor([[place < length for place in range(5)] for length in (2, 5, 0, 1, 0, 4, 3, 0, 5)])
     teacher = Outputs(
         image=draw["image"][start:stop],
         text=draw["text"][start:stop],
@@ -67,20 +74,19 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
         logit_scale=torch.tensor(8.0, dtype=torch.float64),
         image_features=draw["features"][start:stop],
         bank=draw["bank"],
-        taps={"tokens": draw["tokens"][start:stop].reshape(-1, 2, 4)},
+        taps={"tokens": draw["tokens"][start:stop].reshape(-1, 4, 2)},
     )
     inputs = {"pixels": draw["pixels"][start:stop], "ids": draw["ids"][start:stop], "words": draw["words"]}
-    return {**inputs, "has_text": has_text, "group": group}, teacher
+    return {**inputs, "has_text": has_text, "group": group, "text_mask": text_mask[start:stop]}, teacher
 
 
 def objectives() -> list[tuple[str, dict[str, object]]]:
     extra = [("bank", {"anchors": "teacher"}), ("gram", {"variant": "spkd", "of": ("image", "text")})]
     extra += [("order", {"of": ("image", "text", "image-to-text", "text-to-image"), "neighbours": 2})]
-    extra += [
-        ("matryoshka", {"inner": {"name": "icl"}, "dims": (2, 4)}),
-        ("matryoshka", {"inner": {"name": "momentum"}}),
-        ("token-gram", {"variant": "scd"}),
-    ]
+    extra += [("matryoshka", {"inner": {"name": "icl"}, "dims": (2, 4)}), ("token-gram", {"variant": "scd"})]
+    extra += [("matryoshka", {"inner": {"name": "momentum"}})]
+    extra += [("hint", {"student_tap": "tokens", "teacher_tap": "tokens"}), ("hint", {"student_tap": "b"})]
+    extra += [("token-alignment", {"variant": "words"}), ("matryoshka", {"inner": {"name": "masked-feature"}})]
     extra += [("siglip", {"bias": None}), ("multi-teacher", {"widths": [2, 3], "logit_scales": [5.0, 9.0]})]
     return [*((name, {}) for name in list_objectives()), *extra]
 
@@ -195,7 +201,8 @@ def test_every_field_is_gathered_in_rank_order(two_ranks):
     for rank in range(2):
         gathered = two_ranks[rank]["outputs"]
         assert gathered.keys() == whole.keys()
-        for key in ("image", "text", "has_text", "group", "image_features", "text_features", "bank", "logit_scale"):
+        keys = ("image", "text", "has_text", "group", "image_features", "text_features", "bank", "logit_scale")
+        for key in (*keys, "text_mask", "masked_image"):
             torch.testing.assert_close(gathered[key], whole[key], msg=key)
             assert gathered[key].dtype == whole[key].dtype
         for key in ("a", "b"):

@@ -211,13 +211,15 @@ every_case = pytest.mark.parametrize(("name", "oracle", "options"), CASES, ids=I
 SYMMETRIC = {"feature", "rkd", "gradient"}
 # oracles and manners in test_objectives_relation.py
 RELATION = {"correlation-congruence", "matryoshka", "order", "rankclip", "token-gram"}
+# in test_objectives_tokens.py
+TOKENS = {"masked-feature", "token-alignment"}
 
 
 # ------------------------------------------------------------------------------------------------ values
 
 
 def test_every_objective_has_an_oracle():
-    assert {name for name, _, _ in CASES} | RELATION == set(list_objectives())
+    assert {name for name, _, _ in CASES} | RELATION | TOKENS == set(list_objectives())
 
 
 @every_case
@@ -393,7 +395,7 @@ def test_batch_of_one_is_refused_where_rows_are_compared():
             cut[key] = cut[key][:n]
         return Outputs(**cut)
 
-    least = dict.fromkeys((name for name in list_objectives() if name not in RELATION), 2) | {"rkd": 3}
+    least = dict.fromkeys((name for name in list_objectives() if name not in RELATION | TOKENS), 2) | {"rkd": 3}
     least |= dict.fromkeys(("feature", "hint", "bank", "siglip", "rafa", "vl2v"), 1)
     for name, enough in least.items():
         objective = build(name)

@@ -296,8 +296,9 @@ def test_batch_without_captions_is_zero_with_a_graph(name, oracle, options, how)
 
 def cut(o: Outputs, keep) -> Outputs:
     """The rows `keep`; the bank is no row."""
-    changed = {key: getattr(o, key)[keep] for key in ("image", "text", "has_text", "image_features", "text_features")}
-    return dataclasses.replace(o, **changed, group=o.group[keep], taps={k: v[keep] for k, v in o.taps.items()})
+    keys = ("image", "text", "has_text", "image_features", "text_features", "group", "masked_image", "text_mask")
+    changed = {key: getattr(o, key)[keep] for key in keys}
+    return dataclasses.replace(o, **changed, taps={k: v[keep] for k, v in o.taps.items()})
 
 
 def test_batch_of_one_is_refused_where_rows_are_compared():
@@ -344,16 +345,16 @@ def test_range_of_half_precision_is_enough(name, options, dtype):
         student, teacher = outputs(1), outputs(1)
         with torch.no_grad():
             for side, factor in ((student, 200.0 * sign), (teacher, 200.0)):
-                for key in ("image", "text", "bank", "image_features", "text_features"):
+                for key in ("image", "text", "bank", "image_features", "text_features", "masked_image"):
                     setattr(side, key, (getattr(side, key) * factor).to(dtype))
-                side.taps = {"tokens": (side.taps["tokens"] * factor).to(dtype)}
+                side.taps = {key: (value * factor).to(dtype) for key, value in side.taps.items()}
                 side.logit_scale = torch.tensor(100.0, dtype=dtype)
                 if how == "aligned":
                     side.text = side.image.clone()
                     side.text[1] *= -1
             teacher.text = teacher.text * sign
-        leaves = [student.image, student.text, student.bank, student.taps["tokens"], student.image_features]
-        leaves += [student.logit_scale]
+        leaves = [student.image, student.text, student.bank, student.image_features, student.masked_image]
+        leaves += [student.logit_scale, *student.taps.values()]
         for leaf in leaves:
             leaf.requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16):

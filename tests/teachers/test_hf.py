@@ -149,6 +149,12 @@ def test_equals_upstream_from_picture_and_string(
     assert teacher.dim == (24 if kind == "clip" else 32)
     assert images.features is not None
     assert images.features.shape == (4, 32)
+    # the patches of the last layer: CLIP's without the class token, SigLIP has none
+    with_tokens = teacher.encode_image_tokens(pixels)
+    assert torch.equal(with_tokens.embedding, images.embedding)
+    hidden = out.vision_model_output.last_hidden_state
+    assert with_tokens.taps["tokens"].shape == (4, 16, 32)
+    assert (with_tokens.taps["tokens"] - hidden[:, -16:]).abs().max() < 1e-4
     # rows differ, or the comparison above would prove little
     assert (images.embedding[0] - images.embedding[1]).abs().max() > 1e-3
     assert (texts.embedding[0] - texts.embedding[1]).abs().max() > 1e-3

@@ -52,3 +52,15 @@ def test_it_is_the_same_in_every_fold_and_another_space_than_the_teacher(teacher
         load_teacher("ingredients?fold=0")
     with pytest.raises(UsageError, match="takes no folder"):
         load_teacher("ingredients:here")
+
+
+def test_tokens_are_the_places_of_the_pooled_map(teacher: IngredientsTeacher, pixels: torch.Tensor) -> None:
+    plain, found = teacher.encode_images(pixels), teacher.encode_image_tokens(pixels)
+    assert not plain.taps
+    assert torch.equal(found.embedding, plain.embedding)
+    tokens = found.taps["tokens"]
+    assert tokens.shape == (3, 25, 1280)
+    assert plain.features is not None
+    torch.testing.assert_close(tokens.mean(dim=1), plain.features, rtol=1e-4, atol=1e-5)
+    chart = teacher._images(teacher._images.normalise(pixels))["map"]
+    torch.testing.assert_close(tokens[:, 7], chart[:, :, 1, 2])

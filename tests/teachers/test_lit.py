@@ -14,7 +14,7 @@ from pocketvlm.data.splits import in_pool
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UnknownNameError, UsageError
 from pocketvlm.edge.preprocess import load_image
 from pocketvlm.teachers import lit, load_teacher
-from pocketvlm.teachers.base import Teacher
+from pocketvlm.teachers.base import Teacher, TokenTeacher
 from pocketvlm.teachers.efficientnet import Lite2
 from pocketvlm.teachers.minilm import MiniLM
 
@@ -119,6 +119,19 @@ def test_captions_and_pictures_change_the_fingerprint(tiny: list[Sample], monkey
         changed = [dataclasses.replace(s, **change) if s.uid == victim.uid else s for s in tiny]  # type: ignore[arg-type]
         monkeypatch.setattr(lit, "openmoji_samples", lambda changed=changed, **_: changed)
         assert load_teacher("openmoji-lit?fold=0").fingerprint != first
+
+
+def test_tokens_are_the_places_of_the_pooled_map(tiny: list[Sample]) -> None:
+    for spec in ("openmoji-lit?fold=0", "openmoji-lit?fold=0&precision=bfloat16"):
+        teacher = load_teacher(spec)
+        assert isinstance(teacher, TokenTeacher)
+        plain, found = teacher.encode_images(pixels_of(tiny[:2])), teacher.encode_image_tokens(pixels_of(tiny[:2]))
+        assert torch.equal(found.embedding, plain.embedding)
+        assert found.taps["tokens"].shape == (2, 25, 1280)
+        assert found.taps["tokens"].dtype == torch.float32
+        assert plain.features is not None
+        # bfloat16 rounds each of 25 places and the mean to eight bits
+        torch.testing.assert_close(found.taps["tokens"].mean(dim=1), plain.features, rtol=1e-2, atol=1e-2)
 
 
 def test_bfloat16_is_near_and_another_teacher(tiny: list[Sample]) -> None:

@@ -38,6 +38,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_cfg": {"timm_model_name": "test_resnet", "timm_pool": "avg", "image_size": 64},
         "text_cfg": TEXT,
     },
+    # OpenAI's own ResNet, whose attention pooling shows no map
+    "resnet": {"embed_dim": 24, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, "text_cfg": TEXT},
 }
 TEXTS = ["a photo of a cat", "It's a DOG!", "日本語", "long " * 60, "&amp; “quoted”"]
 
@@ -98,6 +100,23 @@ def test_equals_upstream_from_picture_and_string(
     assert (found_texts.embedding - texts).abs().max() < 1e-5
     assert found_images.features is not None
     assert found_images.features.shape[1] == (teacher.model.visual.trunk.num_features if kind == "timm" else 32)
+    with_tokens = teacher.encode_image_tokens(pixels)
+    assert (with_tokens.embedding - images).abs().max() < 1e-5
+    tokens = with_tokens.taps["tokens"]
+    assert torch.equal(with_tokens.features, found_images.features)
+    if kind == "timm":
+        # average pooling: the places' mean is the feature
+        torch.testing.assert_close(tokens.mean(dim=1), found_images.features, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            last = model.visual.trunk.forward_features(torch.stack([preprocess(p) for p in pictures]))
+        torch.testing.assert_close(tokens[:, 1], last[:, :, 0, 1], rtol=1e-4, atol=1e-4)
+    else:
+        model.visual.output_tokens = True
+        with torch.no_grad():
+            wanted = model.visual(torch.stack([preprocess(p) for p in pictures]))[1]
+        assert tokens.shape == (4, 16, 32)
+        assert (tokens - wanted).abs().max() < 1e-4
+        assert not teacher.model.visual.output_tokens
     if kind == "clip":
         # the features are what upstream's projection is applied to
         projected = torch.nn.functional.normalize(found_images.features @ model.visual.proj, dim=-1)
@@ -244,3 +263,15 @@ def test_preprocessing_without_an_equal_is_refused(change: dict[str, Any], messa
     cfg = {"size": 32, "interpolation": "bicubic", "resize_mode": "shortest", "mean": 0.5, "std": 0.5, **change}
     with pytest.raises(UsageError, match=message):
         image_spec(cfg)
+
+
+def test_a_tower_without_patches_gives_no_tokens(tmp_path: Path) -> None:
+    config, weights = save_model(tmp_path, "resnet")
+    teacher = load_teacher(f"open_clip:{config}@{weights}")
+    assert isinstance(teacher, OpenClipTeacher)
+    pixels = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    assert teacher.encode_images(pixels).embedding.shape == (1, 24)
+    with pytest.raises(UsageError, match=r"no square grid of patch tokens \(found none\)"):
+        teacher.encode_image_tokens(pixels)
+    with pytest.raises(UsageError, match="takes uint8"):
+        teacher.encode_image_tokens(pixels.float())
