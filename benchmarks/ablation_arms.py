@@ -35,7 +35,7 @@ TRAIN: dict[str, Any] = {
 }
 """The same for every arm; `--stage tune` says what serves the base loss alone best."""
 
-RIDGE: float | None = 0.1
+RIDGE: float | None = None
 """Strength at which the image projection is fitted to the student's own text tower; None starts it at random."""
 
 TUNING: dict[str, tuple[Any, ...]] = {
