@@ -139,7 +139,8 @@ def test_weights_follow_the_gradients(toy: Any) -> None:
 
 def test_every_objective_that_a_recipe_can_use_is_in_an_arm() -> None:
     used = {spec["name"] for arm in ARMS for spec in arm.objectives} | {"clip"}
-    assert set(list_objectives()) - used == {"token-gram"}
+    # these read token maps, of which a pack of all pictures and views would hold a gigabyte
+    assert set(list_objectives()) - used == {"token-gram", "token-alignment"}
     assert len({arm.name for arm in ARMS}) == len(ARMS)
 
 

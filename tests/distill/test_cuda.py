@@ -283,7 +283,9 @@ def test_average_on_the_gpu_equals_the_cpus() -> None:
         averages[1].update(other)
     # through a checkpoint, which is read on the CPU
     restored = optim.Average(other, 0.9)
-    restored.load_state_dict({"updates": 3, "state": {k: v.cpu() for k, v in averages[1].state.items()}})
+    restored.load_state_dict(
+        {"updates": 3, "state": {k: v.cpu() for k, v in averages[1].state_dict()["state"].items()}}
+    )
     with restored.applied(other), averages[0].applied(own):
         assert other[0].weight.is_cuda
         torch.testing.assert_close(other[0].weight.cpu(), own[0].weight, rtol=1e-6, atol=1e-7)

@@ -18,7 +18,7 @@ from pocketvlm.edge.preprocess import load_image
 from pocketvlm.teachers import load_teacher
 from pocketvlm.teachers.cache import build_cache
 from pocketvlm.teachers.efficientnet import Lite2
-from pocketvlm.teachers.lit import lite2_features
+from pocketvlm.teachers.lit import joined, lite2_outputs
 from pocketvlm.teachers.minilm import MiniLM
 
 pytestmark = pytest.mark.cuda
@@ -88,11 +88,11 @@ def test_a_cache_made_on_a_gpu_serves_the_cpu(tmp_path: Path, samples: list[Samp
 def test_the_built_in_teachers_networks_answer_alike(picture_maker: Callable[..., Image.Image]) -> None:
     network, words = Lite2.load(), MiniLM.load()
     pixels = torch.from_numpy(np.stack([np.asarray(picture_maker(seed, 160, 160)) for seed in range(4)]))
-    wanted = lite2_features(network, pixels, "float32"), words.embed(TEXTS)
-    found = lite2_features(network.to("cuda"), pixels, "float32"), words.to("cuda").embed(TEXTS)
+    wanted = joined(lite2_outputs(network, pixels, "float32")), words.embed(TEXTS)
+    found = joined(lite2_outputs(network.to("cuda"), pixels, "float32")), words.to("cuda").embed(TEXTS)
     for ours, theirs in zip(found, wanted):
         assert ours.is_cuda
         torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=1e-4 * max(float(theirs.abs().max()), 1.0))
-    half = lite2_features(network, pixels, "bfloat16")
+    half = joined(lite2_outputs(network, pixels, "bfloat16"))
     assert half.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(half.cpu(), wanted[0]).min() > 0.99

@@ -116,7 +116,8 @@ def test_lite2_pooled_outputs(lite2: Lite2, picture_maker: Callable[..., Image.I
         stage2 = lite2.net.bn1(lite2.net.conv_stem(lite2.normalise(pixels)))
         for block in lite2.net.blocks[:3]:
             stage2 = block(stage2)
-    assert set(out) == {"pool", "logits", "mean2", "std2", "mean6", "std6"}
+    assert set(out) == {"map", "pool", "logits", "mean2", "std2", "mean6", "std6"}
+    assert torch.equal(out["map"], maps)
     assert torch.allclose(out["pool"], maps.mean((2, 3)), atol=1e-5)
     for b in range(2):
         for c in (0, 17, 47):
