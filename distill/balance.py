@@ -18,7 +18,7 @@ _NOTHING = 1e-12
 class GradientBalance:
     """Factors that give every objective the gradient norm of the first, times its own weight (`train.balance`).
 
-    Formula: with E the student's image, text and bank embeddings in the batch that objective k sees (gathered over
+    Formula: with E the student's image, text, bank and masked-image embeddings in the batch that objective k sees (gathered over
     ranks, before any normalisation), n_k the running mean of |d L_k / d E|_2 over measurements,
         factor_k = n_1 / n_k,   n_k <- 0.9 n_k + 0.1 |d L_k / d E|   (the first measurement sets it),
     so that the weighted objective w_k factor_k L_k has a gradient of norm w_k n_1. Schedules of w_k stay as they are.
@@ -40,7 +40,8 @@ class GradientBalance:
 
     def measure(self, place: int, loss: Tensor, student: Outputs) -> None:
         """Take the unweighted loss of objective `place` into its running norm; its graph stays usable."""
-        embeddings = [e for e in (student.image, student.text, student.bank) if e is not None and e.requires_grad]
+        asked = (student.image, student.text, student.bank, student.masked_image)
+        embeddings = [e for e in asked if e is not None and e.requires_grad]
         if not embeddings or not loss.requires_grad:
             return
         found = torch.autograd.grad(loss, embeddings, retain_graph=True, allow_unused=True)

@@ -303,7 +303,7 @@ class Trainer:
             found = objective(student=student, teacher=teacher)
             weight = optim.objective_weight(spec, max(main, 0), self.config.steps)
             if self.balance is not None:
-                if main % self.config.balance_every == 0:
+                if main >= 0 and main % self.config.balance_every == 0:
                     self.balance.measure(place, sum(found.values(), torch.zeros_like(total)), student)
                 weight *= self.balance.factor(place)
             for name, term in found.items():
@@ -413,10 +413,16 @@ class Trainer:
         """Continue from what `state` returned.
 
         Raises:
-            IntegrityError: it was made by another recipe, data, tokenizer or teacher.
+            IntegrityError: it was made by another release, recipe, data, tokenizer or teacher.
         """
+        if state.get("schema") != CHECKPOINT_SCHEMA:
+            raise IntegrityError(
+                f"checkpoint {path} has schema {state.get('schema')} and this release writes and reads "
+                f"{CHECKPOINT_SCHEMA}, so it cannot be continued here; finish that run with the release that began it, "
+                "or start anew with --overwrite"
+            )
         for key, own in (("recipe", self.recipe.digest()), ("inputs", self.prepared.digest)):
-            if state.get("schema") != CHECKPOINT_SCHEMA or state[key] != own:
+            if state[key] != own:
                 what = {"recipe": "recipe", "inputs": "data, texts, tokenizer or teacher"}[key]
                 raise IntegrityError(
                     f"checkpoint {path} was made with another {what}, so continuing would mix two runs; restore what "

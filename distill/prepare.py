@@ -86,20 +86,27 @@ class Prepared:
         student: the one that is trained, in place of the one that `recipe` starts from; it is not copied.
 
         Raises:
-            UsageError: `recipe` reads what was not prepared (data, views, teacher, texts, or another tokenizer).
+            UsageError: `recipe` reads what was not prepared (data, views, teacher, texts, other preprocessing, another
+                tokenizer or other questions).
         """
         own, other = self.recipe, recipe
         differ = [part for part in ("data", "views") if getattr(own, part) != getattr(other, part)]
         if other.teacher is not None:
-            kept = ("spec", "cache", "cache_dtype")
+            kept = ("spec", "cache", "cache_dtype", "token_grid")
             if own.teacher is None or any(getattr(own.teacher, k) != getattr(other.teacher, k) for k in kept):
                 differ.append("teacher")
             elif _wants_texts(other) and self.words is None and self.texts:
                 differ.append("texts of the teacher")
         if student is None and not differ:
             student = _student(other, self.source, self.texts, self.teacher if other.teacher is not None else None)
-        if student is not None and student.tokenizer_json != self.tokenizer_json:
-            differ.append("tokenizer")
+        if student is not None:
+            differ += [
+                part for part in ("image_spec", "text_spec") if getattr(student, part) != getattr(self.student, part)
+            ]
+            if student.tokenizer_json != self.tokenizer_json:
+                differ.append("tokenizer")
+        if self.questions is not None and _asked(own) != _asked(other):
+            differ.append("evaluation")
         if differ or student is None:
             raise UsageError(
                 f"recipe {other.name!r} has other inputs ({', '.join(differ)}) than those that were prepared for "
@@ -213,6 +220,11 @@ def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, t
         "student": student.config.model_dump(mode="json", exclude={"dims"}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _asked(recipe: Recipe) -> tuple[Any, ...]:
+    """What of a recipe decides the questions of its evaluation, but for the data."""
+    return recipe.eval.templates, "hard_negatives" in recipe.eval.metrics
 
 
 def check_width(recipe: Recipe, teacher_dim: int, teacher_name: str) -> None:

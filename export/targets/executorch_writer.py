@@ -77,6 +77,11 @@ class BackgroundWriter:
             UsageError: the child failed.
         """
         self._child.communicate()
+        if self._child.returncode < 0:
+            raise UsageError(
+                f"the process that lowers executorch was killed by signal {-self._child.returncode}, probably for want "
+                "of memory; no bundle was written, so export with processes=1, or leave the target 'executorch' out"
+            )
         if self._child.returncode != 0:
             self._errors.seek(0)
             last = (self._errors.read().strip().splitlines() or [f"exit code {self._child.returncode}"])[-1]
