@@ -1,20 +1,21 @@
 """What an objective, and a shipped recipe, adds to a training step: B = 256, teacher outputs from the cache.
 
-    python benchmarks/step_cost.py
+    python -m benchmarks.step_cost
 
 The step that all is compared with: forward of both towers of `mnv4-050` at 128 px over 256 pictures and 256 captions of
 12 pieces, `clip`, backward, gradient clipping, AdamW, the moving average; it is timed as a whole. The towers cost the
 same under every objective, so an objective is timed without them: forward, backward down to embeddings and features,
 and the update of its own parameters, `clip + objective` and `clip` in turn; the difference of the medians over the step
-is its share. What a definition asks of the towers besides (the momentum model's forward; a recipe's text-only batch, as
-many texts as it has) is timed on its own and stated apart. The shares of a cheap and of the dearest objective are
-checked by whole steps with and without it, in turn.
+is its share. What a definition asks of the towers besides (the momentum model's forward; the masked pictures' forward
+and backward; a recipe's text-only batch, as many texts as it has) is timed on its own and stated apart. The shares of a
+cheap and of the dearest objective are checked by whole steps with and without it, in turn.
 
-Inputs are random numbers of the built-in teacher's widths: time does not depend on what is learned. Reading 256 pairs
-of teacher outputs from a cache on disk happens in the background while a step runs; its time is stated and not added.
-One thread and its CPU time, so that what else runs on the machine counts little; wall time is given beside it. The
-result, benchmarks/results/step_cost.json, holds the machine and its load; docs/objectives.md has the table. About three
-minutes on one core.
+Inputs are random numbers of the built-in teacher's widths, and taps of this student's shapes (its last map; its words,
+padded to the context as in a run, of which 12 are real) against 4 x 4 teacher tokens: time does not depend on what is
+learned. What happens in the background while a step runs is not added: painting the masks, and reading 256 pairs of
+teacher outputs from a cache on disk, whose time is stated. One thread and its CPU time, so that what else runs on the
+machine counts little; wall time is given beside it. The result, benchmarks/results/step_cost.json, holds the machine
+and its load; docs/objectives.md has the table. About four minutes on one core.
 """
 
 from __future__ import annotations
@@ -33,16 +34,24 @@ from torch import Tensor, nn
 
 from benchmarks.results_folder import machine, write
 from pocketvlm.data.wordlist import word_list
-from pocketvlm.distill.objectives import Outputs, Widths, build_objective, list_objectives
+from pocketvlm.distill.masking import statistics_kept
+from pocketvlm.distill.objectives import Outputs, Widths, build_objective, list_objectives, objective_needs
 from pocketvlm.distill.optim import Average
 from pocketvlm.distill.recipe import Recipe, list_recipes, load_recipe
+from pocketvlm.distill.taps import text_taps
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.students import build_student, train_tokenizer
 from pocketvlm.teachers.precomputed import import_embeddings
 
 BATCH, DIM, FEATURES, TOKENS, PIECES, SIZE = 256, 384, 768, 16, 12, 128
-WIDTHS = Widths(DIM, FEATURES, FEATURES)
+# shapes of the student's taps: channels, height and width of its last map; context and width of its words
+MAP, WORDS = (480, 4, 4), (24, 192)
+TAPPED = {"tokens": MAP[0], "text.tokens": WORDS[1]}
+WIDTHS = Widths(DIM, FEATURES, FEATURES, TAPPED)
+TEACHER = Widths(DIM, FEATURES, FEATURES, {"tokens": FEATURES})
+MAPS = {"student_tap": "tokens", "teacher_tap": "tokens"}
 STUDENT, ROUNDS, STEPS = "mnv4-050", 9, 5
+BESIDES = {"another_forward": "another forward", "masked_view": "masked view", "text_batch": "its texts"}
 FLOORS = {"objective": 0.05, "recipe": 0.15}
 
 
@@ -62,13 +71,13 @@ def in_turn(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
 
 
 def outputs(seed: int, *, grad: bool, rows: int = BATCH, bank: int = BATCH) -> Outputs:
-    """Random outputs of one model, every row captioned and no caption twice."""
+    """Random outputs of one model, every row captioned and no caption twice; the student's (`grad`) with its taps."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g).requires_grad_(grad)
 
-    return Outputs(
+    found = Outputs(
         image=draw(rows, DIM),
         text=draw(rows, DIM),
         has_text=torch.ones(rows, dtype=torch.bool),
@@ -77,8 +86,18 @@ def outputs(seed: int, *, grad: bool, rows: int = BATCH, bank: int = BATCH) -> O
         text_features=draw(rows, FEATURES),
         bank=draw(bank, DIM),
         group=torch.arange(rows),
-        taps={"tokens": draw(rows, TOKENS, FEATURES)},
     )
+    if grad:
+        found.taps = {"tokens": draw(rows, *MAP), "text.tokens": draw(rows, *WORDS)}
+        found.text_mask, found.masked_image = real_words(rows), draw(rows, DIM)
+    else:
+        found.taps = {"tokens": draw(rows, TOKENS, FEATURES)}
+    return found
+
+
+def real_words(rows: int) -> Tensor:
+    """bool [rows, context], the first `PIECES` of each."""
+    return (torch.arange(WORDS[0]) < PIECES).expand(rows, -1)
 
 
 class Heads:
@@ -98,9 +117,8 @@ class Heads:
 
     def __call__(self) -> None:
         for _, _, student, _ in self.parts:
-            leaves = (student.image, student.text, student.image_features, student.text_features, student.bank)
-            for leaf in (*leaves, student.logit_scale, *student.taps.values()):
-                if leaf is not None:
+            for leaf in (*vars(student).values(), *student.taps.values()):
+                if isinstance(leaf, Tensor):
                     leaf.grad = None
         self.loss().backward()
         if self.update is not None:
@@ -113,7 +131,7 @@ def heads_of(*named: tuple[str, Mapping[str, Any]]) -> Heads:
     student, teacher, average = outputs(0, grad=True), outputs(1, grad=False), outputs(2, grad=False)
     parts = []
     for name, options in named:
-        objective = build_objective(name, student=WIDTHS, teacher=WIDTHS, **options)
+        objective = build_objective(name, student=WIDTHS, teacher=TEACHER, **options)
         objective.at(5, 0.5)
         parts.append((objective, 1.0, student, average if objective.needs.momentum else teacher))
     return Heads(parts)
@@ -130,7 +148,7 @@ def heads_of_recipe(recipe: Recipe, texts: int) -> Heads:
         sides["pairs"][0].bank = sides["pairs"][1].bank
     parts = []
     for spec in recipe.objectives:
-        objective = build_objective(spec.name, student=WIDTHS, teacher=WIDTHS, **spec.options)
+        objective = build_objective(spec.name, student=WIDTHS, teacher=TEACHER, **spec.options)
         objective.at(5, 0.5)
         student, teacher, average = sides[spec.batch]
         parts.append((objective, spec.weight or 1.0, student, average if objective.needs.momentum else teacher))
@@ -143,7 +161,8 @@ class Step:
     def __init__(self, student: Any, extra: str | None = None) -> None:
         self.student = copy.deepcopy(student).train()
         names = ["clip", *([extra] if extra else [])]
-        self.objectives = nn.ModuleList(build_objective(n, student=self.widths(), teacher=WIDTHS) for n in names)
+        self.objectives = nn.ModuleList(build_objective(n, student=self.widths(), teacher=TEACHER) for n in names)
+        self.taps = ("tokens",) if any(o.needs.taps for o in self.objectives) else ()  # type: ignore[union-attr]
         self.parameters = [*self.student.parameters(), *self.objectives.parameters()]
         self.optimizer, self.average = torch.optim.AdamW(self.parameters, lr=1e-4), Average(self.student, 0.995)
         g = torch.Generator().manual_seed(0)
@@ -155,13 +174,17 @@ class Step:
 
     def widths(self) -> Widths:
         with torch.no_grad():
-            image = self.student.eval().encode_image(torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8)).features
-            text = self.student.encode_text(torch.ones(1, PIECES, dtype=torch.int32)).features
+            pixels = torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8)
+            image = self.student.eval().encode_image(pixels, taps=("tokens",))
+            text = self.student.encode_text(torch.ones(1, PIECES, dtype=torch.int32), taps=("tokens",))
         self.student.train()
-        return Widths(DIM, image.shape[-1], text.shape[-1])
+        shapes = image.taps["tokens"].shape[1:], (self.student.text_spec.context_length, text.taps["tokens"].shape[2])
+        assert shapes == (MAP, WORDS), f"the student's taps are {shapes}"
+        return Widths(DIM, image.features.shape[-1], text.features.shape[-1], TAPPED)
 
     def __call__(self) -> None:
-        image, text = self.student.encode_image(self.pixels), self.student.encode_text(self.ids)
+        image = self.student.encode_image(self.pixels, taps=self.taps)
+        text = self.student.encode_text(self.ids, taps=self.taps)
         student = Outputs(
             image=image.embedding,
             text=text.embedding,
@@ -171,6 +194,8 @@ class Step:
             text_features=text.features,
             bank=text.embedding,
             group=torch.arange(BATCH),
+            taps=image.taps | text_taps(text.taps, WORDS[0]),
+            text_mask=real_words(BATCH),
         )
         loss = torch.zeros(())
         for objective in self.objectives:
@@ -187,6 +212,12 @@ class Step:
         with torch.no_grad():
             self.average.module.encode_image(self.pixels)
             self.average.module.encode_text(self.ids)
+
+    def masked_view(self) -> None:
+        """As many pictures again through the image tower, forward and backward, running statistics kept."""
+        with statistics_kept(self.student.image_tower):
+            self.student.encode_image(self.pixels).embedding.square().mean().backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def texts(self) -> None:
         """As many texts again through the text tower, forward and backward."""
@@ -224,7 +255,8 @@ def main() -> None:
     )
     loads = [machine()["load_average"]]
     base = Step(student)
-    whole = in_turn({"step": base, "momentum_forward": base.momentum_forward, "texts": base.texts}, STEPS)
+    besides = {"momentum_forward": base.momentum_forward, "masked_view": base.masked_view, "texts": base.texts}
+    whole = in_turn({"step": base, **besides}, STEPS)
     step = whole["step"]["cpu_s"]
     jobs: dict[str, Callable[[], object]] = {}
     refused = {}
@@ -234,8 +266,15 @@ def main() -> None:
             jobs[name]()
         except UsageError as error:
             refused[name] = str(error)
+        if name == "hint":
+            jobs["hint on maps"] = heads_of(("clip", {}), (name, MAPS))
     objectives = shares(jobs, step)
-    objectives["momentum"]["another_forward"] = round(whole["momentum_forward"]["cpu_s"] / step, 4)
+    apart = {
+        "another_forward": round(whole["momentum_forward"]["cpu_s"] / step, 4),
+        "masked_view": round(whole["masked_view"]["cpu_s"] / step, 4),
+    }
+    objectives["momentum"]["another_forward"] = apart["another_forward"]
+    objectives["masked-feature"]["masked_view"] = apart["masked_view"]
     recipes: dict[str, dict[str, float]] = {}
     for row in list_recipes():
         recipe = load_recipe(row["name"])
@@ -244,9 +283,12 @@ def main() -> None:
         found = recipes[row["name"]]
         if texts:
             found["text_batch"] = round(texts / BATCH * whole["texts"]["cpu_s"] / step, 4)
-        if any(spec.name == "momentum" for spec in recipe.objectives):
-            found["another_forward"] = objectives["momentum"]["another_forward"]
-    timed = [name for name in objectives if name not in ("momentum", "token-gram", "matryoshka", "hint")]
+        needs = [objective_needs(spec.name, spec.options) for spec in recipe.objectives]
+        if any(need.momentum for need in needs):
+            found["another_forward"] = apart["another_forward"]
+        if any(need.masked_view for need in needs):
+            found["masked_view"] = apart["masked_view"]
+    timed = [name for name in objectives if name not in ("momentum", "masked-feature", "matryoshka", "hint on maps")]
     dearest = max(timed, key=lambda name: objectives[name]["share"])
     checks = {}
     for name in dict.fromkeys(("crd", dearest)):
@@ -255,13 +297,12 @@ def main() -> None:
         checks[name] = {"whole_steps": round(added / pair["clip"]["cpu_s"], 4), "apart": objectives[name]["share"]}
     loads.append(machine()["load_average"])
     result = {
-        "command": "python benchmarks/step_cost.py",
+        "command": "python -m benchmarks.step_cost",
         "machine": machine(),
         "load_average_before_and_after": loads,
         "note": "other work ran on the machine; shares are of CPU time of one thread",
         "batch": BATCH, "student": f"{STUDENT} at {SIZE} px", "rounds": ROUNDS, "steps": STEPS, "floors": FLOORS,
-        "step": whole["step"], "momentum_forward": whole["momentum_forward"], "texts": whole["texts"],
-        "cache_read": cache_read_seconds(),
+        **whole, "cache_read": cache_read_seconds(),
         "objectives": objectives, "recipes": recipes, "whole_steps": checks, "not_timed": refused,
         "above_floor": {
             "objective": [name for name, row in objectives.items() if row["share"] > FLOORS["objective"]],
@@ -281,12 +322,9 @@ def table(result: Mapping[str, Any]) -> str:
     lines = ["| name | losses | towers besides |", "|---|---|---|"]
     for kind in ("objectives", "recipes"):
         for name, row in result[kind].items():
-            besides = [
-                f"{percent(row[key])} {what}"
-                for key, what in (("another_forward", "another forward"), ("text_batch", "its texts"))
-                if key in row
-            ]
-            shown = f"`{name}`" if kind == "objectives" else f"recipe `{name}`"
+            besides = [f"{percent(row[key])} {what}" for key, what in BESIDES.items() if key in row]
+            first, _, rest = name.partition(" ")
+            shown = f"`{first}` {rest}".rstrip() if kind == "objectives" else f"recipe `{name}`"
             lines.append(f"| {shown} | {percent(row['share'])} | {', '.join(besides)} |")
     return "\n".join(lines)
 
