@@ -19,12 +19,13 @@ TEACHER_TARGETS = ("teacher.smooth=0.5", "teacher.caption_mix=1.0")
 TEACHER_START = ("student.fit_to=teacher", "student.fit_text_projection=0.01")
 
 TRAIN: dict[str, Any] = {
-    "steps": 100,
+    "steps": 150,
     "batch_size": 128,
     # in `few`, half of a batch is captioned: about all such pictures in every step; in `all`, the whole batch is
     "captioned_fraction": 0.5,
-    "lr": 3.0e-4,
-    "lr_scale": {"image_tower": 0.1, "text_tower.token": 0},
+    "lr": 1.0e-4,
+    # the trunk stands still, as in recipe `openmoji`; the projection starts at random and has far to go
+    "lr_scale": {"image_tower.trunk": 0, "image_tower.projection": 30, "text_tower.token": 0},
     "cut_after_block": 4,
     "hold_statistics": ["image_tower"],
     "warmup_steps": 10,
@@ -39,12 +40,14 @@ RIDGE: float | None = None
 """Strength at which the image projection is fitted to the student's own text tower; None starts it at random."""
 
 TUNING: dict[str, tuple[Any, ...]] = {
-    "lr": (1.0e-4, 1.0e-3),
-    "image_tower": (0.03, 0.3),
-    "fit_projection": (None,),
-    "steps": (50, 200),
+    "lr": (3.0e-5, 3.0e-4),
+    "projection": (10, 100),
+    "trunk": (0.1,),
+    "fit_projection": (0.1,),
+    "steps": (75, 300),
 }
-"""One at a time, from TRAIN: its keys, the factor on the image tower's rate, and where the image projection starts."""
+"""One at a time, from TRAIN: its keys, the factors on the rates of the image projection and trunk, and the strength at
+which the projection is fitted to the captions before the first step."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,14 @@ ARMS: tuple[Arm, ...] = (
     _one("correlation", "CCKD", "correlation-congruence", of=["image", "text"]),
     _one("order", "neighbour order", "order", of=["image", "text", "image-to-text", "text-to-image"]),
     _one("bank", "distribution over a bank of texts", "bank", anchors="teacher", temperature=0.05),
+    _one("masked-feature", "MFD of CLIP-KD", "masked-feature"),
     _one("mrl-feature", "FD on Matryoshka prefixes", "matryoshka", inner={"name": "feature"}),
     _one("text-feature", "FD of generic texts", "feature", batch="texts", text=0),
     _one("text-gram", "softmax Gram of generic texts", "gram", batch="texts", variant="softmax", temperature=0.05),
     # no teacher, beside the base
     _one("rafa", "CLIP-Refine's RaFA beside the base", "rafa", reduction="element"),
     Arm("rankclip", "RankCLIP (recipe rankclip)", _of("rankclip")),
+    _one("momentum", "ALBEF's momentum distillation beside the base", "momentum"),
     # in place of the base, as published
     Arm("siglip", "SigLIP (recipe siglip)", _of("siglip"), replaces=True),
     _one("multi-positive", "SDM of IRRA", "multi-positive", replaces=True),
@@ -165,8 +170,9 @@ def recipe_of(
     """
     changed = dict(train or {})
     ridge = changed.pop("fit_projection", RIDGE)
-    if "image_tower" in changed:
-        changed["lr_scale"] = TRAIN["lr_scale"] | {"image_tower": changed.pop("image_tower")}
+    rates = {f"image_tower.{part}": changed.pop(part) for part in ("projection", "trunk") if part in changed}
+    if rates:
+        changed["lr_scale"] = TRAIN["lr_scale"] | rates
     taught = arm.learns_from_teacher
     own = [spec | {"weight": _round(spec.get("weight", 1.0) * scale)} for spec in arm.objectives]
     value = {
