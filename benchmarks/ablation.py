@@ -131,8 +131,9 @@ def final_jobs(
                 print(f"{protocol} {arm.name}: not screened yet, no finals", flush=True)
                 continue
             best = max((row for row in rows if row), key=quality)
-            if "diverged" in best:
-                print(f"{protocol} {arm.name}: diverged at every weight, no finals", flush=True)
+            if "ranks" not in best:
+                why = best.get("skipped", "diverged at every weight")
+                print(f"{protocol} {arm.name}: {why}; no finals", flush=True)
                 continue
             for seed in seeds:
                 for fold in folds:

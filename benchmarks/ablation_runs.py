@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ SILENT = Reporter(False)
 DIRECTIONS = ("image_to_text", "text_to_image")
 SUPERSET: Arm = arm_named("openmoji-whole")
 """Reads everything that any arm reads: its inputs serve all of them."""
+NO_GRADIENT = "no gradient reaches a weight that trains; it needs a trunk that moves"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +182,8 @@ class Bench:
         return self.prepared.with_recipe(recipe, copy.deepcopy(self.starts[key]))
 
     def run(self, job: Job) -> dict[str, Any]:
-        """Train and score; the row that is kept. A run that diverges is a result too, the worst one."""
+        """Train and score; the row that is kept. A run that diverges is a result too, the worst one. A loss that gives
+        the student no gradient is not run but `skipped`: no weight would make it teach."""
         began = time.perf_counter()
         arm = arm_named(job.arm)
         recipe = recipe_of(arm, job.protocol, job.fold, job.seed, 1.0 if job.scale is None else job.scale, job.tuned)
@@ -188,15 +191,18 @@ class Bench:
         scale, norms = job.scale, None
         if scale is None and arm.objectives:
             norms = gradient_norms(self._with_base(job, arm), self.device)
-            scale = float(f"{job.ratio * norms['base'] / norms['own']:.3g}")
-            recipe = recipe_of(arm, job.protocol, job.fold, job.seed, scale, job.tuned)
-            prepared = dataclasses.replace(prepared, recipe=recipe)
+            if norms["own"]:
+                scale = float(f"{job.ratio * norms['base'] / norms['own']:.3g}")
+                recipe = recipe_of(arm, job.protocol, job.fold, job.seed, scale, job.tuned)
+                prepared = dataclasses.replace(prepared, recipe=recipe)
         row: dict[str, Any] = dataclasses.asdict(job) | {
             "scale": scale,
             "norms": norms,
             "objectives": [spec.model_dump(mode="json", exclude_defaults=True) for spec in recipe.objectives],
             "device": describe_device(self.device),
         }
+        if norms and not norms["own"]:
+            return row | {"skipped": NO_GRADIENT}
         ready = time.perf_counter()
         try:
             found = train_and_score(prepared, self.device)
@@ -213,20 +219,22 @@ class Bench:
 
 def gradient_norms(prepared: Prepared, device: torch.device) -> dict[str, float]:
     """Norm over all trained weights of the student of the first step's gradient: of the first objective ("base"), and
-    of the weighted sum of the others ("own"), at the weights that their schedules rise or fall to from."""
+    of the weighted sum of the others ("own"), at the weights that their schedules rise or fall to from. 0 where nothing
+    that trains is reached."""
     trainer = Trainer(prepared, device)
     optim.apply_freezing(trainer.student, trainer.config, 0)
-    outputs = trainer.feed.forward(trainer.student, trainer.feed.make(0))
+    batch = trainer.feed.make(0)
+    outputs, momentum = trainer.feed.forward(trainer.student, batch), trainer._momentum(batch)
     parts: dict[str, list[Any]] = {"base": [], "own": []}
     for place, (spec, objective) in enumerate(zip(prepared.recipe.objectives, trainer.objectives)):
         student, teacher = outputs[spec.batch]
-        terms = objective(student=student, teacher=teacher)
+        terms = objective(student=student, teacher=momentum if objective.needs.momentum else teacher)
         parts["own" if place else "base"].append(spec.weight * sum(terms.values()))
     weights = [p for p in trainer.student.parameters() if p.requires_grad]
     norms = {}
     for part, losses in parts.items():
         slopes = torch.autograd.grad(sum(losses), weights, retain_graph=True, allow_unused=True)
-        norms[part] = float(torch.stack([s.norm() for s in slopes if s is not None]).norm())
+        norms[part] = math.hypot(*(float(slope.norm()) for slope in slopes if slope is not None))
     return norms
 
 

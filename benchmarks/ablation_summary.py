@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ablation_arms import ARMS, BASE, PROTOCOLS, TRAIN, arm_named
+from benchmarks.ablation_arms import ARMS, BASE, PROTOCOLS, TRAIN, TUNING, arm_named
 from benchmarks.results_folder import write_text
 from pocketvlm.distill.metrics import paired_bootstrap
 
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def summary_of(out: Path) -> dict[str, Any]:
-    """The pooled finals of every arm that has the same folds and seeds as the base."""
+    """The pooled finals of every arm that has the same folds and seeds as the base, and what was screened and tuned."""
     from benchmarks.ablation import read_rows
 
     rows = read_rows(out / "final.jsonl")
@@ -56,11 +56,55 @@ def summary_of(out: Path) -> dict[str, Any]:
             "incomplete": sorted(name for name in runs[protocol] if name not in arms),
             "published": _published(arms),
         }
-    used = {(row["device"], row["machine"]) for row in rows if "digest" in row}
+    tuned, screened = read_rows(out / "tune.jsonl"), read_rows(out / "screen.jsonl")
+    found["screening"], found["tuning"] = _screening(screened), _tuning(tuned)
+    if not found["protocols"]:
+        rows = screened
+        machines = {row["id"]: row["machine"] for row in rows if "id" in row and "machine" in row}
+    used = {(row["device"], row["machine"]) for row in rows if "ranks" in row}
     found["devices"] = sorted({device for device, _ in used})
     found["machines"] = {name: machines[name] for name in sorted({name for _, name in used})}
     found["train"] = TRAIN
-    found["finals_sha256"] = digest_of(out / "final.jsonl")
+    found["sha256"] = {stage: digest_of(out / f"{stage}.jsonl") for stage in ("tune", "screen", "final")}
+    return found
+
+
+def _screening(rows: list[Row]) -> dict[str, Any]:
+    """For each protocol every arm at the r that served it best, against the base, on the queries that chose r."""
+    from benchmarks.ablation import quality
+
+    concepts = {row["id"]: row["concepts"] for row in rows if "concepts" in row}
+    found: dict[str, Any] = {}
+    for protocol in PROTOCOLS:
+        of = {(row["arm"], row["ratio"]): row for row in rows if row.get("protocol") == protocol}
+        best = {arm.name: [of[arm.name, r] for r in arm.ratios if (arm.name, r) in of] for arm in ARMS}
+        chosen = {name: max(own, key=quality) for name, own in best.items() if own}
+        if "ranks" not in chosen.get(BASE.name, {}):
+            continue
+        base = chosen[BASE.name]
+        found[protocol] = {
+            "fold": base["fold"],
+            "seed": base["seed"],
+            "queries": [len(base["ranks"][direction]) for direction in DIRECTIONS],
+            "arms": {name: _pooled([row], [base], concepts) for name, row in chosen.items() if not row.get("skipped")},
+            "skipped": {name: row["skipped"] for name, row in chosen.items() if row.get("skipped")},
+            "missing": [name for name, own in best.items() if not own],
+        }
+        found[protocol]["published"] = _published(found[protocol]["arms"])
+    return found
+
+
+def _tuning(rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """By the setting that was changed, by protocol: the base's mean reciprocal rank and R@5, over both directions."""
+    from benchmarks.ablation import quality
+
+    found: dict[str, dict[str, Any]] = {}
+    for tuned in [{}, *({key: value} for key, values in TUNING.items() for value in values)]:
+        name = ", ".join(f"{key} {value:g}" for key, value in tuned.items()) or "as used"
+        for row in (row for row in rows if row.get("tuned") == tuned and "ranks" in row):
+            hits = [np.mean(np.array(ranks) <= 5) for ranks in row["ranks"].values()]
+            scores = {"MRR": round(quality(row), 2), "R@5": _percent(float(np.mean(hits)))}
+            found.setdefault(name, {})[row["protocol"]] = scores
     return found
 
 
@@ -71,18 +115,19 @@ def digest_of(path: Path) -> str:
 def _pooled(own: list[Row], base: list[Row], concepts: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"runs": len(own), "diverged": sum("diverged" in row for row in own)}
     result |= {"r": own[0]["ratio"], "scale": own[0]["scale"], "objectives": own[0].get("objectives")}
-    for direction in DIRECTIONS:
+    for name, directions in {**{one: [one] for one in DIRECTIONS}, "both": [*DIRECTIONS]}.items():
         ours, theirs, groups = [], [], []
         for mine, other in zip(own, base):
             assert mine.get("queries", other["queries"]) == other["queries"], "the arms answered the same queries"
-            hits = np.array(other["ranks"][direction]) <= 5
-            theirs.append(hits)
-            # a student that diverged finds nothing
-            ours.append(np.array(mine["ranks"][direction]) <= 5 if "ranks" in mine else np.zeros_like(hits))
-            groups += concepts[other["queries"]][direction]
+            for direction in directions:
+                hits = np.array(other["ranks"][direction]) <= 5
+                theirs.append(hits)
+                # a student that diverged finds nothing
+                ours.append(np.array(mine["ranks"][direction]) <= 5 if "ranks" in mine else np.zeros_like(hits))
+                groups += concepts[other["queries"]][direction]
         interval = paired_bootstrap(np.concatenate(ours), np.concatenate(theirs), clusters=groups).to_dict()
-        result[direction] = {"R@5": _percent(interval["a"])}
-        result[direction] |= {key: _percent(interval[key]) for key in ("difference", "low", "high")}
+        result[name] = {"R@5": _percent(interval["a"])}
+        result[name] |= {key: _percent(interval[key]) for key in ("difference", "low", "high")}
     costs = [mine["step_ms"] / other["step_ms"] for mine, other in zip(own, base) if "step_ms" in mine]
     result["step_cost"] = round(float(np.median(costs)), 3) if costs else None
     result["step_ms"] = (
@@ -129,46 +174,100 @@ def page(found: dict[str, Any]) -> str:
         "`benchmarks/ablation_summary.py`, not this page.",
         "",
     ]
-    if not found["protocols"]:
+    finals = bool(found["protocols"])
+    parts = found["protocols"] or found.get("screening", {})
+    if not parts:
         return "\n".join([*lines, NO_RESULTS, "", *_method()]) + "\n"
-    lines += [*_method(), "![Difference to the base, with 95 % intervals](images/ablation.svg)", ""]
-    for protocol, part in found["protocols"].items():
-        lines += [f"## {_title(protocol)}", "", *_table(part["arms"]), ""]
-        some = next(iter(part["arms"].values()))["runs"]
-        lines += [f"Folds {_listed(part['folds'])}, seeds {_listed(part['seeds'])}: {some} runs an arm.", ""]
-        if part["incomplete"]:
-            lines += [f"Unfinished, so not shown: {', '.join(part['incomplete'])}.", ""]
+    lines += [*([] if finals else _wrapped(SCREENING)), *_method()]
+    lines += ["![Difference to the base, with 95 % intervals](images/ablation.svg)", ""]
+    for protocol, part in parts.items():
+        title = _title(protocol)
+        if finals:
+            lines += [f"## {title}", "", *_table(part["arms"]), ""]
+            some = next(iter(part["arms"].values()))["runs"]
+            lines += [f"Folds {_listed(part['folds'])}, seeds {_listed(part['seeds'])}: {some} runs an arm.", ""]
+            if part["incomplete"]:
+                lines += [f"Unfinished, so not shown: {', '.join(part['incomplete'])}.", ""]
+        else:
+            lines += [f"## Screening: {title[0].lower()}{title[1:]}", "", *_screening_table(part), ""]
+            asked = " and ".join(map(str, part["queries"]))
+            lines += [f"Fold {part['fold']}, seed {part['seed']}, one run an r; {asked} queries in the directions.", ""]
+            if part["missing"]:
+                lines += [f"Not screened yet: {', '.join(f'`{name}`' for name in part['missing'])}.", ""]
         if part["published"]:
-            lines += [f"### Against CLIP-KD, {_title(protocol)[0].lower()}{_title(protocol)[1:]}", ""]
+            lines += [f"### Against CLIP-KD, {title[0].lower()}{title[1:]}", ""]
             lines += ["| statement | published, points | here, points | agree |", "|---|---|---|---|"]
             for row in part["published"]:
                 verdict = "yes" if row["agrees"] else "**no**"
                 lines.append(f"| {row['statement']} | {row['published']:+.2f} | {row['here']:+.2f} | {verdict} |")
             lines.append("")
+    if found.get("tuning"):
+        lines += ["## Settings of the base", "", *_tuning_table(found["tuning"]), "", *_wrapped(TUNED)]
     lines += [f"Devices: {', '.join(found['devices'])}.", ""]
     return "\n".join(lines)
 
 
+SCREENING = """
+    **This is screening, not a result**: one fold, one seed, and of each arm with a weight the best of three r,
+    chosen on the very queries that are shown. That flatters such arms against the base and the arms without r, and
+    the intervals cover neither it nor the seed. The finals (`--stage final`) will add folds 1 to 4, whose test concepts
+    are others, three seeds, r held as chosen here, and costs; step times of the screening are not comparable, as 15
+    processes shared one GPU."""
+TUNED = """
+    One setting changed at a time, the base alone, fold 0, seed 0; MRR (mean reciprocal rank) and R@5 are means of both
+    directions, in per cent. `lr` is the learning rate, `projection` and `trunk` factors on it, and `fit_projection` the
+    strength of a ridge fit towards the student's own text tower in place of the random start. Both protocols share one
+    setting, so neither has its best. A first regime, the projection at 0.1 times a learning rate of 3e-4, left all arms
+    under-trained and was given up."""
+METHOD = f"""
+    Arms differ in their losses alone: one student (`lite0-minilm2`) from the same initial weights, with the same
+    pictures, views, batches, learning rate ({TRAIN["lr"]:g}) and {TRAIN["steps"]} steps, chosen for the base, `clip`
+    alone, on fold 0. The text tower starts from words (recipe `openmoji-text`) and the image trunk stands still. The
+    image projection starts at random and trains at {TRAIN["lr_scale"]["image_tower.projection"]} times the learning
+    rate; only `text-to-concept` and `openmoji-whole` start at the teacher's ridge solution. Beside the base, an arm
+    has the weight at which its own gradient is r times the base's at the first step; r of 0.3, 1 and 3 is chosen on
+    fold 0, seed 0, by mean reciprocal rank. In place of the base there is nothing to choose, as AdamW takes no scale. A
+    sum keeps its published weights inside. R@5 is of both towers the student's, on concepts that neither teacher nor
+    student has seen; differences have 95 % paired bootstrap intervals, base concepts resampled whole. A cost is the
+    median step against the base's on the same machine. Not here: `token-gram` and `token-alignment`, which read token
+    maps, of which the stored inputs of all pictures and views would hold a gigabyte; `hint`, which compares features
+    before the projection, so that it teaches nothing while the trunk stands still; and `multi-teacher` beside the base,
+    which with one teacher is `crd`."""
+COMPARED = """
+    CLIP-KD's points are of ImageNet zero-shot accuracy after training from scratch on 15 million pairs; ours are of
+    R@5 after a short training of pretrained towers, mean of both directions. Sign and order are compared, not size."""
+
+
 def _method() -> list[str]:
-    how = f"""
-        Arms differ in their losses alone: one student (`lite0-minilm2`) from the same initial weights, with the
-        same pictures, views, batches, learning rate and {TRAIN["steps"]} steps. Those were chosen for the base,
-        `clip` alone, on fold 0. The text tower starts from words (recipe `openmoji-text`), the image projection
-        at the ridge solution towards the student's own text tower; only `text-to-concept` and `openmoji-whole`
-        start towards the teacher. Beside the base, what an arm adds has the weight at which its gradient is r
-        times the base's at the first step; r of 0.3, 1 and 3 was chosen on fold 0, seed 0, by mean reciprocal
-        rank. In place of the base there is nothing to choose, as AdamW takes no scale. A sum keeps its
-        published weights inside. R@5 is of both towers the student's, on concepts that neither teacher nor
-        student has seen; differences have 95 % paired bootstrap intervals, base concepts resampled whole. Cost
-        is the median step against the base's on the same machine. `token-gram` is not here (it runs from Python
-        only), nor `multi-teacher` beside the base (with one teacher it is `crd`)."""
-    published = """
-        CLIP-KD's points are of ImageNet zero-shot accuracy after training from scratch on 15 million pairs; ours are of
-        R@5 after a short training of pretrained towers, mean of both directions. Sign and order are compared, not
-        size."""
-    lines = []
-    for text in (how, published):
-        lines += [*textwrap.wrap(" ".join(text.split()), 118, break_on_hyphens=False), ""]
+    return [*_wrapped(METHOD), *_wrapped(COMPARED)]
+
+
+def _wrapped(text: str) -> list[str]:
+    return [*textwrap.wrap(" ".join(text.split()), 118, break_on_hyphens=False), ""]
+
+
+def _screening_table(part: dict[str, Any]) -> list[str]:
+    heads = "".join(f" R@5 {name} |" for name in DIRECTIONS.values())
+    lines = [f"| arm | | r |{heads} mean, to base (95 %) |", "|---|---|---|---|---|---|"]
+    for name, row in sorted(part["arms"].items(), key=lambda item: -_gain(item[1])):
+        arm, both = arm_named(name), row["both"]
+        cells = [f"`{name}`", arm.what, f"{row['r']:g}" if len(arm.ratios) > 1 else "–"]
+        cells += [f"{row[direction]['R@5']:.1f}" for direction in DIRECTIONS]
+        shown = f"{both['difference']:+.1f} ({both['low']:+.1f} to {both['high']:+.1f})"
+        lines.append("| " + " | ".join([*cells, "–" if arm is BASE else shown]) + " |")
+    for name, why in part["skipped"].items():
+        lines.append(f"| `{name}` | {arm_named(name).what} | – | – | – | skipped: {why} |")
+    return lines
+
+
+def _tuning_table(tuning: dict[str, Any]) -> list[str]:
+    lines = [
+        "| setting |" + "".join(f" {name}: MRR | R@5 |" for name in PROTOCOLS),
+        "|---|" + "---|---|" * len(PROTOCOLS),
+    ]
+    for name, scores in tuning.items():
+        cells = [f"{scores[p][k]:.1f}" if p in scores else "–" for p in PROTOCOLS for k in ("MRR", "R@5")]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
     return lines
 
 
@@ -205,7 +304,7 @@ def _gain(row: Row) -> float:
 def plot(found: dict[str, Any]) -> str:
     """One row an arm, one column a protocol: the mean difference of both directions' R@5, each with its interval."""
     row_height, width, label, gap = 18, 300, 150, 24
-    parts_by = found["protocols"]
+    parts_by = found["protocols"] or found["screening"]
     names = [arm.name for arm in ARMS if arm is not BASE and any(arm.name in p["arms"] for p in parts_by.values())]
     first = next(iter(parts_by.values()))["arms"]
     names.sort(key=lambda name: -_gain(first[name]) if name in first else 0)
@@ -263,6 +362,6 @@ def summarise(out: Path) -> None:
         (DOC, PLOT) if out.resolve().is_relative_to(ROOT) else (out / "ablation.md", out / "ablation.svg")
     )
     write_text(page_at, page(found))
-    if found["protocols"]:
+    if found["protocols"] or found["screening"]:
         write_text(plot_at, plot(found))
     print(page(found))

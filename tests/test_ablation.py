@@ -137,6 +137,19 @@ def test_weights_follow_the_gradients(toy: Any) -> None:
     assert after["base"] == pytest.approx(before["base"], rel=1e-4)
 
 
+def test_a_loss_that_reaches_nothing_that_trains_has_no_gradient(toy: Any) -> None:
+    """Pooled features come before the projection, so `hint` teaches a frozen trunk nothing; the average of a student
+    is the student at the first step, so `momentum` starts with as large a gradient as other losses."""
+    for name, frozen, reached in (("hint", 0, False), ("hint", 1, True), ("momentum", 0, True)):
+        recipe = toy(
+            "train.text_batch=0", f"train.lr_scale.image_tower.trunk={frozen}", "train.ema_decay=0.9",
+            objectives=[{"name": "clip"}, {"name": name}],
+        )  # fmt: skip
+        norms = ablation_runs.gradient_norms(prepare(recipe, SILENT), torch.device("cpu"))
+        assert norms["base"] > 0
+        assert (norms["own"] > 0) == reached
+
+
 def test_every_objective_that_a_recipe_can_use_is_in_an_arm() -> None:
     used = {spec["name"] for arm in ARMS for spec in arm.objectives} | {"clip"}
     # these read token maps, of which a pack of all pictures and views would hold a gigabyte
@@ -269,6 +282,43 @@ def test_the_summary_pools_and_compares(tmp_path: Path) -> None:
     assert (tmp_path / "ablation.svg").read_text().startswith("<svg")
 
 
+def test_without_finals_the_page_is_the_screening(tmp_path: Path) -> None:
+    """Each arm at its best r; what was skipped or not run is named; finals take the page over."""
+    screened, skipped = ablation.Results(tmp_path, "screen"), arm_named("hint")
+    for job in ablation.screen_jobs([BASE, arm_named("feature"), arm_named("crd"), skipped], ["few"]):
+        row = _row(
+            job,
+            gain={"feature": {0.3: 2, 1.0: 6, 3.0: 4}, "crd": dict.fromkeys((0.3, 1.0, 3.0), -2)}.get(job.arm, {}).get(
+                job.ratio, 0
+            ),
+        )
+        if job.arm == "hint":
+            row = {key: row[key] for key in row if key not in ("ranks", "queries", "concepts", "step_ms")}
+            row |= {"scale": None, "skipped": ablation_runs.NO_GRADIENT}
+        screened.keep(row)
+    tuned = ablation.Results(tmp_path, "tune")
+    for job in list(ablation.tune_jobs(["few"]))[:2]:
+        tuned.keep(_row(job, gain=len(job.tuned)))
+    ablation_summary.summarise(tmp_path)
+    page = (tmp_path / "ablation.md").read_text()
+    assert "This is screening, not a result" in page
+    assert "| `feature` | FD of CLIP-KD | 1 | 80.0 | 80.0 | +30.0 (" in page
+    assert "| `crd` | CRD of CLIP-KD | 0.3 | 40.0 | 40.0 | -10.0 (" in page
+    assert f"| – | – | – | skipped: {ablation_runs.NO_GRADIENT} |" in page
+    assert "Not screened yet: `icl`" in page
+    assert "| crd > 0 | +1.40 | -10.00 | **no** |" in page
+    assert "| as used | 55.6 | 50.0 |" in page
+    assert "| lr 3e-05 | 60.0 | 55.0 |" in page
+    assert (tmp_path / "ablation.svg").read_text().startswith("<svg")
+    finals = [*ablation.final_jobs([BASE, skipped], ["few"], [1], [0], screened)]
+    assert [job.arm for job in finals] == ["clip"]
+    ablation.Results(tmp_path, "final").keep(_row(finals[0]))
+    ablation_summary.summarise(tmp_path)
+    page = (tmp_path / "ablation.md").read_text()
+    assert "This is screening" not in page
+    assert "| as used | 55.6 | 50.0 |" in page
+
+
 def test_a_student_that_diverged_counts_as_one_that_finds_nothing(tmp_path: Path) -> None:
     results = ablation.Results(tmp_path, "final")
     for name in ("clip", "crd"):
@@ -289,11 +339,14 @@ def test_the_page_is_the_committed_result() -> None:
     path = RESULTS / "summary.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"protocols": {}}
     assert page == ablation_summary.page(found)
-    if not found["protocols"]:
+    if not (found["protocols"] or found.get("screening")):
         assert ablation_summary.NO_RESULTS in page
         assert "| `clip` |" not in page
         return
-    assert found["finals_sha256"] == ablation_summary.digest_of(RESULTS / "final.jsonl")
+    assert found["sha256"] == {
+        s: ablation_summary.digest_of(RESULTS / f"{s}.jsonl") for s in ("tune", "screen", "final")
+    }
+    assert ("This is screening" in page) == (not found["protocols"])
     assert ablation_summary.PLOT.read_text(encoding="utf-8") == ablation_summary.plot(found)
     rows = [row for row in ablation.read_rows(RESULTS / "final.jsonl") if "digest" in row]
     for protocol, part in found["protocols"].items():
