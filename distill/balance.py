@@ -18,8 +18,8 @@ _NOTHING = 1e-12
 class GradientBalance:
     """Factors that give every objective the gradient norm of the first, times its own weight (`train.balance`).
 
-    Formula: with E the student's image, text, bank and masked-image embeddings in the batch that objective k sees (gathered over
-    ranks, before any normalisation), n_k the running mean of |d L_k / d E|_2 over measurements,
+    Formula: with E the student's image, text, bank and masked-image embeddings in the batch that objective k sees
+    (gathered over ranks, before any normalisation), n_k the running mean of |d L_k / d E|_2 over measurements,
         factor_k = n_1 / n_k,   n_k <- 0.9 n_k + 0.1 |d L_k / d E|   (the first measurement sets it),
     so that the weighted objective w_k factor_k L_k has a gradient of norm w_k n_1. Schedules of w_k stay as they are.
     A measurement of (nearly) 0, as of a term without captioned rows, is left out. What was never measured keeps

@@ -127,7 +127,13 @@ def inner_of(inner: Any) -> tuple[str, dict[str, Any]]:
     for key in inner:
         if key not in ("name", "options"):
             raise unknown_name("key of objective option 'inner'", str(key), ("name", "options"))
-    name, options = inner["name"], dict(inner.get("options") or {})
+    given = inner.get("options") or {}
+    if not isinstance(given, Mapping):
+        raise UsageError(
+            f"options of objective option 'inner' are {given!r} but must be a mapping, such as {{duplicates: ignore}}; "
+            "none could be set, so write one, or leave them out"
+        )
+    name, options = inner["name"], dict(given)
     cls = objective_class(name)
     if cls is Matryoshka or cls.needs.features or cls.needs.taps:
         why = (

@@ -648,3 +648,8 @@ def tokens(shape: tuple[int, ...], side: Outputs) -> Outputs:
 def test_mistakes_are_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_options_of_an_inner_objective_are_a_mapping() -> None:
+    with pytest.raises(UsageError, match="options of objective option 'inner' are 5"):
+        build("matryoshka", WIDTHS, inner={"name": "crd", "options": 5})
