@@ -140,9 +140,9 @@ def test_weights_follow_the_gradients(toy: Any) -> None:
 def test_a_loss_that_reaches_nothing_that_trains_has_no_gradient(toy: Any) -> None:
     """Pooled features come before the projection, so `hint` teaches a frozen trunk nothing; the average of a student
     is the student at the first step, so `momentum` starts with as large a gradient as other losses."""
-    for name, frozen, reached in (("hint", 0, False), ("hint", 1, True), ("momentum", 0, True)):
+    for name, rate, reached in (("hint", 0, False), ("hint", 1, True), ("momentum", 0, True)):
         recipe = toy(
-            "train.text_batch=0", f"train.lr_scale.image_tower.trunk={frozen}", "train.ema_decay=0.9",
+            "train.text_batch=0", f"train.lr_scale={{image_tower.trunk: {rate}}}", "train.ema_decay=0.9",
             objectives=[{"name": "clip"}, {"name": name}],
         )  # fmt: skip
         norms = ablation_runs.gradient_norms(prepare(recipe, SILENT), torch.device("cpu"))
