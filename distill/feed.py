@@ -91,11 +91,13 @@ class Feed:
             return batch
         plan = self.order.plan(step - self.pretrain)
         batch = Step("pairs", len(plan.rows))
+        batch.pixels = self._below(plan.rows, plan.views)
         if self.masking is not None:
             pictures, uids = self.prepared.pictures, [self.prepared.samples[row].uid for row in plan.rows]
-            whole, seed = pictures.batch(plan.rows, plan.views), self.prepared.recipe.train.seed
+            # under a cut, `pixels` are what lies below it
+            whole = batch.pixels.numpy() if self.cut is None else pictures.batch(plan.rows, plan.views)
+            seed = self.prepared.recipe.train.seed
             batch.masked = torch.from_numpy(self.masking.paint(whole, seed, step, uids, pictures.spec))
-        batch.pixels = self._below(plan.rows, plan.views)
         batch.group = torch.from_numpy(plan.group)
         batch.with_text = torch.tensor(
             [i for i, text in enumerate(plan.captions) if text is not None], dtype=torch.long
