@@ -28,10 +28,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from benchmarks.ablation_arms import BASE, PROTOCOLS, TUNING, chosen
+from benchmarks.ablation_arms import BASE, CANDIDATES, PROTOCOLS, TUNING, chosen
 from benchmarks.results_folder import RESULTS, machine
 
-Stage = Literal["prepare", "tune", "screen", "final", "summary", "all"]
+Stage = Literal["prepare", "tune", "screen", "search", "final", "summary", "all"]
 Row = dict[str, Any]
 FOLDS, SEEDS = (1, 2, 3, 4), (0, 1, 2)
 TUNED_ON = 0
@@ -118,14 +118,28 @@ def screen_jobs(arms: Sequence[Any], protocols: Sequence[str]) -> Iterator[Any]:
                 yield job_of("screen", arm, protocol, TUNED_ON, TUNED_ON, ratio, None)
 
 
+def search_jobs(protocols: Sequence[str], seeds: Sequence[int]) -> Iterator[Any]:
+    """Candidates for recipe `best`, on the fold that no final uses."""
+    from benchmarks.ablation_runs import job_of
+
+    for protocol in protocols:
+        for arm in CANDIDATES:
+            for seed in seeds:
+                yield job_of("search", arm, protocol, TUNED_ON, seed, 1.0, 1.0)
+
+
 def final_jobs(
     arms: Sequence[Any], protocols: Sequence[str], folds: Sequence[int], seeds: Sequence[int], screened: Results
 ) -> Iterator[Any]:
-    """Every arm at the ratio that screened best; arms that were not screened whole are left out, and named."""
+    """Every arm at the ratio that screened best, a candidate as it is; arms that were not screened whole are left out,
+    and named."""
     from benchmarks.ablation_runs import job_of
 
     for protocol in protocols:
         for arm in arms:
+            if arm in CANDIDATES:
+                yield from (job_of("final", arm, protocol, fold, seed, 1.0, 1.0) for seed in seeds for fold in folds)
+                continue
             rows = [screened.runs.get(job.digest) for job in screen_jobs([arm], [protocol])]
             if None in rows:
                 print(f"{protocol} {arm.name}: not screened yet, no finals", flush=True)
@@ -217,10 +231,10 @@ def _tell(row: Row, done: int, left: int, seconds: float) -> None:
 
 
 def prepare_all(
-    work: Path, folds: Sequence[int], seeds: Sequence[int], protocols: Sequence[str], processes: int
+    work: Path, out: Path, folds: Sequence[int], seeds: Sequence[int], protocols: Sequence[str], processes: int
 ) -> None:
-    """Starts of all seeds, then packs of all folds and protocols."""
-    from benchmarks.ablation_runs import make_pack, make_start
+    """Starts of all seeds, then packs of all folds and protocols, and what the teachers answer (teacher.jsonl)."""
+    from benchmarks.ablation_runs import make_pack, make_start, teacher_row
 
     work.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -231,6 +245,9 @@ def prepare_all(
         packs = [pool.submit(make_pack, work, fold, protocol) for protocol in protocols for fold in folds]
         for future in packs:
             future.result()
+        known = {row["fold"] for row in read_rows(out / "teacher.jsonl")}
+        for answered in [pool.submit(teacher_row, work, fold) for fold in folds if fold not in known]:
+            append_row(out / "teacher.jsonl", answered.result())
 
 
 def main(
@@ -252,12 +269,14 @@ def main(
         os.environ[name] = "1"  # of the workers, which begin afresh
     if stage in ("prepare", "all"):
         used = (TUNED_ON, *folds) if stage == "all" else folds
-        prepare_all(work, tuple(dict.fromkeys(used)), seeds, protocols, processes)
+        prepare_all(work, out, tuple(dict.fromkeys(used)), seeds, protocols, processes)
     screened = Results(out, "screen")
     if stage == "tune":
         run_all([*tune_jobs(protocols)], Results(out, "tune"), work, device, processes, deadline)
     if stage in ("screen", "all"):
         run_all([*screen_jobs(wanted, protocols)], screened, work, device, processes, deadline)
+    if stage == "search":
+        run_all([*search_jobs(protocols, seeds)], Results(out, "search"), work, device, processes, deadline)
     if stage in ("final", "all"):
         jobs = [*final_jobs(wanted, protocols, folds, seeds, screened)]
         run_all(jobs, Results(out, "final"), work, device, processes, deadline)

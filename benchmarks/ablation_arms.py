@@ -16,7 +16,7 @@ RATIOS = (0.3, 1.0, 3.0)
 TEXT = "openmoji-text"
 WORDS = {"name": "wordfreq-en+imagenet-classes+wordfreq-phrases", "size": 2000, "exclude": ["openmoji"]}
 TEACHER_TARGETS = ("teacher.smooth=0.5", "teacher.caption_mix=1.0")
-TEACHER_START = ("student.fit_to=teacher", "student.fit_text_projection=0.01")
+TEACHER_START = ("student.fit_to=teacher", "student.fit_projection=0.1", "student.fit_text_projection=0.01")
 
 TRAIN: dict[str, Any] = {
     "steps": 150,
@@ -93,13 +93,25 @@ def _texts(recipe: str) -> tuple[str, ...]:
     return (f"train.text_batch={load_recipe(recipe).train.text_batch}",)
 
 
+def _rates(projection: float = 30, trunk: float = 0) -> str:
+    rates = TRAIN["lr_scale"] | {"image_tower.projection": projection, "image_tower.trunk": trunk}
+    return "train.lr_scale={" + ", ".join(f"{part}: {rate}" for part, rate in rates.items()) + "}"
+
+
 BASE = Arm("clip", "the base: contrastive loss alone, no teacher")
 ARMS: tuple[Arm, ...] = (
     BASE,
+    Arm(
+        "clip-long",
+        "the base with the steps and the moving trunk of `best`",
+        changes=("train.steps=600", _rates(30, 3.0)),
+    ),
+    Arm("clip-slow", "the base at a third of the learning rate", changes=("train.lr=3.0e-5",)),
     # one distillation loss beside the base
     _one("feature", "FD of CLIP-KD", "feature"),
     _one("crd", "CRD of CLIP-KD", "crd"),
     _one("icl", "ICL of CLIP-KD", "icl"),
+    _one("icl-50", "the same at a scale of 50 from the start", "icl", logit_scale=50.0),
     _one("gradient", "GD of CLIP-KD", "gradient"),
     _one("afd", "AFD of CLIP-KD", "afd"),
     _one("cross-kd", "cross distributions of CLIP-KD's code", "cross-kd"),
@@ -157,8 +169,79 @@ ARMS: tuple[Arm, ...] = (
 )
 
 
+def _candidate(name: str, *changes: str, **weights: float) -> Arm:
+    """A sum that might be recipe `best`: plain weights by short names of `PARTS`, nothing screened."""
+    own = tuple(PARTS[part] | {"weight": weight} for part, weight in weights.items() if weight)
+    return Arm(name, "candidate of recipe best", own, replaces=True, changes=(*changes, *_texts("openmoji")))
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "clip": {"name": "clip"},
+    "feature": {"name": "feature", "options": {"distance": "cosine"}},
+    "bank": {"name": "bank", "options": {"anchors": "teacher", "temperature": 0.05}},
+    "gram": {"name": "gram", "options": {"variant": "softmax", "temperature": 0.1}},
+    "icl": {"name": "icl"},
+    "crd": {"name": "crd"},
+    "vl2v": {"name": "vl2v"},
+    "masked": {"name": "masked-feature", "options": {"distance": "cosine"}},
+    "text_feature": {"name": "feature", "batch": "texts", "options": {"distance": "cosine", "text": 0}},
+    "text_gram": {"name": "gram", "batch": "texts", "options": {"variant": "softmax", "temperature": 0.05}},
+}
+OURS = {"feature": 5.0, "bank": 1.0, "gram": 1.0, "text_feature": 5.0, "text_gram": 1.0}
+"""The losses of recipe `openmoji`."""
+
+CANDIDATES: tuple[Arm, ...] = (
+    *(_candidate(f"ours+clip-{c:g}", **OURS, clip=c) for c in (0.03, 0.1, 0.3, 1.0)),
+    *(_candidate(f"feature+clip-{c:g}", feature=5.0, clip=c) for c in (0.0, 0.1, 0.3, 1.0)),
+    *(_candidate(f"feature+bank+clip-{c:g}", feature=5.0, bank=1.0, clip=c) for c in (0.1, 0.3)),
+    *(_candidate(f"feature+icl+clip-{c:g}", feature=5.0, icl=c, clip=c) for c in (0.1, 0.3)),
+    *(_candidate(f"targets+clip-{c:g}", *TEACHER_TARGETS, **OURS, clip=c) for c in (0.1, 0.3)),
+    *(
+        _candidate(f"ridge-{rate:g}+clip-{c:g}", *TEACHER_START, _rates(rate), **OURS, clip=c)
+        for rate in (0.03, 0.3, 3.0)
+        for c in (0.3, 1.0)
+    ),
+    _candidate("ridge-0.03+targets", *TEACHER_START, *TEACHER_TARGETS, _rates(0.03), **OURS, clip=0.3),
+    *(
+        _candidate(f"ridge-0.3+trunk-{rate:g}", *TEACHER_START, _rates(0.3, rate), **OURS, clip=1.0)
+        for rate in (0.3, 1.0)
+    ),
+    *(_candidate(f"trunk-{rate:g}", _rates(30, rate), **OURS, clip=0.3) for rate in (0.1, 0.3, 1.0)),
+    *(_candidate(f"trunk-{rate:g}+clip-1", _rates(30, rate), **OURS, clip=1.0) for rate in (1.0, 3.0)),
+    *(
+        _candidate(f"trunk-1+feature-{w:g}+icl+clip-{c:g}", _rates(30, 1.0), feature=w, icl=c, clip=c)
+        for w, c in ((5.0, 0.3), (10.0, 0.3), (10.0, 1.0), (20.0, 1.0))
+    ),
+    *(_candidate(f"feature-{w:g}+icl+clip-{c:g}", feature=w, icl=c, clip=c) for w, c in ((10.0, 0.3), (20.0, 1.0))),
+    *(
+        _candidate(
+            f"trunk-1+ours+feature-{w:g}+icl+clip-{c:g}", _rates(30, 1.0), **OURS | {"feature": w}, icl=c, clip=c
+        )
+        for w, c in ((10.0, 0.3), (20.0, 1.0))
+    ),
+    *(_candidate(f"trunk-1+masked+clip-{c:g}", _rates(30, 1.0), masked=5.0, **OURS, clip=c) for c in (0.3, 1.0)),
+    *(
+        _candidate(f"trunk-{rate:g}+steps-{n}", f"train.steps={n}", _rates(30, rate), **OURS, clip=1.0)
+        for rate, n in ((1.0, 300), (1.0, 600), (3.0, 600))
+    ),
+    _candidate("trunk-1+masked+steps-600", "train.steps=600", _rates(30, 1.0), masked=5.0, **OURS, clip=1.0),
+    *(_candidate(f"projection-{rate:g}", _rates(rate), **OURS, clip=0.3) for rate in (10, 100)),
+    *(_candidate(f"rate-{lr:g}", f"train.lr={lr}", **OURS, clip=0.3) for lr in (3.0e-5, 3.0e-4)),
+    *(_candidate(f"steps-{n}", f"train.steps={n}", **OURS, clip=0.3) for n in (75, 300)),
+    _candidate("feature-20", **OURS | {"feature": 20.0}, clip=0.3),
+    _candidate("text-20", **OURS | {"text_feature": 20.0}, clip=0.3),
+    _candidate("batch-64", "train.batch_size=64", "train.steps=300", **OURS, clip=0.3),
+    _candidate("masked", masked=5.0, **OURS, clip=0.3),
+    _candidate("vl2v", vl2v=5.0, **OURS, clip=0.3),
+)
+"""Of `--stage search`: how much of the base beside our losses, then one thing changed at a time, then what helped
+together. Those with other `train.steps` say what more steps would give, and are no candidates."""
+BEST = "trunk-3+steps-600"
+"""The candidate that recipe `best` is: the highest R@5 over both protocols and directions."""
+
+
 def arm_named(name: str) -> Arm:
-    return next(arm for arm in ARMS if arm.name == name)
+    return next(arm for arm in (*ARMS, *CANDIDATES) if arm.name == name)
 
 
 def recipe_of(
@@ -227,11 +310,13 @@ def run_digest(recipe: Recipe, seed: int, *facts: Any) -> str:
 
 
 def chosen(names: Sequence[str]) -> tuple[Arm, ...]:
-    """The arms of these names, in the order of the table; none named: all. The base is always among them."""
+    """The arms of these names, in the order of the table; none named: all of the table. The base is always among them,
+    candidates only by name."""
     from pocketvlm.edge.errors import unknown_name
 
-    known = [arm.name for arm in ARMS]
+    known = [arm.name for arm in (*ARMS, *CANDIDATES)]
     for name in names:
         if name not in known:
             raise unknown_name("arm", name, known)
-    return tuple(arm for arm in ARMS if not names or arm.name in names or arm is BASE)
+    named = tuple(arm for arm in CANDIDATES if arm.name in names)
+    return tuple(arm for arm in ARMS if not names or arm.name in names or arm is BASE) + named

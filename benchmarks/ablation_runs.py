@@ -34,6 +34,7 @@ from pocketvlm.data.sample import ImageRef, Sample
 from pocketvlm.data.source import DataSource
 from pocketvlm.distill import optim
 from pocketvlm.distill.batches import Pictures, prefetch
+from pocketvlm.distill.evaluate import score
 from pocketvlm.distill.loop import DivergedError, Trainer, distill_run
 from pocketvlm.distill.prepare import Prepared, prepare
 from pocketvlm.distill.progress import Reporter
@@ -133,6 +134,18 @@ def make_pack(work: Path, fold: int, protocol: str) -> None:
     )
     torch.save({"prepared": packed, "policy": found.pictures.policy}, part := path.with_suffix(".part"))
     part.replace(path)
+
+
+def teacher_row(work: Path, fold: int) -> dict[str, Any]:
+    """What the teacher of a fold itself answers to the queries that its students get."""
+    torch.set_num_threads(1)
+    start = start_folder(work, 0)
+    recipe = started_at(recipe_of(SUPERSET, "all", fold, 0), str(start), str(start / "tokenizer.json"), "cpu")
+    found = prepare(recipe, SILENT)
+    assert found.questions is not None, "the recipe has evaluation data"
+    assert found.teacher_answers is not None, "the recipe has a teacher"
+    queries = score(found.questions, found.teacher_answers, None, metrics_wanted=("retrieval",), tags=()).queries
+    return {"fold": fold, "ranks": {d: queries[f"model/{d}/rank"].astype(int).tolist() for d in DIRECTIONS}}
 
 
 def _in_memory(sample: Sample) -> Sample:

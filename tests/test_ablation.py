@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import ablation, ablation_arms, ablation_runs, ablation_summary
-from benchmarks.ablation_arms import ARMS, BASE, PROTOCOLS, arm_named, recipe_of, run_digest
+from benchmarks.ablation_arms import ARMS, BASE, BEST, CANDIDATES, PROTOCOLS, arm_named, recipe_of, run_digest
 from pocketvlm.distill.loop import distill_run
 from pocketvlm.distill.objectives import list_objectives
 from pocketvlm.distill.prepare import prepare
@@ -164,6 +164,8 @@ def test_arms_differ_in_their_losses_alone(arm: ablation_arms.Arm) -> None:
     assert own.views == base.views
     assert own.eval == base.eval
     changed = {"bank", "text_batch"}  # texts beside the pictures; nothing that the base reads
+    # two arms say that they differ, to see how much of a gain is the training's
+    changed |= {"clip-slow": {"lr"}, "clip-long": {"steps", "lr_scale"}}.get(arm.name, set())
     assert own.train.model_dump(exclude=changed) == base.train.model_dump(exclude=changed)
     start = {"student.fit_to=teacher", "student.fit_text_projection=0.01"} & set(arm.changes)
     assert (own.student == base.student) == (not start)
@@ -282,6 +284,43 @@ def test_the_summary_pools_and_compares(tmp_path: Path) -> None:
     assert (tmp_path / "ablation.svg").read_text().startswith("<svg")
 
 
+def test_candidates_are_searched_on_one_fold_and_reported_on_the_others(tmp_path: Path) -> None:
+    best, other = arm_named(BEST), next(arm for arm in CANDIDATES if arm.name != BEST)
+    searched, finals = ablation.Results(tmp_path, "search"), ablation.Results(tmp_path, "final")
+    jobs = [job for job in ablation.search_jobs(["few"], [0, 1]) if job.arm in (best.name, other.name)]
+    assert {job.fold for job in jobs} == {ablation.TUNED_ON}
+    for job in jobs:
+        searched.keep(_row(job, gain=4 if job.arm == BEST else 0))
+    stale = dataclasses.replace(jobs[0], digest="of another definition", seed=2)
+    searched.keep(_row(stale, gain=-10))
+    for fold in (1, 2):
+        answered = {direction: [1, 1, 1, 9] for direction in ablation_runs.DIRECTIONS}
+        ablation.append_row(tmp_path / "teacher.jsonl", {"fold": fold, "ranks": answered})
+    asked = [*ablation.final_jobs([BASE, best], ["few"], [1, 2], [0], ablation.Results(tmp_path, "screen"))]
+    assert [job.arm for job in asked] == [BEST] * 2  # the base was not screened
+    for job in [*asked, *(ablation_runs.job_of("final", BASE, "few", fold, 0, 1.0, 1.0) for fold in (1, 2))]:
+        finals.keep(_row(job, gain=5 if job.arm == BEST else 0))
+    ablation_summary.summarise(tmp_path)
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["search"][BEST]["few"] == {"image_to_text": 70.0, "text_to_image": 70.0, "seeds": [0, 1]}
+    part = found["protocols"]["few"]
+    assert part["teacher"] == {"image_to_text": 75.0, "text_to_image": 75.0}
+    assert part["arms"][BEST]["image_to_text"]["kept"] == 100.0
+    assert part["arms"]["clip"]["image_to_text"]["kept"] == 66.7
+    page = (tmp_path / "ablation.md").read_text()
+    assert f"| **`best`** ({BEST}) | " in page
+    assert f"| `{other.name}` | 50.0 | 50.0 | – | – |" in page
+    assert "The teacher's own R@5: 75.0 picture → text" in page
+
+
+@pytest.mark.parametrize("name", ["text-to-concept", "openmoji-whole"])
+def test_what_starts_at_the_teachers_solution_has_both_projections_fitted(name: str) -> None:
+    student = ablation_arms.recipe_of(arm_named(name), "few", 0, 0).student
+    assert student.fit_to == "teacher"
+    assert student.fit_projection
+    assert student.fit_text_projection
+
+
 def test_without_finals_the_page_is_the_screening(tmp_path: Path) -> None:
     """Each arm at its best r; what was skipped or not run is named; finals take the page over."""
     screened, skipped = ablation.Results(tmp_path, "screen"), arm_named("hint")
@@ -305,7 +344,7 @@ def test_without_finals_the_page_is_the_screening(tmp_path: Path) -> None:
     assert "| `feature` | FD of CLIP-KD | 1 | 80.0 | 80.0 | +30.0 (" in page
     assert "| `crd` | CRD of CLIP-KD | 0.3 | 40.0 | 40.0 | -10.0 (" in page
     assert f"| – | – | – | skipped: {ablation_runs.NO_GRADIENT} |" in page
-    assert "Not screened yet: `icl`" in page
+    assert "Not screened yet: `clip-long`" in page
     assert "| crd > 0 | +1.40 | -10.00 | **no** |" in page
     assert "| as used | 55.6 | 50.0 |" in page
     assert "| lr 3e-05 | 60.0 | 55.0 |" in page
@@ -343,9 +382,7 @@ def test_the_page_is_the_committed_result() -> None:
         assert ablation_summary.NO_RESULTS in page
         assert "| `clip` |" not in page
         return
-    assert found["sha256"] == {
-        s: ablation_summary.digest_of(RESULTS / f"{s}.jsonl") for s in ("tune", "screen", "final")
-    }
+    assert found["sha256"] == {s: ablation_summary.digest_of(RESULTS / f"{s}.jsonl") for s in ablation_summary.STAGES}
     assert ("This is screening" in page) == (not found["protocols"])
     assert ablation_summary.PLOT.read_text(encoding="utf-8") == ablation_summary.plot(found)
     rows = [row for row in ablation.read_rows(RESULTS / "final.jsonl") if "digest" in row]
