@@ -19,9 +19,8 @@ from pocketvlm.distill.batches import Order, Plan
 from pocketvlm.distill.masking import asked_masking, statistics_kept
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective
 from pocketvlm.distill.prepare import Prepared
-from pocketvlm.distill.taps import asked_taps, encode_image, gray, tap_widths, text_taps
+from pocketvlm.distill.taps import Taps, asked_taps, encode_image, gray, tap_widths, text_taps
 from pocketvlm.edge.contract import TextSpec
-from pocketvlm.edge.errors import IntegrityError
 from pocketvlm.students import Student, TowerOutput, fit_projection
 from pocketvlm.students.student import TOKENS, weights_digest
 from pocketvlm.teachers.files import write_atomic
@@ -55,6 +54,12 @@ class Step:
     teacher_text_features: Tensor | None = None
     teacher_tokens: Tensor | None = None
     masked: Tensor | None = None
+
+    def pictures_and_captions(self) -> Step:
+        """The same step without its texts, masked pictures and teacher: what a model needs to embed its pairs."""
+        captioned = 0 if self.with_text is None else len(self.with_text)
+        ids = self.ids[:captioned] if self.ids is not None and captioned else None
+        return Step(self.phase, self.size, self.pixels, self.with_text, self.group, ids)
 
 
 class Feed:
@@ -114,7 +119,7 @@ class Feed:
             batch.ids = self._stacked([*captions, *texts])
         cache = self.prepared.words
         if texts and cache is not None:
-            batch.teacher_texts = finite(cache.text(texts), texts)
+            batch.teacher_texts = cache.text(texts)
             if cache.info.text_feature_dim:
                 batch.teacher_text_features = cache.text_features(texts)
 
@@ -131,11 +136,11 @@ class Feed:
         uids = [self.prepared.samples[row].uid for row in plan.rows]
         batch.teacher_image = self.targets(plan.rows, plan.views, plan.captions)
         if cache.info.feature_dim:
-            batch.teacher_features = finite(cache.features(uids, plan.views), uids)
+            batch.teacher_features = cache.features(uids, plan.views)
         if self.taps.teacher:
-            batch.teacher_tokens = finite(cache.tokens(uids, plan.views), uids)
+            batch.teacher_tokens = cache.tokens(uids, plan.views)
         if captions:
-            batch.teacher_captions = finite(cache.text(captions), captions)
+            batch.teacher_captions = cache.text(captions)
             if cache.info.text_feature_dim:
                 batch.teacher_caption_features = cache.text_features(captions)
 
@@ -145,7 +150,7 @@ class Feed:
         assert cache is not None, "only a run with a teacher asks for targets"
         assert section is not None, "only a run with a teacher asks for targets"
         uids = [self.prepared.samples[row].uid for row in rows]
-        target = finite(cache.image(uids, list(views)), uids)
+        target = cache.image(uids, list(views))
         if section.smooth:
             count = self.prepared.recipe.views.count
             mean = torch.stack([cache.image(uids, view) for view in range(count)]).mean(dim=0)
@@ -220,12 +225,16 @@ class Feed:
                     x = tower.until_block(x, self.cut)
             return encode_image(student, x, self.cut).embedding.float()
 
-    def forward(self, student: Student, batch: Step) -> dict[str, Pair]:
-        """{"pairs": (student, teacher), "texts": (student, teacher)}, whichever the step has; float32."""
+    def forward(self, student: Student, batch: Step, *, tapped: bool = True) -> dict[str, Pair]:
+        """{"pairs": (student, teacher), "texts": (student, teacher)}, whichever the step has; float32.
+
+        tapped: record the inner activations that objectives read.
+        """
         found: dict[str, Pair] = {}
+        asked = self.taps if tapped else Taps((), (), ())
         text, text_features, taps = None, None, {}
         if batch.ids is not None:
-            output = student.encode_text(batch.ids.to(self.device), taps=self.taps.text)
+            output = student.encode_text(batch.ids.to(self.device), taps=asked.text)
             text, text_features = output.embedding.float(), output.features.float()
             taps = text_taps(output.taps, student.text_spec.context_length)
         captioned = 0 if batch.with_text is None else len(batch.with_text)
@@ -240,12 +249,12 @@ class Feed:
                 self._teacher(image=batch.teacher_texts, image_features=batch.teacher_text_features),
             )
         if batch.pixels is not None:
-            pictures = encode_image(student, batch.pixels.to(self.device), self.cut, self.taps.image)
+            pictures = encode_image(student, batch.pixels.to(self.device), self.cut, asked.image)
             image, features = pictures.embedding.float(), pictures.features.float()
             found["pairs"] = self._pairs(batch, image, features, text, text_features, captioned, scale, bias)
             outputs, teacher = found["pairs"]
             outputs.taps = pictures.taps | self._caption_taps(taps, batch, captioned)
-            if self.taps.text:
+            if asked.text:
                 outputs.text_mask = self._caption_mask(batch, captioned, student.text_spec)
             if batch.masked is not None:
                 outputs.masked_image = self._masked(student, batch.masked)
@@ -331,21 +340,6 @@ class Feed:
             logit_bias=torch.tensor(facts.logit_bias, device=self.device),
             **moved,
         )
-
-
-def finite(rows: Tensor, names: Sequence[str]) -> Tensor:
-    """The teacher's outputs [N, ...] for these pictures or texts, every one of them a number.
-
-    Raises:
-        IntegrityError: one is not, and is named.
-    """
-    if not bool(torch.isfinite(rows).all()):
-        bad = names[int((~torch.isfinite(rows.flatten(1)).all(dim=1)).nonzero()[0])]
-        raise IntegrityError(
-            f"the teacher's output for {bad!r} is not finite, and one such target turns every weight of a student into "
-            "nothing; drop that row from the embeddings, or delete the teacher's cache and run the teacher in float32"
-        )
-    return rows
 
 
 def lower_outputs(prepared: Prepared, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -252,7 +252,7 @@ class Trainer:
             self.average.update(self.student)
             every = self.config.switch_every
             if every and main >= 0 and (main + 1) % every == 0:
-                self.student.load_state_dict(self.average.module.state_dict())
+                optim.switch(self.student, self.average.module, self.config, main)
         self.step += 1
         self.last = {
             "step": self.step,
@@ -278,10 +278,9 @@ class Trainer:
         if not asked or batch.pixels is None:
             return None
         assert self.average is not None, "the recipe was checked to keep an average"
-        captioned = 0 if batch.with_text is None else len(batch.with_text)
-        only = replace(batch, ids=batch.ids[:captioned] if batch.ids is not None and captioned else None, texts=0)
         with torch.no_grad(), self._precision():
-            student, _ = self.feed.forward(self.average.module, only)["pairs"]
+            only = batch.pictures_and_captions()
+            student, _ = self.feed.forward(self.average.module, only, tapped=False)["pairs"]
         return gather_outputs(student)
 
     def _loss(self, outputs: Any, batch: Step, main: int) -> tuple[Tensor, dict[str, Tensor]]:

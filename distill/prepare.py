@@ -97,8 +97,12 @@ class Prepared:
                 differ.append("teacher")
             elif _wants_texts(other) and self.words is None and self.texts:
                 differ.append("texts of the teacher")
+        if student is None and _tokenizer_asked(own) != _tokenizer_asked(other):
+            differ.append("tokenizer")
         if student is None and not differ:
-            student = _student(other, self.source, self.texts, self.teacher if other.teacher is not None else None)
+            taught = self.teacher if other.teacher is not None else None
+            # made from texts of which those past the context are gone: made again it would be another one
+            student = _student(other, self.source, self.texts, taught, self.tokenizer_json)
         if student is not None:
             differ += [
                 part for part in ("image_spec", "text_spec") if getattr(student, part) != getattr(self.student, part)
@@ -222,6 +226,11 @@ def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, t
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def _tokenizer_asked(recipe: Recipe) -> tuple[str, int]:
+    config = load_config(recipe.student.name, recipe.student.overrides)
+    return recipe.tokenizer.source, recipe.tokenizer.vocab_size or config.text.vocab_size
+
+
 def _asked(recipe: Recipe) -> tuple[Any, ...]:
     """What of a recipe decides the questions of its evaluation, but for the data."""
     return recipe.eval.templates, "hard_negatives" in recipe.eval.metrics
@@ -278,23 +287,27 @@ def _text_pool(recipe: Recipe, source: DataSource, held_out: DataSource | None) 
     return list(dict.fromkeys([*word_list(words.name, size=words.size, exclude=withheld), *captions]))
 
 
-def _student(recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: Any) -> Student:
-    section = recipe.student
-    config = load_config(section.name, section.overrides)
+def _student(
+    recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: Any, known: bytes | None = None
+) -> Student:
+    """The student that the recipe starts from. known: its tokenizer, where that was made before."""
+    section, (origin, size) = recipe.student, _tokenizer_asked(recipe)
     makers: dict[str, Callable[[Sequence[str], int], bytes]] = {
         "texts": train_tokenizer,
         "minilm-l6": inherit_tokenizer,
     }
-    if recipe.tokenizer.source in makers:
+    tokenizer: bytes | Path
+    if known is not None:
+        tokenizer = known
+    elif origin in makers:
         if not texts:
             raise UsageError(
                 f"{source.name} has no captions to make a tokenizer from; add data.words (name, size), or set "
                 "tokenizer.source to a tokenizer.json"
             )
-        make = makers[recipe.tokenizer.source]
-        tokenizer: bytes | Path = make(texts, recipe.tokenizer.vocab_size or config.text.vocab_size)
+        tokenizer = makers[origin](texts, size)
     else:
-        tokenizer = Path(recipe.tokenizer.source)
+        tokenizer = Path(origin)
     student = build_student(
         section.name,
         embed_dim=teacher.dim if teacher is not None else (section.embed_dim or DEFAULT_DIM),
