@@ -34,7 +34,7 @@ from pocketvlm.data.sample import Sample
 from pocketvlm.edge.contract import ImageSpec
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.preprocess import decode_image, resize_image
-from pocketvlm.teachers.base import Teacher, TeacherOutput, TokenTeacher
+from pocketvlm.teachers.base import Teacher, TeacherOutput, TextTeacher, TokenTeacher
 from pocketvlm.teachers.cache_format import (
     DTYPES,
     SCHEMA_VERSION,
@@ -319,7 +319,8 @@ def _describe(
     grid: int,
 ) -> CacheInfo:
     # widths are asked of the teacher itself, on one gray picture and one word
-    image = teacher.encode_images(gray(teacher))
+    blind = isinstance(teacher, TextTeacher) and not samples
+    image = TeacherOutput(torch.zeros(1, teacher.dim)) if blind else teacher.encode_images(gray(teacher))
     token_dim = token_shape(teacher, grid)[1] if grid else 0
     text = teacher.encode_texts(["a"]) if texts else None
     if image.embedding.shape[-1] != teacher.dim or (text is not None and text.embedding.shape[-1] != teacher.dim):
