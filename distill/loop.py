@@ -26,7 +26,7 @@ from pocketvlm.distill.checkpoint import load_checkpoint, save_checkpoint, write
 from pocketvlm.distill.encoders import StudentEncoder
 from pocketvlm.distill.environment import describe_environment
 from pocketvlm.distill.evaluate import Evaluation, embed_questions, score
-from pocketvlm.distill.feed import Feed, Step, build_objectives
+from pocketvlm.distill.feed import Feed, Step, build_objectives, build_shares
 from pocketvlm.distill.gather import gather_outputs
 from pocketvlm.distill.objectives import Objective, Outputs
 from pocketvlm.distill.prepare import Prepared, prepare
@@ -169,7 +169,8 @@ class Trainer:
             text_batch=self.config.text_batch,
         )
         self.feed = Feed(prepared, self.order, device)
-        self.objectives: nn.ModuleList = build_objectives(prepared).to(device)
+        self.shares = build_shares(prepared)
+        self.objectives: nn.ModuleList = build_objectives(prepared, self.shares).to(device)
         groups = optim.parameter_groups(self.student, self.objectives, self.config)
         self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
@@ -297,6 +298,8 @@ class Trainer:
             if spec.batch not in gathered:
                 continue
             student, teacher = gathered[spec.batch]
+            if teacher is not None and (share := self.shares[place]) is not None:
+                teacher = share(teacher)
             if cast(Objective, objective).needs.momentum:
                 teacher = momentum
             found = objective(student=student, teacher=teacher)

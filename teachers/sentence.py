@@ -79,10 +79,11 @@ class HfTextTeacher(TextTeacher):
         device: torch.device,
     ) -> None:
         self._model: Any = model.to(device).eval().requires_grad_(False)
-        self._model.config.use_cache = False  # keys and values of a decoder are for generating
+        config: Any = model.config
+        config.use_cache = False  # keys and values of a decoder are for generating
         self._tokenizer, self.limit, self.device, self.name = tokenizer, limit, device, name
         self.pooling, self.layer, self.prompt = pooling, layer, prompt
-        self.dim = int(self._model.config.hidden_size)
+        self.dim = int(config.hidden_size)
         probes = [torch.tensor(ids, dtype=torch.int64) for ids in self._ids(PROBES)]
         self.fingerprint = make_fingerprint(
             weights=tensors_sha256(model.state_dict()),
@@ -91,7 +92,9 @@ class HfTextTeacher(TextTeacher):
             extra={"pooling": pooling, "layer": layer, "prompt": hashlib.sha256(prompt.encode()).hexdigest()},
         )
         self.space_id = identity("hf-text", self.fingerprint)
-        self.licences = ((f"teacher weights {name.partition('?')[0].rpartition('/')[2]}", "see the model card", ""),)
+        self.licences: tuple[tuple[str, str, str], ...] = (
+            (f"teacher weights {name.partition('?')[0].rpartition('/')[2]}", "see the model card", ""),
+        )
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         given = [self.prompt.replace("{}", text) for text in texts]
