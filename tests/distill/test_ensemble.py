@@ -254,6 +254,14 @@ def test_starts_from_a_teacher_beside_one_of_texts(recipe: Make) -> None:
     assert beside.student.space_id == alone.student.space_id == ToyTeacher.space_id
 
 
+def test_token_maps_of_a_teacher_beside_one_of_texts(recipe: Make) -> None:
+    trainer = trainer_of(recipe(specs=["toy-text", "toy-tokens"], objectives=[TOKENS, {"name": "hint", "teacher": 1}]))
+    row = trainer.one_step(trainer.feed.make(0))
+    assert row["loss/hint"] > 0
+    assert row["loss/hint#1"] > 0
+    assert seen(trainer, "pairs")[0].taps["tokens"].shape == (8, 16, 12)
+
+
 def test_embeddings_on_disk_without_texts_are_refused_by_name(recipe: Make, world: Path, tmp_path: Path) -> None:
     from pocketvlm.teachers.precomputed import import_embeddings
 
