@@ -21,6 +21,7 @@ and its load; docs/objectives.md has the table. About four minutes on one core.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -147,8 +148,11 @@ def heads_of_recipe(recipe: Recipe, texts: int) -> Heads:
     if isinstance(recipe.train.bank, int):  # fixed texts in the teacher's embedding, the same for both models
         sides["pairs"][0].bank = sides["pairs"][1].bank
     parts = []
+    count = 1 if recipe.teacher is None else len(recipe.teacher.specs)
+    # several teachers share the width of one: their similarity matrices cost, not what they are made of
+    theirs = dataclasses.replace(TEACHER, parts=((DIM // count, 20.0),) * count)
     for spec in recipe.objectives:
-        objective = build_objective(spec.name, student=WIDTHS, teacher=TEACHER, **spec.options)
+        objective = build_objective(spec.name, student=WIDTHS, teacher=theirs, **spec.options)
         objective.at(5, 0.5)
         student, teacher, average = sides[spec.batch]
         parts.append((objective, spec.weight or 1.0, student, average if objective.needs.momentum else teacher))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pocketvlm.distill.encoders import TeacherEncoder
 from pocketvlm.distill.evaluate import Embedded, Questions, embed_questions
 from pocketvlm.edge.errors import BadSampleError
 from pocketvlm.teachers.cache import digest_names
+from pocketvlm.teachers.ensemble import Ensemble
 
 
 def teacher_answers(
@@ -58,6 +59,31 @@ def teacher_answers(
     )
     temporary.replace(path)
     return answers
+
+
+def joined_answers(found: Sequence[Embedded | None], teacher: Ensemble) -> Embedded | None:
+    """The answers of several teachers as one's, whose cosine is the mean of theirs; None where one has none.
+
+    Only pictures that all of them answered for are scored.
+    """
+    known = [one for one in found if one is not None]
+    if not known or len(known) < len(found):
+        return None
+    if len(known) == 1:
+        return known[0]
+    rows = [{uid: row for row, uid in enumerate(one.uids)} for one in known]
+    uids = [uid for uid in known[0].uids if all(uid in places for places in rows)]
+    images = [one.images[[places[uid] for uid in uids]] for one, places in zip(known, rows)]
+    scales = [teacher.members[place].logit_scale for place in teacher.joint]
+    return Embedded(
+        " + ".join(one.name for one in known),
+        teacher.space_id,
+        uids,
+        np.concatenate(images, axis=1) / len(known) ** 0.5,
+        np.concatenate([one.texts for one in known], axis=1) / len(known) ** 0.5,
+        known[0].bad,
+        sum(scales) / len(scales),
+    )
 
 
 def slug(name: str) -> str:

@@ -19,9 +19,9 @@ from pocketvlm.distill.batches import Order, Plan
 from pocketvlm.distill.masking import asked_masking, statistics_kept
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective
 from pocketvlm.distill.prepare import Prepared
-from pocketvlm.distill.taps import asked_taps, encode_image, gray, tap_widths, text_taps
+from pocketvlm.distill.shares import Share, share_of
+from pocketvlm.distill.taps import Taps, asked_taps, encode_image, gray, tap_widths, text_taps
 from pocketvlm.edge.contract import TextSpec
-from pocketvlm.edge.errors import IntegrityError
 from pocketvlm.students import Student, TowerOutput, fit_projection
 from pocketvlm.students.student import TOKENS, weights_digest
 from pocketvlm.teachers.files import write_atomic
@@ -56,6 +56,12 @@ class Step:
     teacher_tokens: Tensor | None = None
     masked: Tensor | None = None
 
+    def pictures_and_captions(self) -> Step:
+        """The same step without its texts, masked pictures and teacher: what a model needs to embed its pairs."""
+        captioned = 0 if self.with_text is None else len(self.with_text)
+        ids = self.ids[:captioned] if self.ids is not None and captioned else None
+        return Step(self.phase, self.size, self.pixels, self.with_text, self.group, ids)
+
 
 class Feed:
     """Makes steps, and runs the student over them."""
@@ -67,6 +73,8 @@ class Feed:
             texts = dict.fromkeys([*prepared.texts, *(c.text for s in prepared.samples for c in s.captions)])
             prepared.memo["ids"] = dict(zip(texts, prepared.tokenizer.encode(list(texts)))) if texts else {}
         self._ids: dict[str, np.ndarray[Any, Any]] = prepared.memo["ids"]
+        ensemble = prepared.teacher
+        self.joint = share_of(ensemble, prepared.images, prepared.words) if ensemble is not None else None
         self.bank = self._fixed_bank()
         self.taps, self.masking = asked_taps(prepared.recipe), asked_masking(prepared.recipe)
         self.cut = prepared.recipe.train.cut_after_block
@@ -114,7 +122,7 @@ class Feed:
             batch.ids = self._stacked([*captions, *texts])
         cache = self.prepared.words
         if texts and cache is not None:
-            batch.teacher_texts = finite(cache.text(texts), texts)
+            batch.teacher_texts = cache.text(texts)
             if cache.info.text_feature_dim:
                 batch.teacher_text_features = cache.text_features(texts)
 
@@ -131,30 +139,38 @@ class Feed:
         uids = [self.prepared.samples[row].uid for row in plan.rows]
         batch.teacher_image = self.targets(plan.rows, plan.views, plan.captions)
         if cache.info.feature_dim:
-            batch.teacher_features = finite(cache.features(uids, plan.views), uids)
+            batch.teacher_features = cache.features(uids, plan.views)
         if self.taps.teacher:
-            batch.teacher_tokens = finite(cache.tokens(uids, plan.views), uids)
+            batch.teacher_tokens = cache.tokens(uids, plan.views)
         if captions:
-            batch.teacher_captions = finite(cache.text(captions), captions)
+            batch.teacher_captions = cache.text(captions)
             if cache.info.text_feature_dim:
                 batch.teacher_caption_features = cache.text_features(captions)
 
     def targets(self, rows: Sequence[int], views: Sequence[int], captions: Sequence[str | None]) -> Tensor:
-        """[B, D] unit vectors that the teacher wants for these views (`TeacherSection`: smooth, caption_mix)."""
+        """[B, D] unit vectors that the teacher wants for these views (`TeacherSection`: smooth, caption_mix).
+
+        Of several teachers side by side, each part of length 1.
+        """
         cache, section = self.prepared.images, self.prepared.recipe.teacher
         assert cache is not None, "only a run with a teacher asks for targets"
         assert section is not None, "only a run with a teacher asks for targets"
         uids = [self.prepared.samples[row].uid for row in rows]
-        target = finite(cache.image(uids, list(views)), uids)
+        target = cache.image(uids, list(views))
         if section.smooth:
             count = self.prepared.recipe.views.count
             mean = torch.stack([cache.image(uids, view) for view in range(count)]).mean(dim=0)
-            target = nn.functional.normalize((1 - section.smooth) * target + section.smooth * mean, dim=-1)
+            target = self._units((1 - section.smooth) * target + section.smooth * mean)
         if section.caption_mix and any(text is not None for text in captions):
             places = [place for place, text in enumerate(captions) if text is not None]
             named = section.caption_mix * cache.text([text for text in captions if text is not None])
-            target[places] = nn.functional.normalize(target[places] + named, dim=-1)
+            target[places] = self._units(target[places] + named)
         return target
+
+    def _units(self, x: Tensor) -> Tensor:
+        """Every teacher's part scaled to length 1."""
+        assert self.joint is not None, "only a run with a teacher asks for targets"
+        return torch.cat([nn.functional.normalize(part, dim=-1) for part in x.split(self.joint.dims, dim=1)], dim=1)
 
     def fit_projection(self, student: Student) -> None:
         """Start the image projection at its ridge solution (`student.fit_projection`); see `students.ridge`.
@@ -175,9 +191,13 @@ class Feed:
                 for start in range(0, len(rows), 64):
                     part = rows[start : start + 64]
                     features.append(self._image(student, self._below(part, [view] * len(part))).features.cpu())
-                targets.append(self.targets(rows, [view] * len(rows), captions) if own is None else own)
+                targets.append(self._joint_targets(rows, view, captions) if own is None else own)
         widths = student.image_tower.widths
         _fit(student.image_tower.projection, features, targets, section.fit_projection, widths)
+
+    def _joint_targets(self, rows: Sequence[int], view: int, captions: Sequence[str | None]) -> Tensor:
+        assert self.joint is not None, "only a run with a teacher asks for targets"
+        return self.joint.embedding(self.targets(rows, [view] * len(rows), captions))
 
     def _own_texts(self, student: Student, texts: Sequence[str]) -> Tensor:
         """[N, D] unit vectors of the student's own text tower."""
@@ -200,7 +220,8 @@ class Feed:
             for start in range(0, len(texts), 256):
                 ids = self._stacked(texts[start : start + 256])
                 features.append(student.encode_text(ids.to(self.device)).features.cpu())
-        _fit(student.text_tower.projection, features, [words.text(texts)], strength, ())
+        assert self.joint is not None, "whoever answered is a teacher"
+        _fit(student.text_tower.projection, features, [self.joint.embedding(words.text(texts))], strength, ())
 
     def _below(self, rows: Sequence[int], views: Sequence[int]) -> Tensor:
         """What the trained part of the image tower takes: pixels, or the outputs of the part below the cut."""
@@ -220,12 +241,16 @@ class Feed:
                     x = tower.until_block(x, self.cut)
             return encode_image(student, x, self.cut).embedding.float()
 
-    def forward(self, student: Student, batch: Step) -> dict[str, Pair]:
-        """{"pairs": (student, teacher), "texts": (student, teacher)}, whichever the step has; float32."""
+    def forward(self, student: Student, batch: Step, *, tapped: bool = True) -> dict[str, Pair]:
+        """{"pairs": (student, teacher), "texts": (student, teacher)}, whichever the step has; float32.
+
+        tapped: record the inner activations that objectives read.
+        """
         found: dict[str, Pair] = {}
+        asked = self.taps if tapped else Taps((), (), ())
         text, text_features, taps = None, None, {}
         if batch.ids is not None:
-            output = student.encode_text(batch.ids.to(self.device), taps=self.taps.text)
+            output = student.encode_text(batch.ids.to(self.device), taps=asked.text)
             text, text_features = output.embedding.float(), output.features.float()
             taps = text_taps(output.taps, student.text_spec.context_length)
         captioned = 0 if batch.with_text is None else len(batch.with_text)
@@ -240,12 +265,12 @@ class Feed:
                 self._teacher(image=batch.teacher_texts, image_features=batch.teacher_text_features),
             )
         if batch.pixels is not None:
-            pictures = encode_image(student, batch.pixels.to(self.device), self.cut, self.taps.image)
+            pictures = encode_image(student, batch.pixels.to(self.device), self.cut, asked.image)
             image, features = pictures.embedding.float(), pictures.features.float()
             found["pairs"] = self._pairs(batch, image, features, text, text_features, captioned, scale, bias)
             outputs, teacher = found["pairs"]
             outputs.taps = pictures.taps | self._caption_taps(taps, batch, captioned)
-            if self.taps.text:
+            if asked.text:
                 outputs.text_mask = self._caption_mask(batch, captioned, student.text_spec)
             if batch.masked is not None:
                 outputs.masked_image = self._masked(student, batch.masked)
@@ -293,8 +318,8 @@ class Feed:
         group = None if batch.group is None else batch.group.to(self.device)
         bank = text[captioned:] if text is not None and batch.texts else None
         teacher_bank = batch.teacher_texts
-        if self.bank is not None:
-            bank = teacher_bank = self.bank
+        if self.bank is not None and self.joint is not None:
+            bank, teacher_bank = self.joint.embedding(self.bank), self.bank
         student = Outputs(
             image=image,
             text=spread(text, image.shape[1]),
@@ -321,31 +346,16 @@ class Feed:
         return student, teacher
 
     def _teacher(self, *, image: Tensor | None, **parts: Tensor | None) -> Outputs | None:
-        facts = self.prepared.teacher
-        if image is None or facts is None:
+        joint = self.joint
+        if image is None or joint is None:
             return None
         moved: dict[str, Any] = {k: None if v is None else v.to(self.device) for k, v in parts.items()}
         return Outputs(
             image=image.to(self.device),
-            logit_scale=torch.tensor(facts.logit_scale, device=self.device),
-            logit_bias=torch.tensor(facts.logit_bias, device=self.device),
+            logit_scale=torch.tensor(joint.scale, device=self.device),
+            logit_bias=torch.tensor(joint.bias, device=self.device),
             **moved,
         )
-
-
-def finite(rows: Tensor, names: Sequence[str]) -> Tensor:
-    """The teacher's outputs [N, ...] for these pictures or texts, every one of them a number.
-
-    Raises:
-        IntegrityError: one is not, and is named.
-    """
-    if not bool(torch.isfinite(rows).all()):
-        bad = names[int((~torch.isfinite(rows.flatten(1)).all(dim=1)).nonzero()[0])]
-        raise IntegrityError(
-            f"the teacher's output for {bad!r} is not finite, and one such target turns every weight of a student into "
-            "nothing; drop that row from the embeddings, or delete the teacher's cache and run the teacher in float32"
-        )
-    return rows
 
 
 def lower_outputs(prepared: Prepared, device: torch.device) -> Tensor:
@@ -406,25 +416,34 @@ def _fit(head: Any, features: list[Tensor], targets: list[Tensor], strength: flo
     head.to(device)
 
 
-def build_objectives(prepared: Prepared) -> nn.ModuleList:
-    """The recipe's objectives in order, projectors included, seeded by the run's seed and their place."""
+def build_shares(prepared: Prepared) -> list[Share | None]:
+    """What each of the recipe's objectives sees of the teachers; None where there is nothing for its batch."""
+    ensemble, caches = prepared.teacher, {"pairs": prepared.images, "texts": prepared.words}
+    return [
+        share_of(ensemble, prepared.images, prepared.words, spec.batch, spec.teacher)
+        if ensemble is not None and caches[spec.batch] is not None
+        else None
+        for spec in prepared.recipe.objectives
+    ]
+
+
+def build_objectives(prepared: Prepared, shares: Sequence[Share | None]) -> nn.ModuleList:
+    """The recipe's objectives in order, projectors included, seeded by the run's seed and their place.
+
+    shares: see `build_shares`.
+    """
     student, (pictures, texts) = prepared.student, _feature_widths(prepared)
-    facts, images, words = prepared.teacher, prepared.images, prepared.words
     taps = tap_widths(student, asked_taps(prepared.recipe), prepared.recipe.train.cut_after_block)
     built = []
     for place, spec in enumerate(prepared.recipe.objectives):
         teacher = None
         if spec.batch == "pairs":
             own = Widths(student.embed_dim, pictures, texts, taps)
-            if facts is not None and images is not None:
-                info = images.info
-                kept = {TOKENS: info.token_dim} if info.token_dim else {}
-                teacher = Widths(facts.dim, info.feature_dim or None, info.text_feature_dim or None, kept)
         else:
             # texts take the place of pictures in the text-only batch
             own = Widths(student.embed_dim, texts)
-            if facts is not None and words is not None:
-                teacher = Widths(facts.dim, words.info.text_feature_dim or None)
+        if (share := shares[place]) is not None:
+            teacher = share.widths()
         seed = prepared.recipe.train.seed + 1000 * place
         built.append(build_objective(spec.name, student=own, teacher=teacher, seed=seed, **spec.options))
     return nn.ModuleList(built)

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from pocketvlm.distill.checkpoint import load_checkpoint, save_checkpoint, write
 from pocketvlm.distill.encoders import StudentEncoder
 from pocketvlm.distill.environment import describe_environment
 from pocketvlm.distill.evaluate import Evaluation, embed_questions, score
-from pocketvlm.distill.feed import Feed, Step, build_objectives
+from pocketvlm.distill.feed import Feed, Step, build_objectives, build_shares
 from pocketvlm.distill.gather import gather_outputs
 from pocketvlm.distill.objectives import Objective, Outputs
 from pocketvlm.distill.prepare import Prepared, prepare
@@ -169,7 +169,8 @@ class Trainer:
             text_batch=self.config.text_batch,
         )
         self.feed = Feed(prepared, self.order, device)
-        self.objectives: nn.ModuleList = build_objectives(prepared).to(device)
+        self.shares = build_shares(prepared)
+        self.objectives: nn.ModuleList = build_objectives(prepared, self.shares).to(device)
         groups = optim.parameter_groups(self.student, self.objectives, self.config)
         self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
@@ -252,7 +253,7 @@ class Trainer:
             self.average.update(self.student)
             every = self.config.switch_every
             if every and main >= 0 and (main + 1) % every == 0:
-                self.student.load_state_dict(self.average.module.state_dict())
+                optim.switch(self.student, self.average.module, self.config, main)
         self.step += 1
         self.last = {
             "step": self.step,
@@ -278,10 +279,9 @@ class Trainer:
         if not asked or batch.pixels is None:
             return None
         assert self.average is not None, "the recipe was checked to keep an average"
-        captioned = 0 if batch.with_text is None else len(batch.with_text)
-        only = replace(batch, ids=batch.ids[:captioned] if batch.ids is not None and captioned else None, texts=0)
         with torch.no_grad(), self._precision():
-            student, _ = self.feed.forward(self.average.module, only)["pairs"]
+            only = batch.pictures_and_captions()
+            student, _ = self.feed.forward(self.average.module, only, tapped=False)["pairs"]
         return gather_outputs(student)
 
     def _loss(self, outputs: Any, batch: Step, main: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -298,6 +298,8 @@ class Trainer:
             if spec.batch not in gathered:
                 continue
             student, teacher = gathered[spec.batch]
+            if teacher is not None and (share := self.shares[place]) is not None:
+                teacher = share(teacher)
             if cast(Objective, objective).needs.momentum:
                 teacher = momentum
             found = objective(student=student, teacher=teacher)

@@ -146,6 +146,15 @@ class Average:
         self.module.load_state_dict(value["state"])
 
 
+def switch(student: nn.Module, average: nn.Module, train: TrainSection, step: int) -> None:
+    """Put the average into the student (`train.switch_every`), but for what stands still at this step.
+
+    The average still lags behind a part that `freeze_after` holds, which would go on moving towards its own past.
+    """
+    state = {name: value for name, value in average.state_dict().items() if not is_frozen(name, train, step)}
+    student.load_state_dict(state, strict=False)
+
+
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """A copy of a module's state that later training does not change."""
     return {name: value.detach().clone() for name, value in module.state_dict().items()}

@@ -15,12 +15,13 @@ from pocketvlm.data.augment import AugmentPolicy
 from pocketvlm.data.hard_negatives import with_hard_negatives
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource
-from pocketvlm.distill.answers import slug, teacher_answers
+from pocketvlm.distill.answers import joined_answers, slug, teacher_answers
 from pocketvlm.distill.batches import Pictures
 from pocketvlm.distill.evaluate import Embedded, Questions, questions_of
 from pocketvlm.distill.masking import asked_masking
 from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.recipe import Recipe
+from pocketvlm.distill.shares import check_shares, student_dim
 from pocketvlm.distill.taps import asked_taps, tap_widths
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.tokenizer import Tokenizer
@@ -32,23 +33,12 @@ from pocketvlm.students import (
     load_student,
     train_tokenizer,
 )
+from pocketvlm.teachers.base import Teacher, TextTeacher
 from pocketvlm.teachers.cache import TeacherCache, build_cache, digest_names
+from pocketvlm.teachers.ensemble import Ensemble, JoinedCache, joined, load_ensemble
 from pocketvlm.teachers.tokens import token_bytes, token_shape
 
 DEFAULT_DIM = 256
-
-
-@dataclass(frozen=True)
-class TeacherFacts:
-    """What a run needs of a teacher besides its cached outputs."""
-
-    name: str
-    fingerprint: str
-    space_id: str
-    dim: int
-    logit_scale: float
-    logit_bias: float
-    licences: tuple[tuple[str, str, str], ...]
 
 
 @dataclass
@@ -56,7 +46,7 @@ class Prepared:
     """samples: those that train, every picture readable. texts: the pool of the text-only batch.
 
     source, held_out: training and evaluation data, without the captions that the student could not read whole.
-    images / words: teacher caches of pictures with captions, and of `texts`; None without a teacher.
+    images / words: the teachers' caches of pictures with captions, and of `texts`; None without a teacher.
     digest: over everything that decides the run's arithmetic besides the recipe; a resumed run must match it.
     pictures_digest: over uids and sources of the pictures. report: where progress is told.
     memo: what runs over the same inputs share (token ids, outputs below the cut), filled by the first that needs it.
@@ -70,9 +60,9 @@ class Prepared:
     tokenizer: Tokenizer
     student: Student
     pictures: Pictures
-    teacher: TeacherFacts | None
-    images: TeacherCache | None
-    words: TeacherCache | None
+    teacher: Ensemble | None
+    images: TeacherCache | JoinedCache | None
+    words: TeacherCache | JoinedCache | None
     questions: Questions | None
     teacher_answers: Embedded | None
     digest: str
@@ -97,8 +87,12 @@ class Prepared:
                 differ.append("teacher")
             elif _wants_texts(other) and self.words is None and self.texts:
                 differ.append("texts of the teacher")
+        if student is None and _tokenizer_asked(own) != _tokenizer_asked(other):
+            differ.append("tokenizer")
         if student is None and not differ:
-            student = _student(other, self.source, self.texts, self.teacher if other.teacher is not None else None)
+            taught = self.teacher if other.teacher is not None else None
+            # made from texts of which those past the context are gone: made again it would be another one
+            student = _student(other, self.source, self.texts, taught, self.tokenizer_json)
         if student is not None:
             differ += [
                 part for part in ("image_spec", "text_spec") if getattr(student, part) != getattr(self.student, part)
@@ -114,6 +108,8 @@ class Prepared:
             )
         _check_captions(other, self.source)
         alone = other.teacher is None
+        if not alone and self.teacher is not None:
+            check_shares(other, self.teacher)
         return dataclasses.replace(
             self,
             recipe=other,
@@ -155,19 +151,18 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         held_out = open_data(recipe.data.eval, on_bad_sample=bad, progress=progress) if recipe.data.eval else None
     _check_captions(recipe, source)
     texts = _text_pool(recipe, source, held_out)
-    teacher = None
+    teachers: list[Teacher] = []
+    teacher: Ensemble | None = None
     if recipe.teacher is not None:
-        from pocketvlm.teachers import load_teacher
-
         with Stages(report, "teacher") as progress:
-            teacher = load_teacher(
-                recipe.teacher.spec,
+            teachers, teacher = load_ensemble(
+                recipe.teacher.specs,
                 device=recipe.train.device,
                 allow_download=recipe.teacher.allow_download,
                 trust_remote_code=recipe.teacher.trust_remote_code,
                 progress=progress,
             )
-        check_width(recipe, teacher.dim, teacher.name)
+        check_shares(recipe, teacher)
     student = _student(recipe, source, texts, teacher)
     # before the teacher works for minutes on what the student cannot be compared with
     taps = asked_taps(recipe)
@@ -189,7 +184,8 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         if data is not None and data.report.counts:
             report.line(f"left out of the {what} data {data.name}: {dict(sorted(data.report.counts.items()))}")
     _check_captions(recipe, source)
-    images, words, answers = _teacher_outputs(recipe, teacher, samples, texts, questions, policy, report)
+    found = [_teacher_outputs(recipe, one, samples, texts, questions, policy, report) for one in teachers]
+    images, words, answers = _together(teacher, found)
     return Prepared(
         recipe=recipe,
         source=source,
@@ -199,7 +195,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         tokenizer=tokenizer,
         student=student,
         pictures=pictures,
-        teacher=_facts(teacher) if teacher else None,
+        teacher=teacher,
         images=images,
         words=words,
         questions=questions,
@@ -222,27 +218,14 @@ def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, t
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def _tokenizer_asked(recipe: Recipe) -> tuple[str, int]:
+    config = load_config(recipe.student.name, recipe.student.overrides)
+    return recipe.tokenizer.source, recipe.tokenizer.vocab_size or config.text.vocab_size
+
+
 def _asked(recipe: Recipe) -> tuple[Any, ...]:
     """What of a recipe decides the questions of its evaluation, but for the data."""
     return recipe.eval.templates, "hard_negatives" in recipe.eval.metrics
-
-
-def check_width(recipe: Recipe, teacher_dim: int, teacher_name: str) -> None:
-    """Refuse a student whose embedding cannot be compared with its teacher's.
-
-    Raises:
-        UsageError: the widths differ.
-    """
-    wanted = recipe.student.embed_dim
-    if wanted is not None and wanted != teacher_dim:
-        raise UsageError(
-            f"student.embed_dim is {wanted} but teacher {teacher_name!r} embeds into {teacher_dim} dimensions, so "
-            f"their embeddings could not be compared; leave student.embed_dim out, or set it to {teacher_dim}"
-        )
-
-
-def _facts(teacher: Any) -> TeacherFacts:
-    return TeacherFacts(**{field.name: getattr(teacher, field.name) for field in dataclasses.fields(TeacherFacts)})
 
 
 def _check_captions(recipe: Recipe, source: DataSource) -> None:
@@ -278,29 +261,35 @@ def _text_pool(recipe: Recipe, source: DataSource, held_out: DataSource | None) 
     return list(dict.fromkeys([*word_list(words.name, size=words.size, exclude=withheld), *captions]))
 
 
-def _student(recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: Any) -> Student:
-    section = recipe.student
-    config = load_config(section.name, section.overrides)
+def _student(
+    recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: Ensemble | None, known: bytes | None = None
+) -> Student:
+    """The student that the recipe starts from. known: its tokenizer, where that was made before."""
+    section, (origin, size) = recipe.student, _tokenizer_asked(recipe)
     makers: dict[str, Callable[[Sequence[str], int], bytes]] = {
         "texts": train_tokenizer,
         "minilm-l6": inherit_tokenizer,
     }
-    if recipe.tokenizer.source in makers:
+    tokenizer: bytes | Path
+    if known is not None:
+        tokenizer = known
+    elif origin in makers:
         if not texts:
             raise UsageError(
                 f"{source.name} has no captions to make a tokenizer from; add data.words (name, size), or set "
                 "tokenizer.source to a tokenizer.json"
             )
-        make = makers[recipe.tokenizer.source]
-        tokenizer: bytes | Path = make(texts, recipe.tokenizer.vocab_size or config.text.vocab_size)
+        tokenizer = makers[origin](texts, size)
     else:
-        tokenizer = Path(recipe.tokenizer.source)
+        tokenizer = Path(origin)
+    width = section.embed_dim or (DEFAULT_DIM if teacher is None else student_dim(teacher))
+    shares_space = teacher is not None and teacher.pictures and teacher.dim == width
     student = build_student(
         section.name,
-        embed_dim=teacher.dim if teacher is not None else (section.embed_dim or DEFAULT_DIM),
+        embed_dim=width,
         tokenizer_json=tokenizer,
         seed=recipe.train.seed,
-        space_id=teacher.space_id if teacher is not None else None,
+        space_id=teacher.space_id if teacher is not None and shares_space else None,
         overrides=section.overrides,
     )
     if section.init:
@@ -369,14 +358,14 @@ def _teacher_outputs(
     policy: AugmentPolicy,
     report: Reporter,
 ) -> tuple[TeacherCache | None, TeacherCache | None, Embedded | None]:
-    if teacher is None or recipe.teacher is None:
-        return None, None, None
-    section, views = recipe.teacher, recipe.views.count
+    """One teacher's caches of pictures with captions and of `texts`, and its answers to the evaluation."""
+    assert recipe.teacher is not None, "only a run with a teacher asks for its outputs"
+    section, views, blind = recipe.teacher, recipe.views.count, isinstance(teacher, TextTeacher)
     captions = list(dict.fromkeys(c.text for s in samples for c in s.captions))
     root = Path(section.cache) if section.cache else cache_dir() / "teacher"
 
     tokens: dict[str, Any] = {}
-    if asked_taps(recipe).teacher and not isinstance(getattr(teacher, "cache", None), TeacherCache):
+    if asked_taps(recipe).teacher and not blind and not isinstance(getattr(teacher, "cache", None), TeacherCache):
         grid, width = token_shape(teacher, section.token_grid)
         cost = token_bytes(len(samples), views, grid, width, section.cache_dtype)
         report.line(
@@ -408,6 +397,9 @@ def _teacher_outputs(
         images: TeacherCache | None = ready
         words_cache: TeacherCache | None = ready
         _check_precomputed(recipe, ready, samples, texts if _wants_texts(recipe) else [])
+    elif blind:
+        images = cached("captions", (), captions) if captions else None
+        words_cache = cached("texts", (), texts) if _wants_texts(recipe) and texts else None
     else:
         images = cached(
             "views",
@@ -420,12 +412,23 @@ def _teacher_outputs(
         )
         words_cache = cached("texts", (), texts) if _wants_texts(recipe) and texts else None
     answers = None
-    if questions is not None:
+    if questions is not None and not blind:
         if isinstance(ready, TeacherCache):
             answers = _answers_on_disk(ready, questions, report)
         else:
             answers = teacher_answers(teacher, questions, root, batch_size=recipe.eval.batch_size, say=report.line)
     return images, words_cache, answers
+
+
+def _together(
+    teacher: Ensemble | None, found: list[tuple[TeacherCache | None, TeacherCache | None, Embedded | None]]
+) -> tuple[TeacherCache | JoinedCache | None, TeacherCache | JoinedCache | None, Embedded | None]:
+    """The outputs of all teachers, side by side."""
+    if teacher is None:
+        return None, None, None
+    images, words, answers = zip(*found)
+    asked = [answers[place] for place in teacher.joint]
+    return joined(teacher.members, images), joined(teacher.members, words), joined_answers(asked, teacher)
 
 
 def _wants_texts(recipe: Recipe) -> bool:
@@ -455,14 +458,14 @@ def _check_precomputed(recipe: Recipe, cache: TeacherCache, samples: Sequence[Sa
     if absent:
         raise UsageError(
             f"{len(absent)} of {len(samples)} training pictures (first {absent[0]!r}) are not among the embeddings on "
-            "disk, so they would have no teacher; add them there, or leave them out of data.train"
+            f"disk of {cache.info.name!r}, so they would have no teacher; add them, or leave them out of data.train"
         )
     known = set(cache.texts)
     missing = [t for t in [*(c.text for s in samples for c in s.captions), *texts] if t not in known]
     if missing:
         raise UsageError(
-            f"{len(missing)} training texts (first {missing[0]!r}) are not among the embeddings on disk; add them "
-            "there, or leave out data.words and the captions"
+            f"{len(missing)} training texts (first {missing[0]!r}) are not among the embeddings on disk of "
+            f"{cache.info.name!r}; add them there, or leave out data.words and the captions"
         )
 
 

@@ -71,7 +71,8 @@ class ViewsSection(_Section):
 
 
 class TeacherSection(_Section):
-    """spec: of `teachers.load_teacher`. cache: folder of its outputs (null: in the user's cache folder).
+    """spec: of `teachers.load_teacher`, or a list of several, each with its own cache; an objective learns from those
+    with an image tower side by side, or from the one that it names. cache: folder of the outputs (null: the user's).
 
     allow_download lets a spec that names a hub id reach the network. trust_remote_code runs Python code that comes
     with a Hugging Face checkpoint. batch_size: of the teacher's forward. token_grid: places in a row of the token maps
@@ -80,7 +81,7 @@ class TeacherSection(_Section):
     caption), the caption part only where the student may see the caption; 0 and 0 is the teacher's own embedding.
     """
 
-    spec: str
+    spec: str | tuple[str, ...]
     smooth: Fraction = 0.0
     caption_mix: NonNegative = 0.0
     cache: str | None = None
@@ -89,6 +90,10 @@ class TeacherSection(_Section):
     token_grid: Count | None = None
     allow_download: bool = False
     trust_remote_code: bool = False
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        return (self.spec,) if isinstance(self.spec, str) else self.spec
 
 
 class StudentSection(_Section):
@@ -130,6 +135,7 @@ class ObjectiveSection(_Section):
 
     batch: "pairs" sees the batch of pictures (with captions where there are some); "texts" sees the text-only
     batch (`train.text_batch`) as if texts were pictures: their embeddings, and features where both have them.
+    teacher: the place, from 0, of the one teacher of a list that it learns from; null: all that see pictures.
     schedule: of the weight, from `weight` to `final_weight` over `schedule_steps` (null: the whole run) by
     "linear" or "cosine"; "warmup" goes from 0 to `weight`; "constant" stays.
     """
@@ -137,6 +143,7 @@ class ObjectiveSection(_Section):
     name: str
     weight: NonNegative = 1.0
     batch: Literal["pairs", "texts"] = "pairs"
+    teacher: CountOrZero | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     schedule: Literal["constant", "linear", "cosine", "warmup"] = "constant"
     final_weight: NonNegative = 0.0
@@ -270,7 +277,7 @@ def list_recipes() -> list[dict[str, Any]]:
                 {
                     "name": entry.name.removesuffix(".yaml"),
                     "student": value["student"]["name"],
-                    "teacher": (value.get("teacher") or {}).get("spec", "none"),
+                    "teacher": str((value.get("teacher") or {}).get("spec", "none")).strip("[]").replace("'", ""),
                     "objectives": ", ".join(item["name"] for item in value["objectives"]),
                     "steps": value.get("train", {}).get("steps", TrainSection().steps),
                     "description": " ".join(str(value.get("description", "")).split()),
@@ -385,8 +392,12 @@ def _validate(raw: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
         return None, list(dict.fromkeys(_sentence(item, raw) for item in error.errors()))
 
 
+# what pydantic puts into the place of a mistake for each kind that a union allows
+_KINDS = ("int", "str", "tuple[str, ...]", "literal['student']")
+
+
 def _sentence(item: Any, raw: dict[str, Any]) -> str:
-    loc = [part for part in item["loc"] if not (isinstance(part, str) and part in ("int", "literal['student']"))]
+    loc = [part for part in item["loc"] if not (isinstance(part, str) and part in _KINDS)]
     loc = [part for part in loc if not (isinstance(part, str) and part.startswith(("constrained-", "function-")))]
     where = ".".join(str(part) for part in loc)
     if item["type"] == "extra_forbidden":
@@ -420,6 +431,7 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
     from pocketvlm.distill.board import check_metrics
     from pocketvlm.distill.objectives import build_objective, list_objectives, objective_needs
     from pocketvlm.distill.objectives.matryoshka import listed_dims
+    from pocketvlm.distill.shares import teacher_problem
     from pocketvlm.distill.taps import shared_problems, stand_in_widths, tap_problems
     from pocketvlm.distill.train_checks import train_problems
     from pocketvlm.students.config import load_config
@@ -435,7 +447,6 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
             )
     except UsageError as error:
         yield str(error).rstrip(".")
-    yield from _policy_problems(recipe.views.policy)
     try:
         check_metrics(recipe.eval.metrics)
     except UsageError as error:
@@ -456,6 +467,8 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
         except (UsageError, TypeError, ValueError) as error:
             yield f"{here}: {error}".rstrip(".")
         yield from tap_problems(spec, here)
+        if problem := teacher_problem(spec, recipe, here, needs.teacher):
+            yield problem
         if needs.masked_view and spec.batch == "texts":
             yield f"{here} masks pictures, which a text-only batch has not; use batch: pairs"
         if needs.teacher and recipe.teacher is None:
@@ -482,19 +495,4 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
                 "loss would be 0 for any student; use a batch of 2 or more"
             )
     yield from shared_problems(recipe)
-    if recipe.student.fit_text_projection is not None and recipe.teacher is None:
-        yield "student.fit_text_projection regresses to a teacher's embeddings and the recipe has none; leave it out"
-    if recipe.student.fit_text_projection is not None and recipe.data.words is None:
-        yield "student.fit_text_projection regresses over generic texts; add data.words (name, size), or leave it out"
-    if recipe.student.fit_views > recipe.views.count:
-        yield f"student.fit_views is {recipe.student.fit_views} but views.count is {recipe.views.count}; lower it"
     yield from train_problems(recipe)
-
-
-def _policy_problems(policy: Mapping[str, Any]) -> Iterator[str]:
-    from pocketvlm.data.augment import AugmentPolicy
-
-    try:
-        AugmentPolicy.from_dict(dict(policy))
-    except (UsageError, TypeError, ValueError) as error:
-        yield f"views.policy: {error}".rstrip(".")

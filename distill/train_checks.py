@@ -11,9 +11,11 @@ from pocketvlm.edge.errors import UsageError
 
 def train_problems(recipe: Recipe) -> Iterator[str]:
     """One sentence for each combination of keys that would do nothing, or not what it says."""
+    yield from _policy(recipe)
     yield from _weights(recipe)
     yield from _averaging(recipe)
     yield from _texts(recipe)
+    yield from _starts(recipe)
     train = recipe.train
     if train.warmup_steps > train.steps:
         yield (
@@ -38,6 +40,29 @@ def _texts(recipe: Recipe) -> Iterator[str]:
         yield "train.bank asks for texts in the teacher's embedding and the recipe has no teacher; use 'student'"
     if train.text_batch and recipe.data.words is None:
         yield "train.text_batch draws from data.words, which is not given; add data.words (name, size)"
+
+
+def _policy(recipe: Recipe) -> Iterator[str]:
+    from pocketvlm.data.augment import AugmentPolicy
+
+    try:
+        AugmentPolicy.from_dict(dict(recipe.views.policy))
+    except (UsageError, TypeError, ValueError) as error:
+        yield f"views.policy: {error}".rstrip(".")
+
+
+def _starts(recipe: Recipe) -> Iterator[str]:
+    student, specs = recipe.student, () if recipe.teacher is None else recipe.teacher.specs
+    if recipe.teacher is not None and not specs:
+        yield "teacher.spec is an empty list, so there is nobody to learn from; name a teacher, or set teacher to null"
+    for spec in sorted({spec for spec in specs if specs.count(spec) > 1}):
+        yield f"teacher.spec names {spec!r} twice, whose opinion would merely count double; name it once"
+    if student.fit_text_projection is not None and recipe.teacher is None:
+        yield "student.fit_text_projection regresses to a teacher's embeddings and the recipe has none; leave it out"
+    if student.fit_text_projection is not None and recipe.data.words is None:
+        yield "student.fit_text_projection regresses over generic texts; add data.words (name, size), or leave it out"
+    if student.fit_views > recipe.views.count:
+        yield f"student.fit_views is {student.fit_views} but views.count is {recipe.views.count}; lower it"
 
 
 def _weights(recipe: Recipe) -> Iterator[str]:

@@ -5,6 +5,8 @@ teacher = load_teacher("ingredients")                  built in, the same models
 teacher = load_teacher("open_clip:ViT-B-32@w.safetensors")
 teacher = load_teacher("hf:FOLDER")                    CLIP, SigLIP, fixed-resolution SigLIP 2
 teacher = load_teacher("embeddings:FOLDER")            precomputed, black box
+teacher = load_teacher("minilm")                       built in, texts alone
+teacher = load_teacher("hf-text:FOLDER?pooling=last")  an encoder or language model, texts alone
 """
 
 from __future__ import annotations
@@ -68,6 +70,13 @@ _KINDS = (
         "precomputed embeddings: a teacher cache, or .npy arrays imported by teachers.precomputed.import_embeddings",
         "distill",
     ),
+    TeacherInfo("minilm", "minilm", "texts alone, built in: the sentence encoder all-MiniLM-L6-v2", "demo"),
+    TeacherInfo(
+        "hf-text",
+        "hf-text:FOLDER | hf-text:ORG/NAME, and [?pooling=mean|last|first&layer=N&prompt=query:+{}]",
+        "texts alone: a Hugging Face encoder or decoder language model, pooled to sentence vectors",
+        "hf",
+    ),
 )
 
 
@@ -111,13 +120,14 @@ def load_teacher(
 
         precision = options.get("precision", "float32")
         return load_lit_teacher(int(fold), precision=precision, device=device, progress=progress)
-    _known_options(kind, options, ())
-    if kind == "ingredients":
+    _known_options(kind, options, ("pooling", "layer", "prompt") if kind == "hf-text" else ())
+    if kind in ("ingredients", "minilm"):
         if colon:
-            raise UsageError(f"teacher {spec!r} is not written as expected; write ingredients, which takes no folder")
+            raise UsageError(f"teacher {spec!r} is not written as expected; write {kind}, which takes no folder")
         from pocketvlm.teachers.ingredients import load_ingredients
+        from pocketvlm.teachers.sentence import load_minilm
 
-        return load_ingredients(device)
+        return load_ingredients(device) if kind == "ingredients" else load_minilm(device)
     if not target:
         form = next(info.spec for info in _KINDS if info.kind == kind)
         raise UsageError(f"teacher {spec!r} does not say which one; write {form}")
@@ -129,6 +139,11 @@ def load_teacher(
         from pocketvlm.teachers.hf import load_hf
 
         return load_hf(target, device=device, allow_download=allow_download, trust_remote_code=trust_remote_code)
+    if kind == "hf-text":
+        from pocketvlm.teachers.sentence import load_hf_text
+
+        network = {"allow_download": allow_download, "trust_remote_code": trust_remote_code}
+        return load_hf_text(target, device=device, **network, **options)  # type: ignore[arg-type]
     from pocketvlm.teachers.precomputed import load_precomputed
 
     return load_precomputed(target)

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from pocketvlm.edge.contract import ImageSpec
+from pocketvlm.edge.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,26 @@ class TokenTeacher(Teacher, Protocol):
             UsageError: this model has no such tokens.
         """
         ...
+
+
+class TextTeacher:
+    """Base of teachers that read texts only: the `Teacher` protocol, with pictures refused.
+
+    Such a model has no logit scale, and 1 is given for it; `image` is never used.
+    """
+
+    name: str
+    logit_scale = 1.0
+    logit_bias = 0.0
+    image: ImageSpec = ImageSpec(size=224)
+
+    def encode_images(self, pixels: Tensor) -> TeacherOutput:
+        """Always refused.
+
+        Raises:
+            UsageError: there is no image tower.
+        """
+        raise UsageError(
+            f"pictures were given to teacher {self.name!r}, which reads texts only, so there is nothing to compare "
+            "them with; use it in a recipe, for texts, or name a teacher with an image tower"
+        )

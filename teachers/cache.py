@@ -34,7 +34,7 @@ from pocketvlm.data.sample import Sample
 from pocketvlm.edge.contract import ImageSpec
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.preprocess import decode_image, resize_image
-from pocketvlm.teachers.base import Teacher, TeacherOutput, TokenTeacher
+from pocketvlm.teachers.base import Teacher, TeacherOutput, TextTeacher, TokenTeacher
 from pocketvlm.teachers.cache_format import (
     DTYPES,
     SCHEMA_VERSION,
@@ -53,6 +53,8 @@ from pocketvlm.teachers.tokens import gray, on_grid, token_shape
 
 class TeacherCache:
     """A finished cache, read lazily: shards are mapped into memory on first use.
+
+    Every reader raises IntegrityError where a row that is asked for is not finite, and names its picture or text.
 
     info: what it was made from. uids: images in storage order. texts: texts in storage order.
     skipped: uid to reason, for images that could not be decoded when the cache was built.
@@ -188,7 +190,7 @@ class TeacherCache:
             rows.append(self._shard(self._files[shard])[key][row, view])
         info = self.info
         empty = {"image": (info.dim,), "features": (info.feature_dim,), "tokens": (info.token_grid**2, info.token_dim)}
-        return torch.stack(rows).float() if rows else torch.zeros(0, *empty[key])
+        return _finite(torch.stack(rows).float(), uids) if rows else torch.zeros(0, *empty[key])
 
     def _gather_text(self, key: str, texts: Sequence[str]) -> Tensor:
         rows = []
@@ -198,7 +200,7 @@ class TeacherCache:
             shard, row = self._text_rows[text]
             rows.append(self._shard(self._text_files[shard])[key][row])
         width = self.info.dim if key == "text" else self.info.text_feature_dim
-        return torch.stack(rows).float() if rows else torch.zeros(0, width)
+        return _finite(torch.stack(rows).float(), texts) if rows else torch.zeros(0, width)
 
     def _shard(self, file: str) -> dict[str, Tensor]:
         if file not in self._open:
@@ -317,7 +319,8 @@ def _describe(
     grid: int,
 ) -> CacheInfo:
     # widths are asked of the teacher itself, on one gray picture and one word
-    image = teacher.encode_images(gray(teacher))
+    blind = isinstance(teacher, TextTeacher) and not samples
+    image = TeacherOutput(torch.zeros(1, teacher.dim)) if blind else teacher.encode_images(gray(teacher))
     token_dim = token_shape(teacher, grid)[1] if grid else 0
     text = teacher.encode_texts(["a"]) if texts else None
     if image.embedding.shape[-1] != teacher.dim or (text is not None and text.embedding.shape[-1] != teacher.dim):
@@ -462,6 +465,16 @@ def _complete(path: Path, key: str, expected: list[str]) -> bool:
         return False
     names = set(meta[key]) | set(meta.get("skipped", {}))
     return [n for n in expected if n in names] == expected and len(names) == len(expected)
+
+
+def _finite(rows: Tensor, names: Sequence[str]) -> Tensor:
+    if not bool(torch.isfinite(rows).all()):
+        bad = names[int((~torch.isfinite(rows.flatten(1)).all(dim=1)).nonzero()[0])]
+        raise IntegrityError(
+            f"the teacher's output for {bad!r} is not finite, and one such target turns every weight of a student into "
+            "nothing; drop that row from the embeddings, or delete the teacher's cache and run the teacher in float32"
+        )
+    return rows
 
 
 def _absent(what: str, folder: Path, count: int, reason: str | None) -> str:

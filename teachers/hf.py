@@ -120,7 +120,8 @@ def load_hf(
     except UsageError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError and hub errors alike
-        raise UsageError(_explain(target, error, allow_download)) from error
+        files = "config.json, weights, preprocessor_config.json and tokenizer files"
+        raise UsageError(explain(f"hf:{target}", target, error, allow_download, files)) from error
     if report["missing_keys"]:
         raise UsageError(
             f"'hf:{target}' lacks {len(report['missing_keys'])} weights (first {sorted(report['missing_keys'])[0]!r}), "
@@ -210,7 +211,8 @@ def _model_class(transformers: Any, config: Any, target: str, trusted: bool) -> 
     raise unknown_name("dual-encoder model type of transformers", str(kind), _MODELS)
 
 
-def _explain(target: str, error: Exception, allow_download: bool) -> str:
+def explain(spec: str, target: str, error: Exception, allow_download: bool, files: str) -> str:
+    """Why transformers could not load `target`; files: what is expected in a folder."""
     first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     if Path(target).is_dir():
         present = sorted(p.name for p in Path(target).iterdir())[:8]
@@ -218,12 +220,9 @@ def _explain(target: str, error: Exception, allow_download: bool) -> str:
         kind = ""
         if config.is_file():
             kind = f", model type {json.loads(config.read_text(encoding='utf-8')).get('model_type')!r}"
-        return (
-            f"'hf:{target}' cannot be loaded ({first}); the folder holds {present}{kind}, and config.json, weights, "
-            "preprocessor_config.json and tokenizer files are expected"
-        )
+        return f"{spec!r} cannot be loaded ({first}); the folder holds {present}{kind}, and {files} are expected"
     hint = "check the id and the connection" if allow_download else f"{ASK}, or give a folder"
-    return f"'hf:{target}' is not on this machine and nothing is downloaded unasked ({first}); {hint}"
+    return f"{spec!r} is not on this machine and nothing is downloaded unasked ({first}); {hint}"
 
 
 @torch.no_grad()

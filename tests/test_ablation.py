@@ -99,6 +99,12 @@ def test_other_inputs_are_refused(toy: Any, change: str, named: str) -> None:
         prepare(toy(), SILENT).with_recipe(toy(change))
 
 
+def test_the_tokenizer_is_made_once(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = prepare(toy("train.seed=5"), SILENT)
+    monkeypatch.setattr("pocketvlm.distill.prepare.train_tokenizer", None)
+    assert shared.with_recipe(toy("train.seed=1")).student.tokenizer_json == shared.tokenizer_json
+
+
 def test_texts_that_no_teacher_answered_are_refused(toy: Any) -> None:
     objectives = [{"name": "crd"}]
     shared = prepare(toy("train.text_batch=0", objectives=objectives), SILENT)

@@ -51,8 +51,9 @@ class Needs:
     """What an objective must be given; the loop refuses a recipe whose parts cannot provide it.
 
     captions: rows without a caption are masked out of this objective (it never invents a target).
-    teacher: reads teacher outputs. momentum: its `teacher` is the moving average of the student itself, which the loop
-    runs without a gradient over the same batch (needs no external teacher).
+    teacher: reads teacher outputs. teacher_image: among them `image`, which a teacher of texts alone has not.
+    momentum: its `teacher` is the moving average of the student itself, which the loop runs without a gradient over the
+    same batch (needs no external teacher).
     features: reads `image_features` of both models. bank: reads embeddings of a fixed text list. taps: which of the
     options `student_tap` (image tower), `text_tap` (text tower) and `teacher_tap` name inner activations that it reads.
     masked_view: wants an extra student forward of a masked image, as its options `ratio` and `cells` say.
@@ -65,6 +66,7 @@ class Needs:
     taps: tuple[str, ...] = ()
     masked_view: bool = False
     momentum: bool = False
+    teacher_image: bool = True
 
     @property
     def targets(self) -> bool:

@@ -24,12 +24,14 @@ _T = TypeVar("_T")
 @dataclass(frozen=True)
 class Widths:
     """Widths of one model's outputs. image_features, text_features: pooled, before the projection; None = none.
-    taps: channels of each inner activation, by its name in `Outputs.taps`."""
+    taps: channels of each inner activation, by its name in `Outputs.taps`.
+    parts: (width, logit scale) of each teacher whose embeddings lie side by side; empty: not known to be several."""
 
     embedding: int
     image_features: int | None = None
     text_features: int | None = None
     taps: Mapping[str, int] = field(default_factory=dict)
+    parts: tuple[tuple[int, float], ...] = ()
 
     def tap(self, objective: str, side: str, name: str) -> int:
         """Channels of one tap.

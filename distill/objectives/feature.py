@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -71,6 +75,10 @@ class Feature(BatchObjective):
         self.image_weight, self.text_weight = image, text
         self.image_projector = projector_if_needed(student.embedding, width, seed=seed, tag="feature/image")
         self.text_projector = projector_if_needed(student.embedding, width, seed=seed, tag="feature/text")
+
+    @classmethod
+    def needs_with(cls, options: Mapping[str, Any]) -> Needs:
+        return dataclasses.replace(cls.needs, teacher_image=bool(options.get("image", 1.0)))
 
     def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         found = {}

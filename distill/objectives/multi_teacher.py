@@ -21,15 +21,16 @@ class MultiTeacher(BatchObjective):
     Softmax first, then average: up to a constant this is KL(mean_k P_k || P^S), and not the softmax of averaged
     similarities.
     KL direction: teacher || student. The minimum is 0 only where all teachers agree.
-    Inputs: image, text [B, D] of both models. The K teachers come as one whose embeddings are theirs side by side:
-    `widths` [D_1, ..., D_K] says where to cut (None, the default: one teacher). Any scaling of the parts cancels.
+    Inputs: image, text [B, D] of both models. The K teachers come side by side in one embedding, as a run with several
+    teachers gives them; any scaling of the parts cancels. `widths` [D_1, ..., D_K] says where to cut (None, the
+    default: at the run's teachers). The student has one embedding of any width, which all K terms compare with their
+    teacher, as in the paper; a student with an embedding of its own for each teacher would be another method.
     Output: {"multi-teacher"}. Reduction: mean over captioned rows, half for each direction, mean over teachers; no
     factor tau^2. Duplicate captions need no care: the teachers give them equal mass.
-    Temperature: `logit_scales` [c_1, ..., c_K] of the teachers (None: the teacher's own for all); the student's own
-    logit scale, trained.
+    Temperature: `logit_scales` [c_1, ..., c_K] of the teachers (None: each one's own); the student's own logit scale,
+    trained.
     Paper: Vasu et al. 2024 (MobileCLIP, 2311.17049) and MobileCLIP2 (2508.20691), equation 1, without its (1 - lambda)
     contrastive part and without its second, synthetic-caption batch: add `clip`, and set the weights, for the former.
-    Ours: side by side in one embedding.
     Related: with one teacher it is `crd`.
     Cost: K + 1 matrices P x P.
     """
@@ -50,11 +51,18 @@ class MultiTeacher(BatchObjective):
         super().__init__()
         self.widths = None if widths is None else [int(n) for n in _all_positive("widths", widths)]
         self.logit_scales = None if logit_scales is None else _all_positive("logit_scales", logit_scales)
-        count = 1 if self.widths is None else len(self.widths)
-        if not count or (self.logit_scales is not None and len(self.logit_scales) != count):
+        parts = () if teacher is None else teacher.parts
+        if self.widths is None and parts:
+            self.widths = [width for width, _ in parts]
+            self.logit_scales = self.logit_scales or [scale for _, scale in parts]
+        if self.widths is not None:
+            self._counted(self.widths)
+
+    def _counted(self, widths: Sequence[int]) -> None:
+        if not widths or (self.logit_scales is not None and len(self.logit_scales) != len(widths)):
             raise UsageError(
-                f"objective 'multi-teacher' has {count} widths and {len(self.logit_scales or [])} logit scales; each "
-                "teacher needs its own, so give as many of the one as of the other"
+                f"objective 'multi-teacher' has {len(widths)} widths and {len(self.logit_scales or [])} logit scales; "
+                "each teacher needs its own, so give as many of the one as of the other"
             )
 
     def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
@@ -63,6 +71,7 @@ class MultiTeacher(BatchObjective):
             return {"multi-teacher": self.zero(student)}
         image, text = rows.taught()
         widths = self.widths or [image.shape[-1]]
+        self._counted(widths)
         if sum(widths) != image.shape[-1]:
             raise UsageError(
                 f"objective 'multi-teacher' was told of teachers {'+'.join(map(str, widths))} wide but the teacher's "

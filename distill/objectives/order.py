@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from pocketvlm.distill.objectives.base import Needs, Outputs
 from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, inverse_temperature, positive, unit
 from pocketvlm.distill.objectives.ranking import list_mle
+from pocketvlm.distill.objectives.within import reads_pictures
 from pocketvlm.edge.errors import UsageError
 
 SEARCHES = ("image", "text", "image-to-text", "text-to-image")
@@ -79,6 +82,10 @@ class NeighbourOrder(BatchObjective):
         self.neighbours, self.temperature = neighbours, positive("temperature", temperature)
         if not {"image", "text"} & set(self.of):
             self.minimum_rows = 2
+
+    @classmethod
+    def needs_with(cls, options: Mapping[str, Any]) -> Needs:
+        return dataclasses.replace(cls.needs, teacher_image=reads_pictures(options))
 
     def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         scale = inverse_temperature(self.temperature, student)

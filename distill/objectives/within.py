@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
 from pocketvlm.distill.objectives.common import BatchObjective, choice
 from pocketvlm.edge.errors import UsageError
+
+
+def reads_pictures(options: Mapping[str, Any]) -> bool:
+    """Whether the option `of` names anything but texts."""
+    of = options.get("of", "image")
+    return of != "text" and not (isinstance(of, (list, tuple)) and set(map(str, of)) == {"text"})
 
 
 class WithinModality(BatchObjective):
@@ -28,6 +36,10 @@ class WithinModality(BatchObjective):
             raise UsageError(
                 f"objective {self.name!r} was given an empty 'of'; nothing would be learned, so name image or text"
             )
+
+    @classmethod
+    def needs_with(cls, options: Mapping[str, Any]) -> Needs:
+        return dataclasses.replace(cls.needs, teacher_image=reads_pictures(options))
 
     @abstractmethod
     def relation(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pocketvlm.edge.contract import ImageSpec, identity
-from pocketvlm.teachers.base import TeacherOutput
+from pocketvlm.teachers.base import TeacherOutput, TextTeacher
 
 _WORDS = (
     "amber azure beige black blue bronze brown coral crimson cyan gold gray green indigo ivory jade khaki lemon "
@@ -91,6 +91,40 @@ class ToyTokenTeacher(ToyTeacher):
         return TeacherOutput(found.embedding, found.features, {"tokens": (cells - 0.5) @ self.wide})
 
 
+class ToyOtherTeacher(ToyTeacher):
+    """Sees smaller pictures, in a narrower space of its own, at another scale, and shows no pooled features."""
+
+    name = "toy-other"
+    fingerprint = hashlib.sha256(b"toy other teacher 1").hexdigest()
+    space_id = identity("toy-other", fingerprint)
+    dim = 10
+    logit_scale = 5.0
+    image = ImageSpec(size=8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joint = torch.from_numpy(np.random.default_rng(8).normal(size=(3, self.dim))).float()
+
+    def _out(self, rgb: torch.Tensor) -> TeacherOutput:
+        return TeacherOutput(super()._out(rgb).embedding)
+
+
+class ToyTextTeacher(TextTeacher):
+    """Knows the colours' names and has never seen one."""
+
+    name = "toy-text"
+    fingerprint = hashlib.sha256(b"toy text teacher 1").hexdigest()
+    space_id = identity("toy-text", fingerprint)
+    dim = 6
+    licences = (("toy text teacher", "CC0-1.0", "nobody"),)
+
+    def encode_texts(self, texts: Sequence[str]) -> TeacherOutput:
+        rows = [np.cos(np.outer(colour((text.split() or ["-"])[0]), [3.0, 5.0])).ravel() for text in texts]
+        return TeacherOutput(torch.nn.functional.normalize(torch.from_numpy(np.stack(rows)).float(), dim=-1))
+
+
+TOYS = {cls.name: cls for cls in (ToyTeacher, ToyTokenTeacher, ToyOtherTeacher, ToyTextTeacher)}
+
 TINY_STUDENT = {
     "image": {"backbone": "mobilenetv4_conv_small_035", "size": 32},
     "text": {"layers": 1, "width": 32, "heads": 2, "context_length": 8, "vocab_size": 300},
@@ -123,7 +157,7 @@ def toy_recipe(world: Path, cache: Path, **changes: Any) -> dict[str, Any]:
 
 
 def use_toy_teacher(monkeypatch: Any = None) -> None:
-    """Let `load_teacher` give the toy teachers "toy" and "toy-tokens"; for good where no monkeypatch is given."""
+    """Let `load_teacher` give the toy teachers of `TOYS`, "toy" for any other name; for good without a monkeypatch."""
     import pocketvlm.teachers
 
     real = pocketvlm.teachers.load_teacher
@@ -131,7 +165,7 @@ def use_toy_teacher(monkeypatch: Any = None) -> None:
     def load(spec: str, **options: Any) -> Any:
         if spec.startswith("embeddings:"):
             return real(spec, **options)
-        return ToyTokenTeacher() if spec == "toy-tokens" else ToyTeacher()
+        return TOYS.get(spec, ToyTeacher)()
 
     if monkeypatch is None:
         pocketvlm.teachers.load_teacher = load  # type: ignore[attr-defined,assignment]

@@ -129,6 +129,29 @@ def test_words_are_not_read_by_the_momentum_model(recipe: Make, monkeypatch: pyt
     assert seen == [8 + 16, 8]
 
 
+def test_the_momentum_model_does_no_needless_work(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No masked pictures, no inner activations and no teacher are given to it, whatever else the recipe asks for."""
+    tapped = {"name": "token-alignment", "options": {"variant": "filip"}}
+    made = trainer(recipe(objectives=[{"name": "momentum"}, {"name": "masked-feature"}, {"name": "crd"}, tapped]))
+    seen: list[tuple[Any, bool]] = []
+    real = type(made.feed).forward
+
+    def watched(self: Any, student: Any, batch: Any, *, tapped: bool = True) -> Any:
+        seen.append((batch, tapped))
+        return real(self, student, batch, tapped=tapped)
+
+    monkeypatch.setattr(type(made.feed), "forward", watched)
+    steps(made, 1)
+    (batch, whole), (only, part) = seen
+    assert (whole, part) == (True, False)
+    assert batch.masked is not None
+    assert {
+        name for name, value in vars(only).items() if value is not None and name.startswith(("teacher", "masked"))
+    } == set()
+    assert only.pixels is batch.pixels
+    assert only.texts == 0
+
+
 def test_momentum_resumes_to_the_same_numbers(alone: Make) -> None:
     resumes_exactly(alone("student.overrides.text.dropout=0.2"), 3, 6)
 
@@ -181,6 +204,21 @@ def test_switching_puts_the_average_into_the_student_and_nothing_else(recipe: Ma
         assert torch.equal(one["exp_avg"], other["exp_avg"])
     steps(switching, 1)
     assert not equal(weights(switching), switching.average.module.state_dict())  # type: ignore[union-attr]
+
+
+def test_switching_moves_nothing_that_stands_still(recipe: Make) -> None:
+    """Neither weights nor batch-norm statistics of a part that stopped earlier, whose average still lags behind."""
+    late = ("train.freeze_after={image_tower: 3}", "train.switch_every=2", "train.steps=6", "train.ema_decay=0.9")
+    made = trainer(recipe(*late))
+    steps(made, 3)
+    before = weights(made)
+    steps(made, 1)
+    after, average = weights(made), made.average.module.state_dict()  # type: ignore[union-attr]
+    held = [name for name in before if name.startswith("image_tower.")]
+    assert any("running_mean" in name for name in held)
+    assert all(torch.equal(after[name], before[name]) for name in held)
+    assert any(not torch.equal(after[name], average[name]) for name in held)
+    assert all(torch.equal(after[name], average[name]) for name in after if name.startswith("text_tower."))
 
 
 def test_switching_resumes_to_the_same_numbers(recipe: Make) -> None:
@@ -357,26 +395,17 @@ def test_parts_can_stand_still_again(recipe: Make) -> None:
     assert moved == [[False, True], [True, True], [False, False], [False, False]]
 
 
-@pytest.mark.parametrize("key", ["image", "features", "text"])
-def test_a_teacher_that_says_no_number_is_caught_where_it_is_read(
-    recipe: Make, monkeypatch: pytest.MonkeyPatch, key: str
-) -> None:
-    """Before the step that would use it, and by the name of the picture or text."""
-    made = trainer(recipe())
-    cache = made.prepared.images
-    assert cache is not None
-    real, asked = getattr(cache, key), []
-
-    def spoiled(names: Any, *rest: Any) -> torch.Tensor:
-        found = real(names, *rest).clone()
-        asked.append(list(names)[2])
-        found[2, 1] = float("inf")
-        return found
-
-    monkeypatch.setattr(cache, key, spoiled)
-    with pytest.raises(IntegrityError, match="is not finite, and one such target") as caught:
-        made.feed.make(0)
-    assert repr(asked[0]) in str(caught.value)
+@pytest.mark.parametrize(
+    ("part", "key"), [("images", "image"), ("images", "text"), ("words", "text"), ("words", "features")]
+)
+def test_a_teacher_that_says_no_number_is_caught_before_the_step(recipe: Make, part: str, key: str) -> None:
+    """Also in the fixed bank, in text features and where captions are mixed into the targets."""
+    prepared = prepare(recipe("train.bank=60", "teacher.caption_mix=1"), Reporter(False))
+    cache = getattr(prepared, part)
+    file = (cache._files if key == "image" else cache._text_files)[0]
+    cache.load()._open[file][key][:] = float("inf")
+    with pytest.raises(IntegrityError, match="is not finite, and one such target"):
+        Trainer(prepared, CPU).feed.make(0)
 
 
 def test_a_wrong_prefix_to_freeze_is_answered_with_the_nearest(recipe: Make) -> None:

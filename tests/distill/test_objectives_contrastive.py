@@ -348,6 +348,20 @@ def test_several_teachers_average_after_the_softmax():
     assert not torch.allclose(found, gradient_towards(mean.softmax(-1), mean.T.softmax(-1)), rtol=1e-2)
 
 
+def test_the_teachers_of_a_run_say_where_to_cut():
+    """Also for a student of another width, which is the paper's case; scales that a recipe names go first."""
+    several = dataclasses.replace(OTHER, parts=((3, 3.0), (4, 7.0)))
+    student, teacher = outputs(1), outputs(2, dim=7)
+    wanted = float(total(build("multi-teacher", widths=[3, 4], logit_scales=[3.0, 7.0]), student, teacher))
+    assert float(total(build("multi-teacher", teacher=several), student, teacher)) == pytest.approx(wanted, rel=1e-12)
+    named = build("multi-teacher", teacher=several, logit_scales=[70.0, 60.0])
+    assert (named.widths, named.logit_scales) == ([3, 4], [70.0, 60.0])
+    with pytest.raises(UsageError, match="2 widths and 3 logit scales"):
+        build("multi-teacher", teacher=several, logit_scales=[1.0, 2.0, 3.0])
+    with pytest.raises(UsageError, match="1 widths and 2 logit scales"):
+        total(build("multi-teacher", logit_scales=[1.0, 2.0]), student, teacher)
+
+
 def test_scaling_a_teachers_part_changes_nothing():
     objective, student, teacher = build("multi-teacher", widths=[2, 3]), outputs(1), outputs(2)
     scaled = dataclasses.replace(teacher, image=teacher.image * torch.tensor([9.0, 9.0, 1.0, 1.0, 1.0]))

@@ -28,7 +28,12 @@ def _small(name: str, world: Path, cache: Path) -> list[str]:
     if recipe.data.words is not None:
         found.append("data.words={name: wordfreq-en, size: 60}")
     if recipe.teacher is not None:
-        found += ["teacher.spec=toy", f"teacher.cache={cache}"]
+        # as many as the recipe has, and of texts alone where it has one of these
+        toys = iter(("toy", "toy-other"))
+        specs = ["toy-text" if spec == "minilm" else next(toys) for spec in recipe.teacher.specs]
+        found += [f"teacher.spec={specs if len(specs) > 1 else specs[0]}", f"teacher.cache={cache}"]
+    if recipe.student.fit_text_projection is not None and "teacher.spec=toy-text" in found:
+        found.append("student.embed_dim=6")
     if recipe.train.text_pretrain_steps:
         found.append("train.text_pretrain_steps=1")
     if recipe.train.text_batch:
@@ -59,7 +64,7 @@ def test_two_steps_of_every_shipped_recipe(
 
 
 def test_a_published_method_names_its_paper() -> None:
-    ours = {"clip", "openmoji", "openmoji-no-teacher", "openmoji-text", "quick"}
+    ours = {"clip", "openmoji", "openmoji-no-teacher", "openmoji-text", "quick", "text-teacher"}
     published = {row["name"]: row["description"] for row in list_recipes() if row["name"] not in ours}
     assert len(published) >= 10
     assert [name for name, text in published.items() if not re.search(r"\b2\d{3}\.\d{5}\b", text)] == []

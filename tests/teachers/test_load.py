@@ -17,6 +17,8 @@ from pocketvlm.teachers import list_teachers, load_teacher
         ("openclip:ViT-B-32@x", "open_clip"),
         ("nothing", "known: embeddings"),
         ("hf:a/b?fold=1", "option of teacher hf 'fold'"),
+        ("hf-text:a/b?poolin=last", "did you mean 'pooling'"),
+        ("hf-text:a/b?pooling=max", "unknown pooling 'max'"),
     ],
 )
 def test_unknown_names_are_suggested(spec: str, message: str) -> None:
@@ -29,6 +31,9 @@ def test_unknown_names_are_suggested(spec: str, message: str) -> None:
     [
         ("openmoji-lit?fold=x", "openmoji-lit"),
         ("openmoji-lit:0", "openmoji-lit"),
+        ("minilm:small", "write minilm, which takes no folder"),
+        ("hf-text", "does not say which one"),
+        ("hf-text:./nowhere", "is neither a folder here nor a hub id"),
         ("openmoji-lit?fold", "key=value"),
         ("hf:", "does not say which one"),
         ("open_clip", "does not say which one"),
@@ -42,7 +47,15 @@ def test_malformed_specs(spec: str, message: str) -> None:
 
 def test_list_names_every_kind() -> None:
     infos = list_teachers()
-    assert [i.kind for i in infos] == ["openmoji-lit", "ingredients", "open_clip", "hf", "embeddings"]
+    assert [i.kind for i in infos] == [
+        "openmoji-lit",
+        "ingredients",
+        "open_clip",
+        "hf",
+        "embeddings",
+        "minilm",
+        "hf-text",
+    ]
     assert all(i.spec.startswith(i.kind) and i.description and i.extra for i in infos)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,10 @@ class TinyTokenTeacher(TinyTeacher):
         means, corner = cells.mean(dim=(2, 4)).flatten(1, 2), cells[:, :, 0, :, 0].flatten(1, 2)
         output = self.encode_images(pixels)
         return TeacherOutput(output.embedding, output.features, {"tokens": torch.cat([means, corner], dim=2)})
+
+    def encode_texts(self, texts: Sequence[str]) -> TeacherOutput:
+        output = super().encode_texts(texts)
+        return TeacherOutput(output.embedding, output.embedding[:, :3])
 
 
 def test_on_grid_averages_neighbouring_places() -> None:
@@ -133,3 +138,20 @@ def test_a_cache_of_the_first_schema_is_still_read(samples: list[Sample], folder
     again = TinyTeacher()
     build_cache(again, samples, [], folder)
     assert again.seen == 1
+
+
+@pytest.mark.parametrize("kind", ["image", "features", "tokens", "text", "text_features"])
+def test_a_row_that_is_no_number_is_named_by_every_reader(samples: list[Sample], folder: Path, kind: str) -> None:
+    """Rows that were not asked for do not matter."""
+    texts = ("a cat", "a dog", "a cow")
+    cache = build_cache(TinyTokenTeacher(), samples, texts, folder, token_grid=2).load()
+    ofs, files, names = cache._rows, cache._files, cache.uids
+    if kind.startswith("text"):
+        ofs, files, names = cache._text_rows, cache._text_files, cache.texts
+    shard, row = ofs[names[1]]
+    stored = cache._open[files[shard]]["features" if "features" in kind else kind]
+    stored[row].view(-1)[-1] = float("nan")
+    read = getattr(cache, kind)
+    assert torch.isfinite(read([names[0], names[2]])).all()
+    with pytest.raises(IntegrityError, match=f"{names[1]!r} is not finite, and one such target"):
+        read(names[:3])
