@@ -16,6 +16,7 @@ from pocketvlm.data.hard_negatives import with_hard_negatives
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource
 from pocketvlm.distill.answers import slug, teacher_answers
+from pocketvlm.distill.axes import TurnedCache, axes_of, turned
 from pocketvlm.distill.batches import Pictures
 from pocketvlm.distill.evaluate import Embedded, Questions, questions_of
 from pocketvlm.distill.masking import asked_masking
@@ -95,6 +96,8 @@ class Prepared:
             kept = ("spec", "cache", "cache_dtype", "token_grid")
             if own.teacher is None or any(getattr(own.teacher, k) != getattr(other.teacher, k) for k in kept):
                 differ.append("teacher")
+            elif (other.teacher.axes == "principal") != isinstance(self.images, TurnedCache):
+                differ.append("axes of the teacher")
             elif _wants_texts(other) and self.words is None and self.texts:
                 differ.append("texts of the teacher")
         if student is None and not differ:
@@ -190,7 +193,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
             report.line(f"left out of the {what} data {data.name}: {dict(sorted(data.report.counts.items()))}")
     _check_captions(recipe, source)
     images, words, answers = _teacher_outputs(recipe, teacher, samples, texts, questions, policy, report)
-    return Prepared(
+    found = Prepared(
         recipe=recipe,
         source=source,
         held_out=held_out,
@@ -208,6 +211,8 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         pictures_digest=pictures.digest(),
         report=report,
     )
+    principal = recipe.teacher is not None and recipe.teacher.axes == "principal"
+    return turned(found, axes_of(found)) if principal else found
 
 
 def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, teacher: Any) -> str:

@@ -78,6 +78,7 @@ class TeacherSection(_Section):
     that are kept where an objective reads them (null: the teacher's own); their bytes are told before they are made.
     The target of a picture's view is unit(unit((1 - smooth) * view + smooth * mean of its views) + caption_mix *
     caption), the caption part only where the student may see the caption; 0 and 0 is the teacher's own embedding.
+    axes: "principal" turns the teacher's space so that the first numbers keep the most (`distill.axes`); cosines stay.
     """
 
     spec: str
@@ -87,6 +88,7 @@ class TeacherSection(_Section):
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Count = 32
     token_grid: Count | None = None
+    axes: Literal["own", "principal"] = "own"
     allow_download: bool = False
     trust_remote_code: bool = False
 
@@ -482,6 +484,12 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
                 "loss would be 0 for any student; use a batch of 2 or more"
             )
     yield from shared_problems(recipe)
+    fitted = recipe.student.fit_projection is not None and recipe.student.fit_text_projection is not None
+    if recipe.teacher is not None and recipe.teacher.axes == "principal" and recipe.student.init and not fitted:
+        yield (
+            "teacher.axes is 'principal' and student.init brings projections to other coordinates, so the start would "
+            "point anywhere; set student.fit_projection and fit_text_projection, or leave one of the two out"
+        )
     if recipe.student.fit_text_projection is not None and recipe.teacher is None:
         yield "student.fit_text_projection regresses to a teacher's embeddings and the recipe has none; leave it out"
     if recipe.student.fit_text_projection is not None and recipe.data.words is None:

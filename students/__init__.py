@@ -16,6 +16,7 @@ if __name__ != "pocketvlm.students":
     )
 
 if TYPE_CHECKING:
+    from pocketvlm.students.axes import change_axes
     from pocketvlm.students.build import build_student
     from pocketvlm.students.config import StudentConfig, load_config, student_names
     from pocketvlm.students.deploy import deploy_image, deploy_text
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # name -> submodule; loaded on first use, so that listing the package costs nothing
 _LAZY = {
+    "change_axes": "axes",
     "build_student": "build",
     "StudentConfig": "config",
     "load_config": "config",
@@ -51,6 +53,7 @@ __all__ = [
     "StudentInfo",
     "TowerOutput",
     "build_student",
+    "change_axes",
     "check_widths",
     "deploy_image",
     "deploy_text",
