@@ -423,7 +423,7 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
     from pocketvlm.distill.objectives import build_objective, list_objectives, objective_needs
     from pocketvlm.distill.objectives.matryoshka import listed_dims
     from pocketvlm.distill.taps import shared_problems, stand_in_widths, tap_problems
-    from pocketvlm.distill.train_checks import train_problems
+    from pocketvlm.distill.train_checks import start_problems, train_problems
     from pocketvlm.students.config import load_config
 
     train = recipe.train
@@ -484,18 +484,7 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
                 "loss would be 0 for any student; use a batch of 2 or more"
             )
     yield from shared_problems(recipe)
-    fitted = recipe.student.fit_projection is not None and recipe.student.fit_text_projection is not None
-    if recipe.teacher is not None and recipe.teacher.axes == "principal" and recipe.student.init and not fitted:
-        yield (
-            "teacher.axes is 'principal' and student.init brings projections to other coordinates, so the start would "
-            "point anywhere; set student.fit_projection and fit_text_projection, or leave one of the two out"
-        )
-    if recipe.student.fit_text_projection is not None and recipe.teacher is None:
-        yield "student.fit_text_projection regresses to a teacher's embeddings and the recipe has none; leave it out"
-    if recipe.student.fit_text_projection is not None and recipe.data.words is None:
-        yield "student.fit_text_projection regresses over generic texts; add data.words (name, size), or leave it out"
-    if recipe.student.fit_views > recipe.views.count:
-        yield f"student.fit_views is {recipe.student.fit_views} but views.count is {recipe.views.count}; lower it"
+    yield from start_problems(recipe)
     yield from train_problems(recipe)
 
 

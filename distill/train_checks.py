@@ -9,6 +9,23 @@ from pocketvlm.distill.recipe import ObjectiveSection, Recipe
 from pocketvlm.edge.errors import UsageError
 
 
+def start_problems(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with where the student starts."""
+    section, teacher = recipe.student, recipe.teacher
+    if section.fit_text_projection is not None and teacher is None:
+        yield "student.fit_text_projection regresses to a teacher's embeddings and the recipe has none; leave it out"
+    if section.fit_text_projection is not None and recipe.data.words is None:
+        yield "student.fit_text_projection regresses over generic texts; add data.words (name, size), or leave it out"
+    if section.fit_views > recipe.views.count:
+        yield f"student.fit_views is {section.fit_views} but views.count is {recipe.views.count}; lower it"
+    fitted = section.fit_projection is not None and section.fit_text_projection is not None
+    if teacher is not None and teacher.axes == "principal" and section.init and not fitted:
+        yield (
+            "teacher.axes is 'principal' and student.init brings projections to other coordinates, so the start would "
+            "point anywhere; set student.fit_projection and fit_text_projection, or leave one of the two out"
+        )
+
+
 def train_problems(recipe: Recipe) -> Iterator[str]:
     """One sentence for each combination of keys that would do nothing, or not what it says."""
     yield from _weights(recipe)
