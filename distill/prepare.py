@@ -221,8 +221,8 @@ def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, t
         "texts": digest_names(texts),
         "tokenizer": hashlib.sha256(student.tokenizer_json).hexdigest(),
         "teacher": teacher.fingerprint if teacher else None,
-        # dims say how far embeddings may be cut afterwards and change no step
-        "student": student.config.model_dump(mode="json", exclude={"dims"}),
+        # they say what may be cut afterwards and change no step
+        "student": student.config.model_dump(mode="json", exclude={"dims", "exits"}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

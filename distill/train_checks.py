@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
+from pocketvlm.distill.objectives.matryoshka_2d import listed_pairs
 from pocketvlm.distill.optim import objective_weight
 from pocketvlm.distill.recipe import ObjectiveSection, Recipe
 from pocketvlm.edge.errors import UsageError
+from pocketvlm.students import load_config
 
 
 def start_problems(recipe: Recipe) -> Iterator[str]:
     """What is wrong with where the student starts."""
     section, teacher = recipe.student, recipe.teacher
+    nested = [listed_pairs(spec.options) for spec in recipe.objectives if spec.name == "matryoshka-2d"]
+    with suppress(UsageError):  # said of the student itself
+        exits = load_config(section.name, section.overrides).exits
+        if untrained := [list(pair) for pair in exits if pair not in {one for pairs in nested for one in pairs}]:
+            yield (
+                f"the student promises the smaller students {untrained} (exits) and no matryoshka-2d objective trains "
+                "them, so a device would search with untrained ones; list them in its pairs, or leave them out"
+            )
     if section.fit_text_projection is not None and teacher is None:
         yield "student.fit_text_projection regresses to a teacher's embeddings and the recipe has none; leave it out"
     if section.fit_text_projection is not None and recipe.data.words is None:

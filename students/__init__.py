@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pocketvlm.students.ridge import fit_projection
     from pocketvlm.students.student import Student, TowerOutput, check_widths
     from pocketvlm.students.tokenizer import train_tokenizer
+    from pocketvlm.students.truncate import truncated
 
 # name -> submodule; loaded on first use, so that listing the package costs nothing
 _LAZY = {
@@ -46,6 +47,7 @@ _LAZY = {
     "TowerOutput": "student",
     "check_widths": "student",
     "train_tokenizer": "tokenizer",
+    "truncated": "truncate",
 }
 __all__ = [
     "Student",
@@ -65,6 +67,7 @@ __all__ = [
     "save_student",
     "student_names",
     "train_tokenizer",
+    "truncated",
 ]
 
 
