@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +40,8 @@ from benchmarks.ablation_arms import PROTOCOLS, Arm, recipe_of, run_digest
 from benchmarks.ablation_runs import Job, open_pack, start_folder
 from benchmarks.results_folder import RESULTS
 from pocketvlm.data.openmoji_groups import base_concept
+from pocketvlm.data.splits import group_of
+from pocketvlm.distill.asymmetric import WAYS, score_asymmetric
 from pocketvlm.distill.axes import axes_of, turned
 from pocketvlm.distill.batches import prefetch
 from pocketvlm.distill.board import Board
@@ -57,6 +60,7 @@ FULL = DIMS[-1]
 FEATURE = {"few": 13.0, "all": 12.1}
 """Weight of `feature` beside `clip`: chosen by benchmarks.ablation on fold 0 (r = 3 in both protocols)."""
 REDUCTIONS = ("prefix", "principal", "projector")
+ACROSS = ("image_to_text", "text_to_image", "image_to_image")
 Row = dict[str, Any]
 
 
@@ -101,11 +105,6 @@ ARMS: tuple[Elastic, ...] = (
 )
 TURNED = "principal"
 """Suffix of the views of a run in which the finished student was turned to the principal axes before it was cut."""
-MIXED = {
-    "teacher": ("teacher", "teacher"),
-    "student_image_teacher_text": ("student", "teacher"),
-    "teacher_image_student_text": ("teacher", "student"),
-}
 
 
 def arm_named(name: str) -> Elastic:
@@ -199,21 +198,25 @@ class Bench:
         if arm.name == "plain":
             for m in DIMS:
                 views[f"{m}@{TURNED}"] = cut(own, m, self.axes)
-        pairs = {name: (one, one) for name, one in views.items()}
-        if arm.width == FULL and arm.axes == "own":
-            sides = {"student": own, "teacher": self.answers}
-            pairs |= {name: (sides[a], sides[b]) for name, (a, b) in MIXED.items()}
         hits: Row = {}
-        for name, (images, texts) in pairs.items():
-            board = Board(questions, images, texts)
-            found = board.search(images, texts, board.headline, questions.language)
+        for name, one in views.items():
+            found = Board(questions, one, None).search(one, one, questions.samples, questions.language)
             assert found is not None, "the evaluation data has captions"
             hits[name] = {"image_to_text": _digits(found.forward.rank), "text_to_image": _digits(found.reverse.rank)}
+        if arm.width == FULL and arm.axes == "own":
+            across = Board(questions, *(dataclasses.replace(side, space_id="one") for side in (own, self.answers)))
+            assert score_asymmetric(across), "student and teacher share a space"
+            for name in (f"{way}/{direction}" for way in WAYS for direction in ACROSS):
+                way, direction = name.split("/")
+                hits.setdefault(way, {})[direction] = _digits(across.queries[f"asymmetric/{name}/rank"])
         uids = [sample.uid for sample in found.pictures]
-        groups = {sample.uid: sample.group for sample in questions.samples}
+        groups = {sample.uid: group_of(sample) for sample in questions.samples}
+        several = Counter(groups.values())
         concepts = {
-            "image_to_text": [groups[uid] or uid for uid in uids],
+            "image_to_text": [groups[uid] for uid in uids],
             "text_to_image": [base_concept(text) for text in found.gallery],
+            # these find the other pictures of their group
+            "image_to_image": [group for group in groups.values() if several[group] > 1],
         }
         asked = hashlib.sha256(json.dumps([uids, found.gallery]).encode()).hexdigest()[:16]
         return {"hits": hits, "queries": asked, "concepts": concepts}

@@ -10,8 +10,9 @@ import numpy as np
 
 from benchmarks.ablation import read_rows
 from benchmarks.ablation_summary import digest_of
-from benchmarks.elastic import ARMS, DIMS, FULL, MIXED, REDUCTIONS, TURNED
+from benchmarks.elastic import ACROSS, ARMS, DIMS, FULL, REDUCTIONS, TURNED
 from benchmarks.results_folder import RESULTS, write_text
+from pocketvlm.distill.asymmetric import SYMMETRIC, WAYS
 from pocketvlm.distill.metrics import paired_bootstrap
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,35 +60,39 @@ def _protocol(runs: Runs, concepts: dict[str, Any]) -> dict[str, Any]:
         own = complete[arm]
         return np.concatenate([[c == "1" for c in own[key]["hits"][view][direction]] for key in sorted(own)])
 
-    units: dict[str, list[str]] = {direction: [] for direction in DIRECTIONS}
+    units: dict[str, list[str]] = {direction: [] for direction in ACROSS}
     for key in sorted(whole):
-        for direction in DIRECTIONS:
+        for direction in ACROSS:
             units[direction] += concepts[complete["plain"][key]["queries"]][direction]
 
-    def interval(a: tuple[str, str], b: tuple[str, str]) -> Row:
-        """Of the mean of both directions' R@5, in points."""
-        ours, theirs = (np.concatenate([hits(*one, direction) for direction in DIRECTIONS]) for one in (a, b))
-        both = [*units[DIRECTIONS[0]], *units[DIRECTIONS[1]]]
-        values = paired_bootstrap(ours, theirs, clusters=both).to_dict()
+    def interval(a: tuple[str, str], b: tuple[str, str], directions: tuple[str, ...] = DIRECTIONS) -> Row:
+        """Of R@5 over all queries of these directions, in points."""
+        ours, theirs = (np.concatenate([hits(*one, direction) for direction in directions]) for one in (a, b))
+        asked = [concept for direction in directions for concept in units[direction]]
+        values = paired_bootstrap(ours, theirs, clusters=asked).to_dict()
         return {key: _percent(values[key]) for key in ("difference", "low", "high", "lower_bound")}
 
     for arm in [arm.name for arm in ARMS if arm.name in complete]:
         views = next(iter(complete[arm].values()))["hits"]
-        shares = {view: {d: _percent(hits(arm, view, d).mean()) for d in DIRECTIONS} for view in views}
+        shares = {view: {d: _percent(hits(arm, view, d).mean()) for d in views[view]} for view in views}
         found["recall"][arm] = {view: own | {"mean": _mean(hits, arm, view)} for view, own in shares.items()}
     found["elastic"] = {
         name: _elastic(name, found["recall"], interval) for name in ELASTIC if name in complete and "plain" in complete
     }
-    found["asymmetric"] = {
-        arm: {view: interval((arm, view), (arm, str(FULL))) for view in MIXED} for arm in ASYMMETRIC if arm in complete
-    }
-    found["asymmetric_gain"] = {
-        arm: {view: interval((arm, view), ("plain", view)) for view in (str(FULL), *list(MIXED)[1:])}
-        for arm in ASYMMETRIC[1:]
-        if arm in complete
-    }
+    found["asymmetric"] = {arm: _across(arm, interval) for arm in ASYMMETRIC if arm in complete}
     costs = {arm: float(np.median([row["step_ms"] for row in own.values()])) for arm, own in complete.items()}
     found["step_ms"] = {arm: round(value, 1) for arm, value in costs.items()}
+    return found
+
+
+def _across(arm: str, interval: Any) -> Row:
+    """Each mixed way of an arm, in each direction: against the student alone, and against the same way of `plain`."""
+    found: Row = {}
+    for way in [way for way in WAYS if way not in SYMMETRIC.values()]:
+        found[way] = {d: {"to_student": interval((arm, way), (arm, SYMMETRIC["model"]), (d,))} for d in ACROSS}
+        if arm != "plain":
+            for d in ACROSS:
+                found[way][d]["to_plain"] = interval((arm, way), ("plain", way), (d,))
     return found
 
 
@@ -132,11 +137,11 @@ def _percent(value: Any) -> float:
 # --- the page
 
 TITLES = {"few": "Captions for a tenth of the pictures", "all": "Captions for all pictures"}
-SIDES = {
-    "384": "student's pictures, student's texts",
-    "student_image_teacher_text": "student's pictures, teacher's texts",
-    "teacher_image_student_text": "teacher's pictures, student's texts",
-    "teacher": "teacher's pictures, teacher's texts",
+SHOWN = {
+    "model_query_model_gallery": "student, student",
+    "model_query_teacher_gallery": "student, teacher",
+    "teacher_query_model_gallery": "teacher, student",
+    "teacher_query_teacher_gallery": "teacher, teacher",
 }
 HEAD = """# Elastic and asymmetric students, measured
 
@@ -203,18 +208,27 @@ def _elastic_table(name: str, elastic: Row, part: Row) -> list[str]:
 def _asymmetric_table(part: Row) -> list[str]:
     names = list(part["asymmetric"])
     lines = ["### Student queries, teacher gallery", ""]
-    lines += ["R@5 picture → text / text → picture; `plain` is `clip` and `feature`, the others add a loss.", ""]
-    lines += ["| pictures and texts of | " + " | ".join(f"`{name}`" for name in names) + " |"]
+    lines += [
+        "R@5 picture → text / text → picture / picture → picture (of the pictures whose concept has others: these are"
+    ]
+    lines += [
+        "the right answers, the own picture is left out). `plain` is `clip` and `feature`; the others add a loss.",
+        "",
+    ]
+    lines += ["| queries, gallery of | " + " | ".join(f"`{name}`" for name in names) + " |"]
     lines += ["|---|" + "---:|" * len(names)]
-    for view, what in SIDES.items():
-        cells = [" / ".join(f"{part['recall'][name][view][d]:.1f}" for d in DIRECTIONS) for name in names]
+    for way, what in SHOWN.items():
+        cells = [" / ".join(f"{part['recall'][name][way][d]:.1f}" for d in ACROSS) for name in names]
         lines.append(f"| {what} | " + " | ".join(cells) + " |")
-    lines.append("")
-    for name, gains in part["asymmetric_gain"].items():
-        views = list(MIXED)[1:]
-        said = "; ".join(f"{SIDES[view]} {shown(gains[view])}" for view in views)
-        lines += [f"`{name}` − `plain`, mean of both directions: {said}.", ""]
-    return lines
+    way = "model_query_teacher_gallery"
+    lines += ["", f"Differences of “{SHOWN[way]}”, with intervals:", ""]
+    lines += ["| arm | to | picture → text | text → picture | picture → picture |", "|---|---|---|---|---|"]
+    for name, ways in part["asymmetric"].items():
+        for key, what in (("to_student", "the student alone"), ("to_plain", "`plain`")):
+            gaps = [ways[way][d].get(key) for d in ACROSS]
+            if gaps[0] is not None:
+                lines.append(f"| `{name}` | {what} | " + " | ".join(map(shown, gaps)) + " |")
+    return [*lines, ""]
 
 
 def shown(interval: Row | None) -> str:

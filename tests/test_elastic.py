@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import ablation, elastic, elastic_summary
 from benchmarks.elastic import ARMS, DIMS, FULL, arm_named, cut, job_of, recipe_for
+from pocketvlm.distill.asymmetric import WAYS
 from pocketvlm.distill.questions import Embedded
 from pocketvlm.edge.errors import UnknownNameError
 
@@ -23,13 +24,16 @@ def _row(arm: elastic.Elastic, protocol: str, fold: int, found: dict[str, int], 
     job = job_of(arm, protocol, fold, 0)
     views = [str(m) for m in DIMS if arm.width == FULL] or [str(arm.width)]
     views += [f"{m}@{elastic.TURNED}" for m in DIMS if arm.name == "plain"]
-    views += list(elastic.MIXED) if arm.width == FULL and arm.axes == "own" else []
-    digits = {view: "1" * (n := found.get(view, others)) + "0" * (ASKED - n) for view in views}
+    mixed = list(WAYS) if arm.width == FULL and arm.axes == "own" else []
+    digits = {view: "1" * (n := found.get(view, others)) + "0" * (ASKED - n) for view in [*views, *mixed]}
     return {
         "arm": arm.name, "protocol": protocol, "fold": fold, "seed": 0, "digest": job.digest, "device": "toy",
-        "hits": {view: dict.fromkeys(elastic_summary.DIRECTIONS, text) for view, text in digits.items()},
+        "hits": {
+            view: dict.fromkeys(elastic.ACROSS if view in mixed else elastic_summary.DIRECTIONS, text)
+            for view, text in digits.items()
+        },
         "queries": f"q{fold}", "step_ms": 10.0,
-        "concepts": {way: [f"c{fold}-{place // 2}" for place in range(ASKED)] for way in elastic_summary.DIRECTIONS},
+        "concepts": {way: [f"c{fold}-{place // 2}" for place in range(ASKED)] for way in elastic.ACROSS},
     }  # fmt: skip
 
 
@@ -63,10 +67,10 @@ def test_the_summary_pools_and_holds_the_floors_against_the_best(tmp_path: Path)
     results = ablation.Results(tmp_path, "runs")
     answered = {"32": 10, "64": 11}
     for fold in (1, 2):
-        plain = {"32": 4, "64": 5, "384": 12, "student_image_teacher_text": 9}
+        plain = {"32": 4, "64": 5, "384": 12, "model_query_teacher_gallery": 9}
         results.keep(_row(arm_named("plain"), "few", fold, plain))
         results.keep(_row(arm_named("mrl-principal"), "few", fold, answered))
-        results.keep(_row(arm_named("icl"), "few", fold, {"student_image_teacher_text": 13}))
+        results.keep(_row(arm_named("icl"), "few", fold, {"model_query_teacher_gallery": 13}))
         for m in DIMS[:-1]:
             results.keep(_row(arm_named(f"principal-{m}"), "few", fold, {}, others=12 if m == 32 else 11))
             results.keep(_row(arm_named(f"prefix-{m}"), "few", fold, {}, others=6))
@@ -82,11 +86,14 @@ def test_the_summary_pools_and_holds_the_floors_against_the_best(tmp_path: Path)
     assert own["widths"]["32"]["to_separate"]["low"] < -10.0 < own["widths"]["32"]["to_separate"]["high"]
     assert own["widths"]["32"]["to_cut"]["difference"] == 30.0
     assert own["floor_within"] == {"value": -10.0, "widths": len(DIMS), "met": False}
-    assert part["asymmetric_gain"]["icl"]["student_image_teacher_text"]["difference"] == 20.0
+    gaps = part["asymmetric"]["icl"]["model_query_teacher_gallery"]["image_to_image"]
+    assert gaps["to_plain"]["difference"] == 20.0
+    assert gaps["to_student"]["difference"] == 5.0
     page = (tmp_path / "elastic.md").read_text()
     assert "| 32 | 50.0 | 83 % | 60.0 (principal) | -10.0 (" in page
     assert "At 64 numbers 91.7 % of full width (wanted: 92 %): **missed**." in page
-    assert "| student's pictures, teacher's texts | 45.0 / 45.0 | 65.0 / 65.0 |" in page
+    assert "| student, teacher | 45.0 / 45.0 / 45.0 | 65.0 / 65.0 / 65.0 |" in page
+    assert "| `icl` | `plain` | +20.0 (" in page
     assert "Unfinished, so not shown: mrl." in page
 
 
