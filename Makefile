@@ -25,7 +25,7 @@ text:
 ablation:
 	python -m benchmarks.ablation --stage all
 
-# 552 short runs over the ablation's packs: hours on two cores, minutes on a GPU
+# 648 short runs over the ablation's packs: hours on two cores, minutes on a GPU
 elastic:
 	python -m benchmarks.elastic --stage all
 

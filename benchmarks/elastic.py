@@ -12,6 +12,9 @@ principal axes (`principal`; found on what the teacher says to the training pict
 a learned projector (`projector`). All are trained; the comparison takes, at each width, the one that turned out best
 on the reported queries themselves, which flatters the separately trained students.
 
+`starbucks` is trained to be left after the first of its two text layers as well (`matryoshka-2d`), against students
+with one text layer from the start.
+
 Further arms are trained towards the teacher's own space for asymmetric search (student queries, teacher gallery).
 
 Stages: prepare (the packs and starts of `benchmarks.ablation` and the teacher's answers, under --work; needs the extra
@@ -21,6 +24,7 @@ A run whose digest is there is not repeated. A second machine needs the tree, to
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -51,7 +55,7 @@ from pocketvlm.distill.prepare import Prepared
 from pocketvlm.distill.questions import Embedded, embed_questions
 from pocketvlm.distill.recipe import Recipe
 from pocketvlm.edge.errors import unknown_name
-from pocketvlm.students import Student, change_axes, load_student
+from pocketvlm.students import Student, change_axes, load_student, truncated
 from pocketvlm.teachers.device import describe_device, pick_device
 
 Stage = Literal["prepare", "run", "summary", "all"]
@@ -60,6 +64,11 @@ FULL = DIMS[-1]
 FEATURE = {"few": 13.0, "all": 12.1}
 """Weight of `feature` beside `clip`: chosen by benchmarks.ablation on fold 0 (r = 3 in both protocols)."""
 REDUCTIONS = ("prefix", "principal", "projector")
+LAYERS = 2
+"""Of the text tower of every start."""
+EXIT_DIMS = (64, 128, 384)
+PAIRS = ((1, 64), (1, 128), (1, 384), (2, 64), (2, 128))
+"""Smaller students that `starbucks` trains, as (text layers, numbers)."""
 ACROSS = ("image_to_text", "text_to_image", "image_to_image")
 Row = dict[str, Any]
 
@@ -67,7 +76,8 @@ Row = dict[str, Any]
 @dataclasses.dataclass(frozen=True)
 class Elastic:
     """An arm. width: of the student. axes: its coordinates, the teacher's "own" or "principal" ones. teacher: how wide
-    the teacher is for it. nested: of which losses there is one on each prefix. more: further losses."""
+    the teacher is for it. nested: of which losses there is one on each prefix. more: further losses. layers: of the
+    text tower, from the start. exits: whether both losses are on smaller students inside it too, `PAIRS`."""
 
     name: str
     what: str
@@ -76,11 +86,18 @@ class Elastic:
     teacher: int = FULL
     nested: tuple[str, ...] = ()
     more: tuple[str, ...] = ()
+    layers: int = LAYERS
+    exits: bool = False
 
     def objectives(self, protocol: str) -> tuple[Row, ...]:
         specs: list[Row] = []
         for name, weight in (("clip", 1.0), ("feature", FEATURE[protocol]), *((name, 1.0) for name in self.more)):
-            if name in self.nested:
+            if self.exits:
+                # the KL does not depend on the inner loss, so one of them has it
+                options = {"inner": {"name": name}, "pairs": [[*pair] for pair in PAIRS]}
+                options |= {} if name == "clip" else {"kl": 0}
+                specs.append({"name": "matryoshka-2d", "weight": weight, "options": options})
+            elif name in self.nested:
                 specs.append(
                     {"name": "matryoshka", "weight": weight, "options": {"inner": {"name": name}, "dims": [*DIMS]}}
                 )
@@ -100,6 +117,11 @@ ARMS: tuple[Elastic, ...] = (
     Elastic("mrl", "elastic, the teacher's own axes", nested=("clip", "feature")),
     Elastic("mrl-principal", "elastic, the teacher's principal axes", axes="principal", nested=("clip", "feature")),
     *(_separate(width, reduction) for reduction in REDUCTIONS for width in DIMS[:-1]),
+    Elastic("starbucks", "layers and numbers, Starbucks-style, principal axes", axes="principal", exits=True),
+    *(
+        Elastic(f"one-layer-{m}", f"one text layer from the start, {m} numbers", m, "principal", m, layers=1)
+        for m in EXIT_DIMS
+    ),
     Elastic("icl", "for asymmetric search: student queries against teacher keys (ICL)", more=("icl",)),
     Elastic("cross-kd", "for asymmetric search: the teacher's distribution over its keys", more=("cross-kd",)),
 )
@@ -122,7 +144,8 @@ def recipe_for(arm: Elastic, protocol: str, fold: int, seed: int) -> Recipe:
 
 def job_of(arm: Elastic, protocol: str, fold: int, seed: int) -> Job:
     recipe = recipe_for(arm, protocol, fold, seed)
-    digest = run_digest(recipe, seed, "elastic", arm.axes, arm.teacher)
+    facts = ["elastic", arm.axes, arm.teacher, *([f"{arm.layers} layers"] if arm.layers != LAYERS else [])]
+    digest = run_digest(recipe, seed, *facts)
     return Job("elastic", arm.name, protocol, fold, seed, 1.0, None, digest)
 
 
@@ -163,6 +186,8 @@ class Bench:
             axes = torch.eye(FULL)
         if (arm.axes, arm.width) != ("own", FULL):
             student = change_axes(student, axes[:, : arm.width])
+        if arm.layers != LAYERS:
+            student = left_early(student, arm.layers)
         found = self.prepared.with_recipe(recipe, student)
         return found if (arm.axes, arm.teacher) == ("own", FULL) else turned(found, axes[:, : arm.teacher])
 
@@ -198,6 +223,12 @@ class Bench:
         if arm.name == "plain":
             for m in DIMS:
                 views[f"{m}@{TURNED}"] = cut(own, m, self.axes)
+        if arm.name in ("plain", "starbucks"):
+            early = StudentEncoder(left_early(student, 1), device=self.device)
+            texts = [early.embed_text(questions.texts[at : at + 64]) for at in range(0, len(questions.texts), 64)]
+            left = dataclasses.replace(own, texts=np.concatenate(texts))
+            axes = self.axes if arm.axes == "own" else None
+            views |= {f"1x{m}": cut(left, m, axes) for m in EXIT_DIMS}
         hits: Row = {}
         for name, one in views.items():
             found = Board(questions, one, None).search(one, one, questions.samples, questions.language)
@@ -220,6 +251,13 @@ class Bench:
         }
         asked = hashlib.sha256(json.dumps([uids, found.gallery]).encode()).hexdigest()[:16]
         return {"hits": hits, "queries": asked, "concepts": concepts}
+
+
+def left_early(student: Student, layers: int) -> Student:
+    """The student without its later text layers, whether it promises that or not."""
+    whole = copy.copy(student)
+    whole.config = student.config.model_copy(update={"exits": ((layers, student.embed_dim),)})
+    return truncated(whole, text_layers=layers)
 
 
 def _digits(ranks: Any) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.ablation import read_rows
 from benchmarks.ablation_summary import digest_of
-from benchmarks.elastic import ACROSS, ARMS, DIMS, FULL, REDUCTIONS, TURNED
+from benchmarks.elastic import ACROSS, ARMS, DIMS, FULL, LAYERS, PAIRS, REDUCTIONS, TURNED
 from benchmarks.results_folder import RESULTS, write_text
 from pocketvlm.distill.asymmetric import SYMMETRIC, WAYS
 from pocketvlm.distill.metrics import paired_bootstrap
@@ -79,9 +79,26 @@ def _protocol(runs: Runs, concepts: dict[str, Any]) -> dict[str, Any]:
     found["elastic"] = {
         name: _elastic(name, found["recall"], interval) for name in ELASTIC if name in complete and "plain" in complete
     }
+    found["exits"] = _exits(found["recall"], interval) if {"plain", "starbucks"} <= complete.keys() else {}
     found["asymmetric"] = {arm: _across(arm, interval) for arm in ASYMMETRIC if arm in complete}
     costs = {arm: float(np.median([row["step_ms"] for row in own.values()])) for arm, own in complete.items()}
     found["step_ms"] = {arm: round(value, 1) for arm, value in costs.items()}
+    return found
+
+
+def _exits(recall: dict[str, Any], interval: Any) -> Row:
+    """Each smaller student inside `starbucks`: against one trained for that size alone, and the same cut of `plain`."""
+    found: Row = {}
+    for layers, m in (*PAIRS, (LAYERS, FULL)):
+        view = str(m) if layers == LAYERS else f"{layers}x{m}"
+        rival, cut = (f"principal-{m}" if m < FULL else "plain"), (f"{m}@{TURNED}" if layers == LAYERS else view)
+        if layers != LAYERS:
+            rival = f"one-layer-{m}"
+        row = {"mean": recall["starbucks"][view]["mean"], "to_cut": interval(("starbucks", view), ("plain", cut))}
+        row |= {"kept": round(100 * row["mean"] / recall["starbucks"][str(FULL)]["mean"], 1), "cut": cut}
+        if rival in recall:
+            row |= {"separate": rival, "to_separate": interval(("starbucks", view), (rival, str(m)))}
+        found[f"{layers} x {m}"] = row
     return found
 
 
@@ -173,6 +190,8 @@ def page(found: Row) -> str:
         lines += [f"Folds {folds}, seeds {seeds}.", ""]
         for name, elastic in part["elastic"].items():
             lines += _elastic_table(name, elastic, part)
+        if part["exits"]:
+            lines += _exits_table(part)
         if part["asymmetric"]:
             lines += _asymmetric_table(part)
         if part["incomplete"]:
@@ -202,6 +221,29 @@ def _elastic_table(name: str, elastic: Row, part: Row) -> list[str]:
         lines[-1] += f" Worst width against a separate student {within['value']:+.1f} points (wanted: −{WITHIN:.0f})"
         missing = len(DIMS) - within["widths"]
         lines[-1] += f", {missing} widths not compared." if missing else f": {_met(within)}."
+    return [*lines, ""]
+
+
+def _exits_table(part: Row) -> list[str]:
+    lines = ["### Text layers and numbers", ""]
+    lines += [
+        "`matryoshka-2d` over both losses (recipe `starbucks-style`), all sizes in one student, the image tower whole."
+    ]
+    lines += [
+        "“Separate” has that many text layers and numbers from the start; “cut” is `plain`, turned, left as early.",
+        "",
+    ]
+    lines += [
+        "| text layers × numbers | R@5 | kept | separate | difference to it (95 %) | cut | difference to it (95 %) |"
+    ]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
+    for size, row in part["exits"].items():
+        rival = "–"
+        if "separate" in row:
+            rival = f"{part['recall'][row['separate']][size.split(' x ')[1]]['mean']:.1f}"
+        cells = [size.replace("x", "×"), f"{row['mean']:.1f}", f"{row['kept']:.0f} %", rival]
+        cells += [shown(row.get("to_separate")), f"{part['recall']['plain'][row['cut']]['mean']:.1f}"]
+        lines.append("| " + " | ".join([*cells, shown(row["to_cut"])]) + " |")
     return [*lines, ""]
 
 

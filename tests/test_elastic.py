@@ -24,6 +24,7 @@ def _row(arm: elastic.Elastic, protocol: str, fold: int, found: dict[str, int], 
     job = job_of(arm, protocol, fold, 0)
     views = [str(m) for m in DIMS if arm.width == FULL] or [str(arm.width)]
     views += [f"{m}@{elastic.TURNED}" for m in DIMS if arm.name == "plain"]
+    views += [f"1x{m}" for m in elastic.EXIT_DIMS if arm.name in ("plain", "starbucks")]
     mixed = list(WAYS) if arm.width == FULL and arm.axes == "own" else []
     digits = {view: "1" * (n := found.get(view, others)) + "0" * (ASKED - n) for view in [*views, *mixed]}
     return {
@@ -70,6 +71,8 @@ def test_the_summary_pools_and_holds_the_floors_against_the_best(tmp_path: Path)
         plain = {"32": 4, "64": 5, "384": 12, "model_query_teacher_gallery": 9}
         results.keep(_row(arm_named("plain"), "few", fold, plain))
         results.keep(_row(arm_named("mrl-principal"), "few", fold, answered))
+        results.keep(_row(arm_named("starbucks"), "few", fold, {"1x64": 9, "1x384": 11}))
+        results.keep(_row(arm_named("one-layer-64"), "few", fold, {"64": 10}))
         results.keep(_row(arm_named("icl"), "few", fold, {"model_query_teacher_gallery": 13}))
         for m in DIMS[:-1]:
             results.keep(_row(arm_named(f"principal-{m}"), "few", fold, {}, others=12 if m == 32 else 11))
@@ -89,11 +92,16 @@ def test_the_summary_pools_and_holds_the_floors_against_the_best(tmp_path: Path)
     gaps = part["asymmetric"]["icl"]["model_query_teacher_gallery"]["image_to_image"]
     assert gaps["to_plain"]["difference"] == 20.0
     assert gaps["to_student"]["difference"] == 5.0
+    assert part["exits"]["1 x 64"]["to_separate"]["difference"] == -5.0
+    assert part["exits"]["1 x 384"]["kept"] == pytest.approx(91.7)
+    assert "separate" not in part["exits"]["1 x 128"]
+    assert part["exits"]["2 x 64"]["separate"] == "principal-64"
     page = (tmp_path / "elastic.md").read_text()
     assert "| 32 | 50.0 | 83 % | 60.0 (principal) | -10.0 (" in page
     assert "At 64 numbers 91.7 % of full width (wanted: 92 %): **missed**." in page
     assert "| student, teacher | 45.0 / 45.0 / 45.0 | 65.0 / 65.0 / 65.0 |" in page
     assert "| `icl` | `plain` | +20.0 (" in page
+    assert "| 1 × 64 | 45.0 | 75 % | 50.0 | -5.0 (" in page
     assert "Unfinished, so not shown: mrl." in page
 
 
