@@ -1,5 +1,5 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text step-cost ablation test
+.PHONY: evidence readme demo protocols parity text step-cost ablation elastic test
 
 evidence: readme demo protocols parity text step-cost
 
@@ -24,6 +24,10 @@ text:
 # a thousand short runs: hours on two cores, so not part of `evidence`; it continues where it stopped
 ablation:
 	python -m benchmarks.ablation --stage all
+
+# 648 short runs over the ablation's packs: hours on two cores, minutes on a GPU
+elastic:
+	python -m benchmarks.elastic --stage all
 
 step-cost:
 	python -m benchmarks.step_cost

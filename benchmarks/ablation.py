@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -157,10 +157,22 @@ def final_jobs(
 # --- running them
 
 
-def run_all(jobs: Sequence[Any], results: Results, work: Path, device: str, processes: int, deadline: float) -> bool:
-    """Run what has no result, on `processes` workers that stay with one pack while it has runs; True: none is left."""
+def run_all(
+    jobs: Sequence[Any],
+    results: Results,
+    work: Path,
+    device: str,
+    processes: int,
+    deadline: float,
+    how: tuple[Callable[..., None], Callable[[Any], Row], Callable[[Row, int, int, float], None]] | None = None,
+) -> bool:
+    """Run what has no result, on `processes` workers that stay with one pack while it has runs; True: none is left.
+
+    how: what a worker does first, what it does for a job, and what is said of its row; None: those of the ablation.
+    """
     from benchmarks.ablation_runs import enter, run_in_worker
 
+    first, each, tell = how or (enter, run_in_worker, _tell)
     waiting = [job for job in jobs if job.digest not in results.runs]
     if not waiting:
         return True
@@ -168,7 +180,7 @@ def run_all(jobs: Sequence[Any], results: Results, work: Path, device: str, proc
     failed: list[str] = []
 
     def worker() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=enter, initargs=(work, device))
+        return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=first, initargs=(work, device))
 
     pools = [worker() for _ in range(count)]
     at: list[Any] = [None] * count
@@ -180,7 +192,7 @@ def run_all(jobs: Sequence[Any], results: Results, work: Path, device: str, proc
                 place = free.pop()
                 job = _next(waiting, at, place)
                 at[place] = job.group
-                running[pools[place].submit(run_in_worker, job)] = place, job
+                running[pools[place].submit(each, job)] = place, job
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 place, job = running.pop(future)
@@ -196,7 +208,7 @@ def run_all(jobs: Sequence[Any], results: Results, work: Path, device: str, proc
                     continue
                 results.keep(row)
                 done += 1
-                _tell(row, done, len(waiting) + len(running), time.monotonic() - began)
+                tell(row, done, len(waiting) + len(running), time.monotonic() - began)
     finally:
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -87,6 +87,7 @@ def start_folder(work: Path, seed: int) -> Path:
 def pack_path(work: Path, fold: int, protocol: str) -> Path:
     recipe = recipe_of(SUPERSET, protocol, fold, 0)
     read = {part: recipe.to_dict()[part] for part in ("data", "views", "teacher", "student", "eval")}
+    read["teacher"].pop("axes")  # a pack holds the teacher's own coordinates, whatever its runs turn them to
     key = hashlib.sha256(json.dumps([read, text_digest(0)], sort_keys=True).encode()).hexdigest()[:16]
     return work / f"pack-f{fold}-{protocol}-{key}.pt"
 

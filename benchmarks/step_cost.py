@@ -47,7 +47,8 @@ from pocketvlm.teachers.precomputed import import_embeddings
 BATCH, DIM, FEATURES, TOKENS, PIECES, SIZE = 256, 384, 768, 16, 12, 128
 # shapes of the student's taps: channels, height and width of its last map; context and width of its words
 MAP, WORDS = (480, 4, 4), (24, 192)
-TAPPED = {"tokens": MAP[0], "text.tokens": WORDS[1]}
+EXITS = ("text.exit.1", "text.exit.2")
+TAPPED = {"tokens": MAP[0], "text.tokens": WORDS[1], **dict.fromkeys(EXITS, DIM)}
 WIDTHS = Widths(DIM, FEATURES, FEATURES, TAPPED)
 TEACHER = Widths(DIM, FEATURES, FEATURES, {"tokens": FEATURES})
 MAPS = {"student_tap": "tokens", "teacher_tap": "tokens"}
@@ -91,6 +92,7 @@ def outputs(seed: int, *, grad: bool, rows: int = BATCH, bank: int = BATCH) -> O
     if grad:
         found.taps = {"tokens": draw(rows, *MAP), "text.tokens": draw(rows, *WORDS)}
         found.text_mask, found.masked_image = real_words(rows), draw(rows, DIM)
+        found.taps |= {name: draw(rows, DIM) for name in EXITS}
     else:
         found.taps = {"tokens": draw(rows, TOKENS, FEATURES)}
     return found
@@ -292,7 +294,8 @@ def main() -> None:
             found["another_forward"] = apart["another_forward"]
         if any(need.masked_view for need in needs):
             found["masked_view"] = apart["masked_view"]
-    timed = [name for name in objectives if name not in ("momentum", "masked-feature", "matryoshka", "hint on maps")]
+    others = ("momentum", "masked-feature", "matryoshka", "matryoshka-2d", "hint on maps")
+    timed = [name for name in objectives if name not in others]
     dearest = max(timed, key=lambda name: objectives[name]["share"])
     checks = {}
     for name in dict.fromkeys(("crd", dearest)):

@@ -18,7 +18,16 @@ from pocketvlm.edge.errors import unknown_name
 DEFAULT_METRICS = ("retrieval", "zeroshot", "neighbours", "mixed")
 METRICS = (
     *DEFAULT_METRICS,
-    *("hard_negatives", "hubness", "modality_gap", "calibration", "divergence", "languages", "robustness"),
+    *(
+        "hard_negatives",
+        "hubness",
+        "modality_gap",
+        "calibration",
+        "divergence",
+        "languages",
+        "robustness",
+        "asymmetric",
+    ),
 )
 KS = (1, 5, 10)
 TOP = 5
@@ -103,7 +112,7 @@ class Board:
         if found:
             values[name] = found
 
-    def _images(self, embedded: Embedded, samples: Sequence[Sample]) -> Array:
+    def images(self, embedded: Embedded, samples: Sequence[Sample]) -> Array:
         row = {uid: index for index, uid in enumerate(embedded.uids)}
         return embedded.images[[row[sample.uid] for sample in samples]]
 
@@ -130,7 +139,7 @@ class Board:
         for picture, indices in enumerate(links):
             for index in indices:
                 back[index].append(picture)
-        x, t = self._images(images, pictures), self._texts(texts, gallery)
+        x, t = self.images(images, pictures), self._texts(texts, gallery)
         return _Search(
             pictures, gallery, links, x, t, metrics.retrieval(x, t, links), metrics.retrieval(t, x, back)
         )  # fmt: skip
@@ -143,11 +152,11 @@ class Board:
         for direction, result in (("image_to_text", found.forward), ("text_to_image", found.reverse)):
             self.queries[f"{side}/{direction}{suffix}/rank"] = result.rank
             self.queries[f"{side}/{direction}{suffix}/ap"] = result.ap
-        self._units |= {f"{direction}{suffix}": units for direction, units in self._searched(found).items()}
+        self._units |= {f"{direction}{suffix}": units for direction, units in self.searched(found).items()}
         if not suffix:
             self.queries[f"{side}/image_to_text/top"] = diagnostics.nearest(found.x, found.t, k=TOP)
 
-    def _searched(self, found: _Search) -> dict[str, Array]:
+    def searched(self, found: _Search) -> dict[str, Array]:
         """Cluster ids of the queries both ways; a text belongs to the first picture that has it."""
         groups = self._groups(np.array([sample.uid for sample in found.pictures]))
         first = {index: picture for picture in reversed(range(len(found.links))) for index in found.links[picture]}
@@ -169,7 +178,7 @@ class Board:
             [metrics.normalize(self._texts(texts, [prompt(t, label) for label in labels])) for t in templates], axis=0
         )
         index = {label: place for place, label in enumerate(labels)}
-        x = self._images(images, samples)
+        x = self.images(images, samples)
         result = metrics.retrieval(x, classes, [[index[str(sample.label)]] for sample in samples])
         uids = np.array([sample.uid for sample in samples])
         self.queries["zero_shot/uid"], self._units["zero_shot"] = uids, self._groups(uids)
@@ -221,7 +230,7 @@ class Board:
             values |= {f"{direction}_k": k, f"{direction}_skewness": diagnostics.skewness(counts)}
             values[f"{direction}_unreached"] = float((counts == 0).mean())
             self._drawn[side, "hubness", f"{direction}_skewness"] = partial(_skewness, near, len(g))
-            self._units[f"hubness/{direction}_skewness"] = self._searched(found)[direction]
+            self._units[f"hubness/{direction}_skewness"] = self.searched(found)[direction]
         return values
 
     def _modality_gap(self, side: str, found: _Search) -> dict[str, Any]:
@@ -249,7 +258,7 @@ class Board:
             parts.append(("text_to_image", found.t, found.x, found.reverse))
         if zero_shot:
             parts.append(("zero_shot", *zero_shot[2:], zero_shot[1]))
-        units = self._searched(found) if found else {}
+        units = self.searched(found) if found else {}
         if zero_shot:
             units["zero_shot"] = self._units["zero_shot"]
         values: dict[str, Any] = {"logit_scale": scale, "bins": diagnostics.BINS} if parts else {}
@@ -312,7 +321,7 @@ class Board:
         """("images" or "texts", the model's embeddings, the teacher's), where there are at least two items."""
         assert self.teacher is not None
         if len(self.headline) > 1:
-            yield "images", self._images(self.model, self.headline), self._images(self.teacher, self.headline)
+            yield "images", self.images(self.model, self.headline), self.images(self.teacher, self.headline)
         texts = self.pairs(self.headline, self.questions.language)[1]
         if len(texts) > 1:
             yield "texts", self._texts(self.model, texts), self._texts(self.teacher, texts)
@@ -321,7 +330,7 @@ class Board:
         """Retrieval and classification across models; only where both embed into one space of one width."""
         assert self.teacher is not None
         model, teacher = self.model, self.teacher
-        if not model.space_id or model.space_id != teacher.space_id or model.images.shape[1] != teacher.texts.shape[1]:
+        if not self.one_space():
             return None
         own = [name for name in wanted if name in ("retrieval", "zeroshot")]
         found = {}
@@ -331,6 +340,13 @@ class Board:
         ):
             found[side] = self.part(side, images, texts, own)
         return found
+
+    def one_space(self) -> bool:
+        """Whether cosines between the model's and the teacher's embeddings mean something."""
+        model, teacher = self.model, self.teacher
+        if teacher is None or not model.space_id or model.space_id != teacher.space_id:
+            return False
+        return model.images.shape[1] == teacher.texts.shape[1]
 
     def _sides(self) -> list[tuple[str, Embedded]]:
         return [("model", self.model)] + ([("teacher", self.teacher)] if self.teacher else [])
@@ -405,13 +421,13 @@ class Board:
         """Paired bootstrap intervals of model minus teacher for everything that both have, whole concepts resampled."""
         found: dict[str, dict[str, Any]] = {}
         for part, name, a, b, units in self._per_query():
-            found.setdefault(part, {})[name] = _interval(a, b, units)
+            found.setdefault(part, {})[name] = interval(a, b, units)
         for (side, part, name), statistic in self._drawn.items():
             other = self._drawn.get(("teacher", part, name))
             if side == "model" and other is not None:
                 units = self._units[f"{part}/{name}"]
-                interval = metrics.bootstrap_statistic(partial(_both_of, statistic, other), units)
-                found.setdefault(part, {})[name] = interval.to_dict()
+                drawn = metrics.bootstrap_statistic(partial(_both_of, statistic, other), units)
+                found.setdefault(part, {})[name] = drawn.to_dict()
         return found
 
     def _per_query(self) -> Iterator[tuple[str, str, Array, Array, Array]]:
@@ -445,7 +461,7 @@ class Board:
 
     def _recall_difference(self, part: str, rows: Array | slice = slice(None), k: int = 5) -> dict[str, Any]:
         a, b = (self.queries[f"{side}/{part}/rank"][rows] <= k for side in ("model", "teacher"))
-        return {f"R@{k}": _interval(a, b, self._units[part][rows])}
+        return {f"R@{k}": interval(a, b, self._units[part][rows])}
 
 
 def _skewness(near: Array, gallery: int, weights: Array) -> float:
@@ -460,5 +476,5 @@ def _both_of(own: Callable[[Array], float], other: Callable[[Array], float], wei
     return own(weights), other(weights)
 
 
-def _interval(a: Array, b: Array, units: Array) -> dict[str, float]:
+def interval(a: Array, b: Array, units: Array) -> dict[str, float]:
     return metrics.paired_bootstrap(a, b, clusters=units, resamples=RESAMPLES).to_dict()

@@ -20,6 +20,7 @@ import numpy as np
 from pocketvlm.data.hard_negatives import with_hard_negatives
 from pocketvlm.data.source import DataSource
 from pocketvlm.distill import metrics
+from pocketvlm.distill.asymmetric import rows_of_asymmetric, score_asymmetric
 from pocketvlm.distill.board import DEFAULT_METRICS, METRICS, Board, check_metrics
 from pocketvlm.distill.questions import (
     TEMPLATES,
@@ -135,7 +136,7 @@ def rows_of(values: dict[str, Any]) -> list[tuple[str, str, str, str, str, str]]
             if isinstance(value, float) and what != "temperature":
                 shown_as = _show("distance" if part == "divergence" else what, value)
                 rows.append((part, f"{what}, nats" if part == "divergence" else what, shown_as, "–", "–", "–"))
-    return rows
+    return rows + rows_of_asymmetric(values.get("asymmetric"))
 
 
 def _unit(metric: str) -> tuple[float, str]:
@@ -257,15 +258,16 @@ def score(
     }
     if "divergence" in wanted and teacher is None:
         board.not_scored["divergence"] = "there is no teacher to diverge from"
+    across = score_asymmetric(board) if "asymmetric" in wanted else None
     if "robustness" in wanted and "retrieval" not in wanted:
         board.not_scored["robustness"] = "it is made of recall, and the metric retrieval was not asked for"
-    if not values["model"] and board.not_scored:
+    if not values["model"] and not across and board.not_scored:
         why = "; ".join(f"{name}: {reason}" for name, reason in board.not_scored.items())
         raise UsageError(
             f"nothing of {', '.join(wanted)} can be scored on {questions.name} ({why}); ask for other metrics, such as "
             "retrieval, or give data that has what they need"
         )
-    if not values["model"]:
+    if not values["model"] and not across:
         gone = f" (left out: {_listed(questions.left_out)})" if questions.left_out else ""
         raise UsageError(
             f"{questions.name} has neither captions nor two different labels{gone}, so there is nothing to score; "
@@ -279,6 +281,8 @@ def score(
             values["divergence"] = board.divergence()
         if "mixed" in wanted and "retrieval" in wanted:
             values["mixed"] = board.mixed(wanted)
+    if across:
+        values["asymmetric"] = across
     if "retrieval" in wanted and questions.language:
         values["by_tag"] = board.by_tag(tags)
         values["by_language"] = board.by_language()

@@ -16,6 +16,7 @@ from pocketvlm.data.hard_negatives import with_hard_negatives
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource
 from pocketvlm.distill.answers import joined_answers, slug, teacher_answers
+from pocketvlm.distill.axes import TurnedCache, axes_of, turned
 from pocketvlm.distill.batches import Pictures
 from pocketvlm.distill.evaluate import Embedded, Questions, questions_of
 from pocketvlm.distill.masking import asked_masking
@@ -85,6 +86,8 @@ class Prepared:
             kept = ("spec", "cache", "cache_dtype", "token_grid")
             if own.teacher is None or any(getattr(own.teacher, k) != getattr(other.teacher, k) for k in kept):
                 differ.append("teacher")
+            elif (other.teacher.axes == "principal") != isinstance(self.images, TurnedCache):
+                differ.append("axes of the teacher")
             elif _wants_texts(other) and self.words is None and self.texts:
                 differ.append("texts of the teacher")
         if student is None and _tokenizer_asked(own) != _tokenizer_asked(other):
@@ -184,9 +187,9 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         if data is not None and data.report.counts:
             report.line(f"left out of the {what} data {data.name}: {dict(sorted(data.report.counts.items()))}")
     _check_captions(recipe, source)
-    found = [_teacher_outputs(recipe, one, samples, texts, questions, policy, report) for one in teachers]
-    images, words, answers = _together(teacher, found)
-    return Prepared(
+    outputs = [_teacher_outputs(recipe, one, samples, texts, questions, policy, report) for one in teachers]
+    images, words, answers = _together(teacher, outputs)
+    found = Prepared(
         recipe=recipe,
         source=source,
         held_out=held_out,
@@ -204,6 +207,8 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         pictures_digest=pictures.digest(),
         report=report,
     )
+    principal = recipe.teacher is not None and recipe.teacher.axes == "principal"
+    return turned(found, axes_of(found)) if principal else found
 
 
 def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, teacher: Any) -> str:
@@ -212,8 +217,8 @@ def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, t
         "texts": digest_names(texts),
         "tokenizer": hashlib.sha256(student.tokenizer_json).hexdigest(),
         "teacher": teacher.fingerprint if teacher else None,
-        # dims say how far embeddings may be cut afterwards and change no step
-        "student": student.config.model_dump(mode="json", exclude={"dims"}),
+        # they say what may be cut afterwards and change no step
+        "student": student.config.model_dump(mode="json", exclude={"dims", "exits"}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -79,6 +79,7 @@ class TeacherSection(_Section):
     that are kept where an objective reads them (null: the teacher's own); their bytes are told before they are made.
     The target of a picture's view is unit(unit((1 - smooth) * view + smooth * mean of its views) + caption_mix *
     caption), the caption part only where the student may see the caption; 0 and 0 is the teacher's own embedding.
+    axes: "principal" turns the teacher's space so that the first numbers keep the most (`distill.axes`); cosines stay.
     """
 
     spec: str | tuple[str, ...]
@@ -88,6 +89,7 @@ class TeacherSection(_Section):
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Count = 32
     token_grid: Count | None = None
+    axes: Literal["own", "principal"] = "own"
     allow_download: bool = False
     trust_remote_code: bool = False
 
@@ -433,7 +435,7 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
     from pocketvlm.distill.objectives.matryoshka import listed_dims
     from pocketvlm.distill.shares import teacher_problem
     from pocketvlm.distill.taps import shared_problems, stand_in_widths, tap_problems
-    from pocketvlm.distill.train_checks import train_problems
+    from pocketvlm.distill.train_checks import start_problems, train_problems
     from pocketvlm.students.config import load_config
 
     train = recipe.train
@@ -495,4 +497,5 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
                 "loss would be 0 for any student; use a batch of 2 or more"
             )
     yield from shared_problems(recipe)
+    yield from start_problems(recipe)
     yield from train_problems(recipe)

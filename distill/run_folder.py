@@ -51,6 +51,28 @@ def open_run_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
     return None
 
 
+def save_truncated(source: Path, out: Path, *, text_layers: int | None, dim: int | None, overwrite: bool) -> Path:
+    """The smaller student inside the one of a run or student folder (`students.truncated`), in a folder that is used
+    like a run: the recipe and environment that it came from stand beside it. Returns the student's folder.
+
+    Raises:
+        UsageError: no student there, a pair that it does not promise, or a folder that is not empty.
+    """
+    from pocketvlm.students import load_student, save_student, truncated
+
+    small = truncated(load_student(source), text_layers=text_layers, dim=dim)
+    if not overwrite and out.exists() and any(out.iterdir()):
+        raise UsageError(
+            f"output folder {out} is not empty, and a student would mix its files with those there; name another "
+            "folder, or pass --overwrite"
+        )
+    saved = save_student(small, out / STUDENT, overwrite=overwrite)
+    for name in (RECIPE, ENVIRONMENT):
+        if (source / name).is_file():
+            write_text_atomically(out / name, (source / name).read_text(encoding="utf-8"))
+    return saved
+
+
 def _resume(out: Path, recipe: Recipe) -> Path | None:
     if not (out / RECIPE).is_file():
         raise UsageError(f"{out} holds no {RECIPE}, so there is no run to resume; start it without --resume")

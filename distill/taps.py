@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pocketvlm.distill.objectives import Widths, objective_taps
 from pocketvlm.distill.objectives.matryoshka import listed_dims
+from pocketvlm.distill.objectives.matryoshka_2d import exit_tap, listed_layers, listed_pairs
 from pocketvlm.distill.recipe import ObjectiveSection, Recipe
 from pocketvlm.edge.errors import UsageError, unknown_name
 from pocketvlm.students import Student, TowerOutput
@@ -32,6 +33,8 @@ def asked_taps(recipe: Recipe) -> Taps:
     for spec in recipe.objectives:
         for option, name in objective_taps(spec.name, spec.options).items():
             found[option][name] = None
+        if spec.name == "matryoshka-2d":
+            found["text_tap"] |= dict.fromkeys(map(exit_tap, listed_layers(spec.options)))
     return Taps(*(tuple(found[option]) for option in ("student_tap", "text_tap", "teacher_tap")))
 
 
@@ -43,7 +46,10 @@ def stand_in_widths(spec: ObjectiveSection) -> Widths:
     """
     asked = objective_taps(spec.name, spec.options)
     taps = {f"text.{name}" if option == "text_tap" else name: 8 for option, name in asked.items()}
-    return Widths(min(max([8, *listed_dims(spec.options)]), 1 << 14), 8, 8, taps)
+    width = min(max([8, *listed_dims(spec.options), *(m for _, m in listed_pairs(spec.options))]), 1 << 14)
+    if spec.name == "matryoshka-2d":
+        taps |= {f"text.{exit_tap(layer)}": width for layer in listed_layers(spec.options)}
+    return Widths(width, 8, 8, taps)
 
 
 def tap_problems(spec: ObjectiveSection, here: str) -> Iterator[str]:

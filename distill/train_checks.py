@@ -3,10 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
+from pocketvlm.distill.objectives.matryoshka_2d import listed_pairs
 from pocketvlm.distill.optim import objective_weight
 from pocketvlm.distill.recipe import ObjectiveSection, Recipe
 from pocketvlm.edge.errors import UsageError
+from pocketvlm.students import load_config
+
+
+def start_problems(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with where the student starts."""
+    section, teacher = recipe.student, recipe.teacher
+    nested = [listed_pairs(spec.options) for spec in recipe.objectives if spec.name == "matryoshka-2d"]
+    with suppress(UsageError):  # said of the student itself
+        exits = load_config(section.name, section.overrides).exits
+        if untrained := [list(pair) for pair in exits if pair not in {one for pairs in nested for one in pairs}]:
+            yield (
+                f"the student promises the smaller students {untrained} (exits) and no matryoshka-2d objective trains "
+                "them, so a device would search with untrained ones; list them in its pairs, or leave them out"
+            )
+    if section.fit_text_projection is not None and teacher is None:
+        yield "student.fit_text_projection regresses to a teacher's embeddings and the recipe has none; leave it out"
+    if section.fit_text_projection is not None and recipe.data.words is None:
+        yield "student.fit_text_projection regresses over generic texts; add data.words (name, size), or leave it out"
+    if section.fit_views > recipe.views.count:
+        yield f"student.fit_views is {section.fit_views} but views.count is {recipe.views.count}; lower it"
+    if teacher is not None and teacher.axes == "principal" and len(teacher.specs) > 1:
+        yield (
+            f"teacher.axes is 'principal' and there are {len(teacher.specs)} teachers, whose spaces have axes of their "
+            "own; name one teacher, or leave axes out"
+        )
+    fitted = section.fit_projection is not None and section.fit_text_projection is not None
+    if teacher is not None and teacher.axes == "principal" and section.init and not fitted:
+        yield (
+            "teacher.axes is 'principal' and student.init brings projections to other coordinates, so the start would "
+            "point anywhere; set student.fit_projection and fit_text_projection, or leave one of the two out"
+        )
 
 
 def train_problems(recipe: Recipe) -> Iterator[str]:

@@ -16,6 +16,7 @@ if __name__ != "pocketvlm.students":
     )
 
 if TYPE_CHECKING:
+    from pocketvlm.students.axes import change_axes
     from pocketvlm.students.build import build_student
     from pocketvlm.students.config import StudentConfig, load_config, student_names
     from pocketvlm.students.deploy import deploy_image, deploy_text
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from pocketvlm.students.ridge import fit_projection
     from pocketvlm.students.student import Student, TowerOutput, check_widths
     from pocketvlm.students.tokenizer import train_tokenizer
+    from pocketvlm.students.truncate import truncated
 
 # name -> submodule; loaded on first use, so that listing the package costs nothing
 _LAZY = {
+    "change_axes": "axes",
     "build_student": "build",
     "StudentConfig": "config",
     "load_config": "config",
@@ -44,6 +47,7 @@ _LAZY = {
     "TowerOutput": "student",
     "check_widths": "student",
     "train_tokenizer": "tokenizer",
+    "truncated": "truncate",
 }
 __all__ = [
     "Student",
@@ -51,6 +55,7 @@ __all__ = [
     "StudentInfo",
     "TowerOutput",
     "build_student",
+    "change_axes",
     "check_widths",
     "deploy_image",
     "deploy_text",
@@ -62,6 +67,7 @@ __all__ = [
     "save_student",
     "student_names",
     "train_tokenizer",
+    "truncated",
 ]
 
 

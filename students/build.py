@@ -72,6 +72,11 @@ def assemble(
             f"student {config.name!r} promises a prefix of {config.dims[-1]} numbers (dims) but its embedding has "
             f"{embed_dim}; there is nothing to cut, so give dims up to {embed_dim}"
         )
+    if wide := [list(pair) for pair in config.exits if pair[1] > embed_dim]:
+        raise UsageError(
+            f"student {config.name!r} promises the smaller students {wide} (exits) but its embedding has {embed_dim} "
+            f"numbers; there is nothing to cut, so give exits up to {embed_dim}"
+        )
     spec = text_spec(config.text, tokenizer_json)
     with seeded(seed, "image"):
         image = build_image_tower(config.image, embed_dim, load_weights=load_weights)

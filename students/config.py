@@ -134,6 +134,8 @@ class StudentConfig(_Strict):
 
     dims: increasing widths below the embedding's at which a prefix, normalised again, may be used too. It is a promise
     to those who use the student; a `matryoshka` objective keeps it.
+    exits: smaller students inside this one, as (text layers, numbers), that `students.truncated` cuts out; a promise
+    that a `matryoshka-2d` objective keeps.
     """
 
     name: str
@@ -142,6 +144,16 @@ class StudentConfig(_Strict):
     text: TextConfig = TextConfig()
     logit_scale: float = Field(default=1 / 0.07, gt=0, le=100)
     dims: tuple[int, ...] = ()
+    exits: tuple[tuple[int, int], ...] = ()
+
+    @model_validator(mode="after")
+    def _exits_exist(self) -> StudentConfig:
+        if any(not 1 <= layers <= self.text.layers or m < 2 for layers, m in self.exits):
+            raise ValueError(
+                f"exits {[list(pair) for pair in self.exits]} are not [layers, numbers] with layers from 1 to the text "
+                f"tower's {self.text.layers} and numbers from 2; there is nothing to cut out, so correct the list"
+            )
+        return self
 
     @model_validator(mode="after")
     def _dims_increase(self) -> StudentConfig:

@@ -21,6 +21,8 @@ from pocketvlm.students.text import TextTower
 
 # the tap that every tower has: its last map or token sequence before pooling
 TOKENS = "tokens"
+# the tap "exit.N" of a text tower is its embedding after N layers
+EXIT = "exit."
 
 
 class TowerOutput(NamedTuple):
@@ -120,7 +122,8 @@ class Student(nn.Module):
 
     def encode_text(self, ids: Tensor, *, taps: Sequence[str] = ()) -> TowerOutput:
         """ids: int32 [B, L], made by `edge.tokenizer` under `text_spec`; L is context_length, or less where only
-        padding was cut off. taps: as in `encode_image`; "tokens" are the last layer's [B, L, W], padding included.
+        padding was cut off. taps: as in `encode_image`; "tokens" are the last layer's [B, L, W], padding included;
+        "exit.N" is the embedding [B, D] after N layers.
 
         Raises:
             UsageError: another shape or dtype, or a tap that takes no part. UnknownNameError: no such submodule.
@@ -182,6 +185,9 @@ def recorded(tower: ImageTower | TextTower, names: Sequence[str]) -> Iterator[di
             if name == TOKENS:
                 undo.append(tower.record_tokens(lambda tokens: seen.update({TOKENS: tokens})))
                 continue
+            if name.startswith(EXIT) and name.removeprefix(EXIT).isdigit():
+                undo.append(_record_exit(tower, name, seen))
+                continue
             if not name or name not in known:
                 raise unknown_name("tap", name, [TOKENS, *(key for key in known if key)])
             undo.append(known[name].register_forward_hook(_keep(seen, name)).remove)
@@ -195,6 +201,15 @@ def recorded(tower: ImageTower | TextTower, names: Sequence[str]) -> Iterator[di
     finally:
         for action in undo:
             action()
+
+
+def _record_exit(tower: ImageTower | TextTower, name: str, seen: dict[str, Tensor]) -> Callable[[], None]:
+    if not isinstance(tower, TextTower):
+        raise UsageError(
+            f"tap {name!r} was asked of an image tower, whose stages have other widths than its projection takes; "
+            "early exits are for the text tower, so tap a part of the image tower by its name"
+        )
+    return tower.record_exit(int(name.removeprefix(EXIT)), lambda value: seen.update({name: value}))
 
 
 def _keep(seen: dict[str, Tensor], name: str):  # type: ignore[no-untyped-def]

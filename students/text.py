@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.edge.contract import TextSpec
+from pocketvlm.edge.errors import UsageError
 from pocketvlm.students.config import TextConfig
 from pocketvlm.students.image import ProjectionHead
 
@@ -100,6 +101,35 @@ class TextTower(nn.Module):
 
         return self.norm.register_forward_hook(hook).remove
 
+    def record_exit(self, layers: int, keep: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Have `keep` called with the embedding [B, D] after `layers` layers, through the tower's own final norm,
+        pooling and projection, in every forward; returns what undoes it.
+
+        Raises:
+            UsageError: the tower has no such layer.
+        """
+        if not 1 <= layers <= len(self.blocks):
+            raise UsageError(
+                f"an exit after {layers} layers was asked of a text tower of {len(self.blocks)}; it would never be "
+                f"reached, so name one from 1 to {len(self.blocks)}"
+            )
+        inner: list[Tensor] = []
+
+        def leave(module: nn.Module, inputs: tuple[Tensor], output: object) -> None:
+            # not through __call__: hooks on the norm are there for the last layer alone
+            x, real = self.norm.forward(inner.pop()), (inputs[0] != self.pad_id)
+            keep(self.projection(self._pool(x, real.to(x.dtype))))
+
+        block = self.blocks[layers - 1]
+        seen = block.register_forward_hook(lambda module, inputs, output: inner.append(output))
+        left = self.register_forward_hook(leave)
+
+        def undo() -> None:
+            seen.remove()
+            left.remove()
+
+        return undo
+
     def _initialise(self, config: TextConfig) -> None:
         nn.init.normal_(self.token.weight, std=0.02)
         nn.init.normal_(self.position, std=0.01)
@@ -115,9 +145,9 @@ class TextTower(nn.Module):
         length = ids.shape[1]
         # cut only where there is something to cut: a slice in the exported graph is an alias Core ML cannot convert
         position: Tensor = self.position
-        positions, causal = self.positions, self.causal
+        causal = self.causal
         if length != len(position):
-            position, positions = position[:length], positions[:length]
+            position = position[:length]
             causal = causal[:length, :length] if causal is not None else None
         x = self.drop(self.embed_norm(self.widen(self.token(ids)) + position))
         real = (ids != self.pad_id).to(x.dtype)
@@ -126,11 +156,15 @@ class TextTower(nn.Module):
             bias = bias + causal
         for block in self.blocks:
             x = block(x, bias)
-        x = self.norm(x)
+        features = self._pool(self.norm(x), real)
+        return self.projection(features), features
+
+    def _pool(self, x: Tensor, real: Tensor) -> Tensor:
+        """[B, W] of tokens x [B, L, W]; real: 1 for a token, 0 for padding, [B, L] in x's dtype."""
         count = real.sum(dim=1, keepdim=True).clamp(min=1.0)
         if self.pool == "mean":
             weight = real / count
         else:
+            positions = self.positions if x.shape[1] == len(self.positions) else self.positions[: x.shape[1]]
             weight = (positions == (count - 1.0)).to(x.dtype)
-        features = (x * weight[:, :, None]).sum(dim=1)
-        return self.projection(features), features
+        return (x * weight[:, :, None]).sum(dim=1)

@@ -27,6 +27,7 @@ from pocketvlm.distill.objectives.hycd import HybridContrastive
 from pocketvlm.distill.objectives.icl import Interactive
 from pocketvlm.distill.objectives.masked_feature import MaskedFeature
 from pocketvlm.distill.objectives.matryoshka import Matryoshka
+from pocketvlm.distill.objectives.matryoshka_2d import Matryoshka2D
 from pocketvlm.distill.objectives.momentum import MomentumDistillation
 from pocketvlm.distill.objectives.multi_positive import DistributionMatching
 from pocketvlm.distill.objectives.multi_teacher import MultiTeacher
@@ -74,6 +75,7 @@ _CLASSES: dict[str, type[BatchObjective]] = {
         Interactive,
         MaskedFeature,
         Matryoshka,
+        Matryoshka2D,
         MomentumDistillation,
         MultiTeacher,
         NeighbourOrder,

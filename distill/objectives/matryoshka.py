@@ -13,6 +13,8 @@ from pocketvlm.distill.objectives.common import BatchObjective, Widths, positive
 from pocketvlm.edge.errors import UsageError, unknown_name
 
 _DEFAULT_INNER = {"name": "crd"}
+NESTS = ("matryoshka", "matryoshka-2d")
+"""Objectives that hold another one on parts of the embedding; neither holds either."""
 
 
 def prefix(outputs: Outputs, width: int) -> Outputs:
@@ -135,10 +137,10 @@ def inner_of(inner: Any) -> tuple[str, dict[str, Any]]:
         )
     name, options = inner["name"], dict(given)
     cls = objective_class(name)
-    if cls is Matryoshka or cls.needs.features or cls.needs.taps:
+    if cls.name in NESTS or cls.needs.features or cls.needs.taps:
         why = (
             "would nest prefixes twice"
-            if cls is Matryoshka
+            if cls.name in NESTS
             else "reads no embedding, so every prefix would be the same"
         )
         raise UsageError(f"objective 'matryoshka' cannot hold {name!r}, which {why}; name a loss of the embeddings")

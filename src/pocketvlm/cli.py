@@ -123,6 +123,23 @@ def distill(
     print(f"student: {result.student}\nreport:  {result.report}")
 
 
+@app.command
+def truncate(
+    source: Annotated[Positional[Path], arg(metavar="SOURCE", help="A run or student folder.")],
+    *,
+    text_layers: Annotated[int | None, arg(metavar="N", help="Layers of the text tower to keep; default: all.")] = None,
+    dim: Annotated[int | None, arg(metavar="N", help="Numbers of the embedding to keep; default: all.")] = None,
+    out: Out,
+    overwrite: Overwrite = False,
+) -> None:
+    """Cut out a smaller student that this one promises (dims, exits); eval, export and parity take the result."""
+    from pocketvlm.distill.run_folder import save_truncated
+
+    saved = save_truncated(source, out, text_layers=text_layers, dim=dim, overwrite=overwrite)
+    size = sum(path.stat().st_size for path in saved.iterdir())
+    print(f"student: {saved} ({size / 1e6:.1f} MB)")
+
+
 @app.command(name="eval")
 def evaluate(
     model: Annotated[Positional[str], arg(metavar="MODEL", help="A run folder, a student folder or a bundle.")],

@@ -67,6 +67,7 @@ COMMANDS = {
         "--max-task",
         "--overwrite",
     ),
+    "truncate": ("SOURCE", "--text-layers", "--dim", "--out", "--overwrite"),
     "reference show": ("REFERENCE", "--json"),
     "parity": ("BUNDLE", "--reference", "--out", "--targets", "--budgets", "--strict", "--overwrite", "--json"),
     "embed": ("BUNDLE", "INPUT", "--text", "--out", "--overwrite", "--backend", "--precision"),
@@ -395,6 +396,21 @@ def test_distill_resume_and_overwrite(cli: Cli, recipe: Path, tmp_path: Path) ->
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert cli("distill", recipe, "train.steps=1", "--out", out, "--overwrite").code == 0
     assert yaml.safe_load((out / "recipe.yaml").read_text())["train"]["steps"] == 1
+
+
+def test_truncate_cuts_out_what_is_promised(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    run, small = tmp_path / "run", tmp_path / "small"
+    nested = "objectives=[{name: matryoshka, options: {inner: {name: clip}, dims: [4, 16]}}]"
+    assert cli("distill", recipe, nested, "student.overrides.dims=[4]", "--out", run).code == 0
+    assert "take one of" in cli("truncate", run, "--dim", 5, "--out", small).sentence()
+    assert not small.exists()
+    done = cli("truncate", run, "--dim", 4, "--out", small)
+    assert done.code == 0, done.err
+    assert str(small / "student") in done.out
+    assert json.loads((small / "student" / "student.json").read_text())["contract"]["embed_dim"] == 4
+    assert (small / "recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
+    assert "--overwrite" in cli("truncate", run, "--dim", 4, "--out", small).sentence()
+    assert cli("truncate", run, "--dim", 4, "--out", small, "--overwrite").code == 0
 
 
 def test_a_changed_checkpoint_is_refused(cli: Cli, recipe: Path, tmp_path: Path) -> None:

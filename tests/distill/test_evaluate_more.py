@@ -240,3 +240,60 @@ def test_what_cannot_be_scored_is_said_and_everything_survives_the_disk(tmp_path
     for expected in ("difference (95 %)", "image to text skewness", "worst R@5", "mean rank variance", "images, nats",
                      "not scored: calibration: times 2.0 names no logit scale"):  # fmt: skip
         assert expected in out.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------ across models
+
+
+def test_every_mix_of_query_and_gallery_is_ranked_by_hand() -> None:
+    questions, model, teacher = world()
+    found = score(questions, model, teacher, metrics_wanted=("retrieval", "asymmetric"))
+    across, place = found.values["asymmetric"], {text: row for row, text in enumerate(questions.texts)}
+    sides = {}
+    for name, side in (("model", model), ("teacher", teacher)):
+        texts = side.texts[[place[f"thing {i}"] for i in range(COUNT)]]
+        sides[name] = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (side.images, texts)]
+    for query, gallery in (("model", "teacher"), ("teacher", "model"), ("model", "model"), ("teacher", "teacher")):
+        way = f"{query}_query_{gallery}_gallery"
+        (qx, qt), (gx, gt) = sides[query], sides[gallery]
+        ranks: dict[str, list[int]] = {"image_to_text": [], "text_to_image": [], "image_to_image": []}
+        for i in range(COUNT):
+            ranks["image_to_text"].append(1 + sum(float(qx[i] @ gt[j] > qx[i] @ gt[i]) for j in range(COUNT)))
+            ranks["text_to_image"].append(1 + sum(float(qt[i] @ gx[j] > qt[i] @ gx[i]) for j in range(COUNT)))
+            other = i + 1 if i % 2 == 0 else i - 1  # groups are pairs; its own picture is not in the gallery
+            rivals = [j for j in range(COUNT) if j not in (i, other)]
+            ranks["image_to_image"].append(1 + sum(float(qx[i] @ gx[j] > qx[i] @ gx[other]) for j in rivals))
+        for direction, wanted in ranks.items():
+            assert found.queries[f"asymmetric/{way}/{direction}/rank"].tolist() == wanted, (way, direction)
+            assert across[way][direction]["R@5"] == pytest.approx(np.mean(np.array(wanted) <= 5))
+    assert across["model_query_model_gallery"]["image_to_text"] == found.values["model"]["image_to_text"]
+    mixed = across["model_query_teacher_gallery"]
+    for side in ("model", "teacher"):
+        gap = mixed["difference"]["text_to_image"][f"to_{side}"]
+        alone = across[f"{side}_query_{side}_gallery"]["text_to_image"]["R@5"]
+        assert gap["difference"] == pytest.approx(mixed["text_to_image"]["R@5"] - alone)
+        assert gap["low"] <= gap["difference"] <= gap["high"]
+    assert "difference" not in across["model_query_model_gallery"]
+    shown = [row for row in rows_of(found.values) if row[0] == "model query, teacher gallery"]
+    assert [row[1] for row in shown] == ["image to text R@5", "text to image R@5", "image to image R@5"]
+    assert shown[0][2] == f"{100 * mixed['image_to_text']['R@5']:.1f}"
+
+
+def test_across_spaces_and_without_company_there_is_nothing_to_search() -> None:
+    questions, model, teacher = world()
+    alone = score(questions, model, metrics_wanted=("retrieval", "asymmetric")).values
+    assert alone["not_scored"]["asymmetric"] == "there is no teacher whose gallery could be searched"
+    assert "asymmetric" not in alone
+    narrow = Embedded("narrow", "toy", model.uids, model.images[:, :8], model.texts[:, :8])
+    elsewhere = Embedded("elsewhere", "other", model.uids, model.images, model.texts)
+    for other in (narrow, elsewhere):
+        with pytest.raises(UsageError, match="embed into different spaces, so a cosine between them means nothing"):
+            score(questions, other, teacher, metrics_wanted=("asymmetric",))
+    lonely = Questions.of([Sample(f"u{i}", blank(), (Caption(f"thing {i}"),)) for i in range(COUNT)], name="toy")
+    embedded = [
+        Embedded(side.name, "toy", side.uids, side.images, side.images[: len(lonely.texts)])
+        for side in (model, teacher)
+    ]
+    found = score(lonely, *embedded, metrics_wanted=("asymmetric",)).values
+    assert found["asymmetric"]["model_query_teacher_gallery"].keys() == {"image_to_text", "text_to_image", "difference"}
+    assert "fewer than 20 pictures" in found["not_scored"]["asymmetric/image_to_image"]

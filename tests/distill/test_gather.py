@@ -22,7 +22,10 @@ from pocketvlm.distill.objectives import Outputs, Widths, build_objective, list_
 from pocketvlm.edge.errors import UsageError
 
 ROWS, SPLIT, N = 9, 5, 6  # uneven on purpose: 5 rows on rank 0, 4 on rank 1
-STUDENT, TEACHER = Widths(4, 7, 7, {"tokens": 2, "text.tokens": 2, "b": 1}), Widths(5, 6, 6, {"tokens": 2})
+STUDENT, TEACHER = (
+    Widths(4, 7, 7, {"tokens": 2, "text.tokens": 2, "b": 1, "text.exit.1": 4}),
+    Widths(5, 6, 6, {"tokens": 2}),
+)
 
 
 class Towers(nn.Module):
@@ -49,6 +52,7 @@ class Towers(nn.Module):
                 "b": features.reshape(-1, 7, 1),
                 "a": text_features,
                 "tokens": torch.stack([features[:, :4], features[:, 3:]], dim=2),
+                "text.exit.1": torch.cos(text_features) @ self.text.T,
                 "text.tokens": torch.stack([text_features[:, :5], text_features[:, 2:]], dim=2),
             },
             masked_image=torch.sin(pixels @ self.body.T) @ self.image.T,
@@ -85,6 +89,7 @@ def objectives() -> list[tuple[str, dict[str, object]]]:
     extra += [("order", {"of": ("image", "text", "image-to-text", "text-to-image"), "neighbours": 2})]
     extra += [("matryoshka", {"inner": {"name": "icl"}, "dims": (2, 4)}), ("token-gram", {"variant": "scd"})]
     extra += [("matryoshka", {"inner": {"name": "momentum"}})]
+    extra += [("matryoshka-2d", {"inner": {"name": "icl"}, "pairs": [[1, 2], [1, 4]], "detach": False})]
     extra += [("hint", {"student_tap": "tokens", "teacher_tap": "tokens"}), ("hint", {"student_tap": "b"})]
     extra += [("token-alignment", {"variant": "words"}), ("matryoshka", {"inner": {"name": "masked-feature"}})]
     extra += [("siglip", {"bias": None}), ("multi-teacher", {"widths": [2, 3], "logit_scales": [5.0, 9.0]})]

@@ -539,7 +539,7 @@ def test_spatial_correlation_detaches_one_side():
 # ------------------------------------------------------------------------------------------------ prefixes
 
 INNERS = sorted(
-    name for name in list_objectives() if name not in ("hint", "token-gram", "matryoshka")
+    name for name in list_objectives() if name not in ("hint", "token-gram", "matryoshka", "matryoshka-2d")
     and not objective_needs(name).features and not objective_needs(name).taps
 )  # fmt: skip
 

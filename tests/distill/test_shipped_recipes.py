@@ -40,6 +40,14 @@ def _small(name: str, world: Path, cache: Path) -> list[str]:
         found.append("train.text_batch=8")
     if isinstance(recipe.train.bank, int):
         found.append("train.bank=16")
+    if recipe.teacher is not None and recipe.student.overrides.get("dims"):  # the toy teacher has 16 numbers
+        found.append("student.overrides.dims=[4, 8]")
+        nested = [place for place, spec in enumerate(recipe.objectives) if "dims" in spec.options]
+        found += [f"objectives.{place}.options.dims=[4, 8, 16]" for place in nested]
+    if recipe.student.overrides.get("exits"):  # and the student's text tower one layer
+        found.append("student.overrides.exits=[[1, 4], [1, 8]]")
+        nested = [place for place, spec in enumerate(recipe.objectives) if "pairs" in spec.options]
+        found += [f"objectives.{place}.options.pairs=[[1, 4], [1, 8]]" for place in nested]
     for place, spec in enumerate(recipe.objectives):
         if spec.schedule_steps is not None:
             found.append(f"objectives.{place}.schedule_steps=2")
