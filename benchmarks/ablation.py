@@ -243,10 +243,10 @@ def _tell(row: Row, done: int, left: int, seconds: float) -> None:
 
 
 def prepare_all(
-    work: Path, out: Path, folds: Sequence[int], seeds: Sequence[int], protocols: Sequence[str], processes: int
+    work: Path, folds: Sequence[int], seeds: Sequence[int], protocols: Sequence[str], processes: int
 ) -> None:
-    """Starts of all seeds, then packs of all folds and protocols, and what the teachers answer (teacher.jsonl)."""
-    from benchmarks.ablation_runs import make_pack, make_start, teacher_row
+    """Starts of all seeds, then packs of all folds and protocols."""
+    from benchmarks.ablation_runs import make_pack, make_start
 
     work.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -257,9 +257,16 @@ def prepare_all(
         packs = [pool.submit(make_pack, work, fold, protocol) for protocol in protocols for fold in folds]
         for future in packs:
             future.result()
-        known = {row["fold"] for row in read_rows(out / "teacher.jsonl")}
-        for answered in [pool.submit(teacher_row, work, fold) for fold in folds if fold not in known]:
-            append_row(out / "teacher.jsonl", answered.result())
+
+
+def answer_all(work: Path, out: Path, folds: Sequence[int]) -> None:
+    """What the teachers of these folds answer themselves (teacher.jsonl)."""
+    from benchmarks.ablation_runs import teacher_row
+
+    known = {row["fold"] for row in read_rows(out / "teacher.jsonl")}
+    for fold in folds:
+        if fold not in known:
+            append_row(out / "teacher.jsonl", teacher_row(work, fold))
 
 
 def main(
@@ -280,8 +287,9 @@ def main(
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # of the workers, which begin afresh
     if stage in ("prepare", "all"):
-        used = (TUNED_ON, *folds) if stage == "all" else folds
-        prepare_all(work, out, tuple(dict.fromkeys(used)), seeds, protocols, processes)
+        used = tuple(dict.fromkeys((TUNED_ON, *folds) if stage == "all" else folds))
+        prepare_all(work, used, seeds, protocols, processes)
+        answer_all(work, out, used)
     screened = Results(out, "screen")
     if stage == "tune":
         run_all([*tune_jobs(protocols)], Results(out, "tune"), work, device, processes, deadline)
