@@ -20,13 +20,15 @@ from pocketvlm.distill.batches import Pictures
 from pocketvlm.distill.evaluate import Embedded, Questions, questions_of
 from pocketvlm.distill.masking import asked_masking
 from pocketvlm.distill.progress import Reporter, Stages
-from pocketvlm.distill.recipe import Recipe
+from pocketvlm.distill.recipe import AS_INIT, Recipe
+from pocketvlm.distill.student_teacher import open_teacher
 from pocketvlm.distill.taps import asked_taps, tap_widths
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.students import (
     Student,
     build_student,
+    check_widths,
     inherit_tokenizer,
     load_config,
     load_student,
@@ -157,10 +159,8 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
     texts = _text_pool(recipe, source, held_out)
     teacher = None
     if recipe.teacher is not None:
-        from pocketvlm.teachers import load_teacher
-
         with Stages(report, "teacher") as progress:
-            teacher = load_teacher(
+            teacher = open_teacher(
                 recipe.teacher.spec,
                 device=recipe.train.device,
                 allow_download=recipe.teacher.allow_download,
@@ -280,6 +280,8 @@ def _text_pool(recipe: Recipe, source: DataSource, held_out: DataSource | None) 
 
 def _student(recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: Any) -> Student:
     section = recipe.student
+    if section.name == AS_INIT:
+        return _as_saved(recipe, teacher)
     config = load_config(section.name, section.overrides)
     makers: dict[str, Callable[[Sequence[str], int], bytes]] = {
         "texts": train_tokenizer,
@@ -305,6 +307,15 @@ def _student(recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: 
     )
     if section.init:
         _start_from(student, Path(section.init), section.init_parts)
+    return student
+
+
+def _as_saved(recipe: Recipe, teacher: Any) -> Student:
+    """The student of `student.init` itself, its tokenizer included, in the teacher's space."""
+    student = load_student(str(recipe.student.init)).train()
+    if teacher is not None:
+        check_widths(student.embed_dim, teacher.dim, student=str(recipe.student.init), teacher=teacher.name)
+    student.space_id = None if teacher is None else teacher.space_id
     return student
 
 

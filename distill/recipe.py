@@ -91,8 +91,14 @@ class TeacherSection(_Section):
     trust_remote_code: bool = False
 
 
+# student.name of a run that trains the student of student.init as it is
+AS_INIT = "init"
+
+
 class StudentSection(_Section):
-    """name: of `students.list_students`. embed_dim: null means the teacher's width (256 without a teacher).
+    """name: of `students.list_students`, or "init": the saved student of `init` as it is (a pruned one, for instance),
+    with its own configuration, embedding width and tokenizer.
+    embed_dim: null means the teacher's width (256 without a teacher).
 
     overrides: changes to the named student's configuration (image size, text tower, ...).
     init: a folder of `students.save_student` to start from. init_parts: parameter-name prefixes to copy from it
@@ -422,12 +428,12 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
     from pocketvlm.distill.objectives.matryoshka import listed_dims
     from pocketvlm.distill.taps import shared_problems, stand_in_widths, tap_problems
     from pocketvlm.distill.train_checks import train_problems
-    from pocketvlm.students.config import load_config
 
     train = recipe.train
+    yield from _saved_student(recipe)
     trained = {m for spec in recipe.objectives if spec.name == "matryoshka" for m in listed_dims(spec.options)}
     try:
-        promised = load_config(recipe.student.name, recipe.student.overrides).dims
+        promised = _promised_dims(recipe.student)
         if untrained := sorted(set(promised) - trained):
             yield (
                 f"the student promises embeddings cut to {untrained} (dims) and no matryoshka objective trains these "
@@ -489,6 +495,31 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
     if recipe.student.fit_views > recipe.views.count:
         yield f"student.fit_views is {recipe.student.fit_views} but views.count is {recipe.views.count}; lower it"
     yield from train_problems(recipe)
+
+
+def _promised_dims(section: StudentSection) -> tuple[int, ...]:
+    """`dims` of the student; a saved one that is not there (yet) promises nothing, and is missed when it is opened."""
+    from pocketvlm.students.config import load_config
+    from pocketvlm.students.io import saved_config
+
+    if section.name != AS_INIT:
+        return load_config(section.name, section.overrides).dims
+    return saved_config(section.init).dims if section.init and Path(section.init).is_dir() else ()
+
+
+def _saved_student(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with `student.name: init`."""
+    section = recipe.student
+    if section.name != AS_INIT:
+        return
+    if section.init is None:
+        yield "student.name is 'init' and student.init names no folder, so there is nothing to train; set student.init"
+    given = [key for key in ("overrides", "embed_dim", "init_parts") if getattr(section, key)]
+    if given:
+        yield (
+            f"student.name is 'init' and {', '.join(given)} would change the saved student, whose weights would then "
+            "not fit; leave them out, or name the student that they change"
+        )
 
 
 def _policy_problems(policy: Mapping[str, Any]) -> Iterator[str]:

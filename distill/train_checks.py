@@ -91,7 +91,7 @@ def _starts_at_random(recipe: Recipe) -> bool:
     from pocketvlm.students.config import load_config
 
     if recipe.student.init is not None:
-        return False
+        return False  # so student.name is no "init" below
     try:
         config = load_config(recipe.student.name, recipe.student.overrides)
     except UsageError:

@@ -25,6 +25,8 @@ def _small(name: str, world: Path, cache: Path) -> list[str]:
         "train.warmup_steps=1", "train.threads=1", "train.log_every=1",
     ]  # fmt: skip
     found += [f"student.overrides.{part}={value}" for part, value in TINY_STUDENT.items()]
+    if recipe.student.init is not None:
+        found.append("student.init=null")  # a folder of the user's; test_pruning.py trains one
     if recipe.data.words is not None:
         found.append("data.words={name: wordfreq-en, size: 60}")
     if recipe.teacher is not None:
