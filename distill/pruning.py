@@ -172,6 +172,7 @@ class Retrieval:
 
     Finer than recall, which one head seldom moves on some hundred pictures. Equal captions match each other's pictures;
     ties count against the model. Keeps the embeddings of the tower that did not change (`students.prune.Score`).
+    groups: the concept of each query, by direction.
     """
 
     def __init__(self, source: DataSource, student: Student, *, batch_size: int = 64) -> None:
@@ -181,7 +182,7 @@ class Retrieval:
             UsageError: fewer than two different captions are left.
         """
         tokenizer = Tokenizer(student.tokenizer_json, student.text_spec)
-        pixels, texts = [], []
+        pixels, texts, groups = [], [], []
         for sample in source.within_context(tokenizer).samples:
             if not sample.captions:
                 continue
@@ -190,6 +191,7 @@ class Retrieval:
             except BadSampleError:
                 continue
             texts.append(sample.captions[0].text)
+            groups.append(sample.group or sample.uid)
         self.texts = list(dict.fromkeys(texts))
         if len(self.texts) < 2:
             raise UsageError(
@@ -197,6 +199,8 @@ class Retrieval:
                 "by retrieval among several; nothing could be told apart, so give data with more captions"
             )
         place = {text: index for index, text in enumerate(self.texts)}
+        first = dict(reversed(list(zip(texts, groups))))
+        self.groups = {"image_to_text": groups, "text_to_image": [first[text] for text in self.texts]}
         self.pixels = torch.from_numpy(np.stack(pixels))
         ids = tokenizer.encode(self.texts)
         # columns of nothing but padding cost like the others and change nothing
@@ -217,8 +221,16 @@ class Retrieval:
         }
         if changed is None:
             self._seen = now
-        cosine = now["image"] @ now["text"].T
-        return (reciprocal_rank(cosine, self.match) + reciprocal_rank(cosine.T, self.match.T)) / 2
+        places = self._ranks(now)
+        return float(sum((1 / rank.double()).mean() for rank in places.values())) / len(places)
+
+    def ranks(self, student: Student) -> dict[str, Tensor]:
+        """int64: "image_to_text" [pictures] and "text_to_image" [texts], 1 is the best; see `ranks_of`."""
+        return self._ranks({tower: self._embed(student, tower) for tower in TOWERS})
+
+    def _ranks(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
+        cosine = embedded["image"] @ embedded["text"].T
+        return {"image_to_text": ranks_of(cosine, self.match), "text_to_image": ranks_of(cosine.T, self.match.T)}
 
     def _embed(self, student: Student, tower: str) -> Tensor:
         rows = self.pixels if tower == "image" else self.ids
@@ -230,16 +242,14 @@ class Retrieval:
         return torch.cat(found)
 
 
-def reciprocal_rank(scores: Tensor, match: Tensor) -> float:
-    """Mean over rows of 1 / rank of the best match; scores, match (bool): [N, M]. Ties count against the model.
+def ranks_of(scores: Tensor, match: Tensor) -> Tensor:
+    """int64 [N]: the rank of each row's best match, 1 is the first; scores, match (bool): [N, M].
 
-    A row of scores that are not finite has rank M.
+    Ties count against the model, and so do scores that are not finite: their row has rank M.
     """
     best = torch.where(match, scores, -math.inf).amax(dim=1, keepdim=True)
-    # the best match itself is one of the M - ahead that are not strictly better
     rank = 1 + ((scores >= best) & ~match).sum(dim=1)
-    rank = torch.where(scores.isfinite().all(dim=1), rank, scores.shape[1])
-    return float((1 / rank.double()).mean())
+    return torch.where(scores.isfinite().all(dim=1), rank, scores.shape[1])
 
 
 def _without_folder(spec: str) -> str:
