@@ -13,6 +13,7 @@ not repeated. About twenty minutes on one idle core.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ RANKING = "openmoji?pool=teacher&fold=0&flags=exclude&limit=256"
 TEST = "openmoji?pool=test&fold=0&flags=exclude"
 DISTIL = ("train.steps=40", "train.batch_size=32", "train.warmup_steps=4", "train.ema_decay=0.9", "train.threads=1")
 WIDTH, DEPTH = 0.75, 0.67
-SIZES = ("75 %", "50 %")
+SIZES = ("50 %", "75 %")
 DIRECTIONS = ("image_to_text", "text_to_image")
 SILENT = Reporter(False)
 
@@ -89,8 +90,8 @@ def pruned_model(work: Path, method: str, size: str, seed: int) -> Path:
     name = f"{method}-{seed}" if method == "random" else method
     folder = work / "pruned" / f"{name}-{size.removesuffix(' %')}"
     if not (folder / "pruning.json").is_file():
-        whole = size == SIZES[0]
-        source = base_model(work) if whole else pruned_model(work, method, SIZES[0], seed)
+        whole = size == "75 %"
+        source = base_model(work) if whole else pruned_model(work, method, "75 %", seed)
         kept = {"keep_heads": WIDTH, "keep_mlp": WIDTH} if whole else {"keep_depth": DEPTH}
         prune_to(str(source), folder, data=RANKING, method=method, seed=seed, device="cpu", overwrite=True, **kept)
     return folder
@@ -120,7 +121,9 @@ def distilled(
         return ranks(trainer.student, asked)
 
 
-def main(work: Path = Path("runs/inherited"), seeds: tuple[int, ...] = (0, 1, 2)) -> None:
+def main(
+    work: Path = Path("runs/inherited"), seeds: tuple[int, ...] = (0, 1, 2), sizes: tuple[str, ...] = SIZES
+) -> None:
     """Train, prune, distil and score everything that is missing, then write the summary."""
     torch.set_num_threads(1)
     work = work.resolve()
@@ -130,10 +133,8 @@ def main(work: Path = Path("runs/inherited"), seeds: tuple[int, ...] = (0, 1, 2)
     first = ranks(whole, asked)
     rows: list[dict[str, Any]] = []
     prepared: Prepared | None = None
-    # by seed first, so that what exists after an interruption compares all methods
-    for seed, size, method in (
-        (seed, size, method) for seed in seeds for size in reversed(SIZES) for method in METHODS
-    ):
+    # all methods side by side, so that what exists after an interruption compares them
+    for size, seed, method in itertools.product(sizes, seeds, METHODS):
         path = work / "rows" / f"{method}-{size.removesuffix(' %')}-s{seed}.json"
         if not path.is_file():
             folder = pruned_model(work, method, size, seed)
@@ -155,7 +156,7 @@ def main(work: Path = Path("runs/inherited"), seeds: tuple[int, ...] = (0, 1, 2)
             "parameters": parameters(whole),
             **{part: round(100 * float(np.mean(np.array(first[part]) <= 5)), 2) for part in asked},
         },
-        "R@5": {size: {method: recalls(rows, method, size) for method in METHODS} for size in SIZES},
+        "R@5": {size: {method: recalls(rows, method, size) for method in METHODS} for size in sizes},
         "mope_minus": {
             size: {
                 other: {
@@ -165,7 +166,7 @@ def main(work: Path = Path("runs/inherited"), seeds: tuple[int, ...] = (0, 1, 2)
                 for other in METHODS
                 if other != "mope"
             }
-            for size in SIZES
+            for size in sizes
         },
         "seeds": seeds,
         "queries": {part: len(found) for part, found in first.items()},
