@@ -425,22 +425,11 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
     """What the parts must know of each other; whatever needs the data itself is checked in `prepare`."""
     from pocketvlm.distill.board import check_metrics
     from pocketvlm.distill.objectives import build_objective, list_objectives, objective_needs
-    from pocketvlm.distill.objectives.matryoshka import listed_dims
     from pocketvlm.distill.taps import shared_problems, stand_in_widths, tap_problems
-    from pocketvlm.distill.train_checks import train_problems
+    from pocketvlm.distill.train_checks import student_problems, train_problems
 
     train = recipe.train
-    yield from _saved_student(recipe)
-    trained = {m for spec in recipe.objectives if spec.name == "matryoshka" for m in listed_dims(spec.options)}
-    try:
-        promised = _promised_dims(recipe.student)
-        if untrained := sorted(set(promised) - trained):
-            yield (
-                f"the student promises embeddings cut to {untrained} (dims) and no matryoshka objective trains these "
-                "prefixes, so a device would search with untrained ones; list them in its dims, or leave them out"
-            )
-    except UsageError as error:
-        yield str(error).rstrip(".")
+    yield from student_problems(recipe)
     yield from _policy_problems(recipe.views.policy)
     try:
         check_metrics(recipe.eval.metrics)
@@ -495,31 +484,6 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
     if recipe.student.fit_views > recipe.views.count:
         yield f"student.fit_views is {recipe.student.fit_views} but views.count is {recipe.views.count}; lower it"
     yield from train_problems(recipe)
-
-
-def _promised_dims(section: StudentSection) -> tuple[int, ...]:
-    """`dims` of the student; a saved one that is not there (yet) promises nothing, and is missed when it is opened."""
-    from pocketvlm.students.config import load_config
-    from pocketvlm.students.io import saved_config
-
-    if section.name != AS_INIT:
-        return load_config(section.name, section.overrides).dims
-    return saved_config(section.init).dims if section.init and Path(section.init).is_dir() else ()
-
-
-def _saved_student(recipe: Recipe) -> Iterator[str]:
-    """What is wrong with `student.name: init`."""
-    section = recipe.student
-    if section.name != AS_INIT:
-        return
-    if section.init is None:
-        yield "student.name is 'init' and student.init names no folder, so there is nothing to train; set student.init"
-    given = [key for key in ("overrides", "embed_dim", "init_parts") if getattr(section, key)]
-    if given:
-        yield (
-            f"student.name is 'init' and {', '.join(given)} would change the saved student, whose weights would then "
-            "not fit; leave them out, or name the student that they change"
-        )
 
 
 def _policy_problems(policy: Mapping[str, Any]) -> Iterator[str]:

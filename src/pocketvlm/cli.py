@@ -47,6 +47,7 @@ From = Annotated[
 ]
 AllowDownload = Annotated[bool, arg(help="Let a model that is not on this machine be fetched from its hub.")]
 TrustRemoteCode = Annotated[bool, arg(help="Run Python code that comes with a Hugging Face checkpoint.")]
+Share = Annotated[float, arg(metavar="SHARE", help="Share of each tower's heads, MLP groups or blocks that stays.")]
 Names = Literal["students", "teachers", "objectives", "data", "targets", "recipes"]
 
 
@@ -165,43 +166,34 @@ def evaluate(
 
 @app.command
 def prune(
-    source: Annotated[
-        Positional[str], arg(metavar="SOURCE", help="A run or student folder, open_clip:NAME@WEIGHTS or hf:DIR.")
-    ],
+    source: Annotated[Positional[str], arg(metavar="SOURCE", help="A run or student folder, open_clip:... or hf:...")],
     *,
     out: Out,
     data: Annotated[
-        str | None,
-        arg(metavar="SOURCE", help="Captioned pictures that modules are ranked on; not those of your test."),
+        str | None, arg(metavar="SOURCE", help="Captioned pictures to rank on; not those of a test.")
     ] = None,
-    method: Annotated[
-        str, arg(metavar="NAME", help="mope (drop of the retrieval score), magnitude, prefix (TinyCLIP's) or random.")
-    ] = "mope",
-    keep_heads: Annotated[float, arg(metavar="SHARE", help="Share of each tower's attention heads that stay.")] = 1.0,
-    keep_mlp: Annotated[float, arg(metavar="SHARE", help="Share of each tower's groups of MLP units that stay.")] = 1.0,
-    keep_depth: Annotated[float, arg(metavar="SHARE", help="Share of each tower's blocks that stay.")] = 1.0,
+    method: Annotated[str, arg(metavar="NAME", help="mope, magnitude, prefix or random; docs/students.md.")] = "mope",
+    keep_heads: Share = 1.0,
+    keep_mlp: Share = 1.0,
+    keep_depth: Share = 1.0,
     towers: Annotated[tuple[str, ...], arg(metavar="TOWER ...", help="image, text or both.")] = ("image", "text"),
     groups: Annotated[int, arg(metavar="N", help="Groups that the hidden units of a block are split into.")] = 8,
-    seed: Annotated[int, arg(metavar="N", help="Of --method random.")] = 0,
     device: Device = "auto",
     on_bad_sample: OnBad = "skip",
     allow_download: AllowDownload = False,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Cut heads, MLP units and blocks of a trained dual encoder; writes a student and pruning.json into --out.
-
-    Distil it from the unpruned one afterwards: pocketvlm distill inherited student.init=OUT teacher.spec=student:SOURCE
-    """
+    """Cut heads, MLP units and blocks of a trained dual encoder; distil the result from it by recipe 'inherited'."""
     from pocketvlm.distill.progress import Reporter, Stages
     from pocketvlm.distill.pruning import prune_to, summary
 
+    scored = None if data is None else _open(data, on_bad_sample)
     with Stages(Reporter(), "pruning") as progress:
         result = prune_to(
-            source, out, data=None if data is None else _open(data, on_bad_sample), method=method,
-            keep_heads=keep_heads, keep_mlp=keep_mlp, keep_depth=keep_depth, towers=towers, groups=groups, seed=seed,
-            device=device, overwrite=overwrite, allow_download=allow_download, trust_remote_code=trust_remote_code,
-            progress=progress,
+            source, out, data=scored, method=method, keep_heads=keep_heads, keep_mlp=keep_mlp, keep_depth=keep_depth,
+            towers=towers, groups=groups, device=device, overwrite=overwrite, allow_download=allow_download,
+            trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     print(f"student: {out}\n{summary(result)}")
 

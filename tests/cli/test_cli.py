@@ -65,7 +65,6 @@ COMMANDS = {
         "--keep-depth",
         "--towers",
         "--groups",
-        "--seed",
         "--device",
         "--on-bad-sample",
         "--allow-download",
