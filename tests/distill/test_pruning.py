@@ -177,6 +177,12 @@ def test_a_clip_becomes_a_student_and_surgery_equals_masking_the_original(kind: 
     assert [len(described["kept"][tower]) for tower in ("image", "text")] == [3, 2]
     assert len(described["ranking"]) == 2 * 7 * 4 + 7
     assert described["score"] is None
+    if kind == "hf":
+        from pocketvlm.export.bundle import export_bundle
+
+        edge = EdgeModel.load(export_bundle(tmp_path / "small", tmp_path / "bundle", ("onnx",), ("fp32",)))
+        wanted_text = student_answers(load_student(tmp_path / "small"), TEXTS)[1]
+        assert np.abs(edge.embed_text(TEXTS) - wanted_text.numpy()).max() < 1e-5
 
 
 @pytest.mark.parametrize(
