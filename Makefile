@@ -1,7 +1,7 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text step-cost ablation test
+.PHONY: evidence readme demo protocols parity text step-cost inherited ablation test
 
-evidence: readme demo protocols parity text step-cost
+evidence: readme demo protocols parity text step-cost inherited
 
 readme:
 	python -m benchmarks.readme_road
@@ -24,6 +24,9 @@ text:
 # a thousand short runs: hours on two cores, so not part of `evidence`; it continues where it stopped
 ablation:
 	python -m benchmarks.ablation --stage all
+
+inherited:
+	python -m benchmarks.inherited
 
 step-cost:
 	python -m benchmarks.step_cost
