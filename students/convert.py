@@ -72,6 +72,8 @@ def student_from_clip(
     student = assemble(config, dim, tokenizer_json, seed=0, space_id=None, load_weights=False)
     if student.image_spec != image:
         raise _refused("preprocessing with a background of its own")
+    # tables are often padded to a round size; no text reaches the rows past the tokenizer's
+    text_state["token.weight"] = text_state["token.weight"][: student.text_spec.vocab_size]
     for tower, state in ((student.image_tower, image_state), (student.text_tower, text_state)):
         own = tower.state_dict()
         odd = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]

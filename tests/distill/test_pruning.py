@@ -89,7 +89,7 @@ def save_hf(folder: Path, kind: str = "clip") -> tuple[str, Any]:
     vision = {**tower, "image_size": SIZE, "patch_size": 8, "num_hidden_layers": 4}
     # the eos id of 2 would ask for the highest id; this one is another one
     end = raw.token_to_id("<e>")
-    text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": LENGTH, "num_hidden_layers": 3}
+    text = {**tower, "vocab_size": len(tokenizer) + 5, "max_position_embeddings": LENGTH, "num_hidden_layers": 3}
     if kind == "clip":
         text |= {"eos_token_id": end, "pad_token_id": end}
         config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
