@@ -1,7 +1,7 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text step-cost ablation elastic test
+.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic test
 
-evidence: readme demo protocols parity text step-cost
+evidence: readme demo protocols parity text step-cost inherited
 
 readme:
 	python -m benchmarks.readme_road
@@ -28,6 +28,9 @@ ablation:
 # 648 short runs over the ablation's packs: hours on two cores, minutes on a GPU
 elastic:
 	python -m benchmarks.elastic --stage all
+
+inherited:
+	python -m benchmarks.inherited
 
 step-cost:
 	python -m benchmarks.step_cost

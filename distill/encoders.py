@@ -131,7 +131,7 @@ def evaluate_path(
         UsageError: both a teacher and `against`, or a path that holds no model. UnknownNameError: no such metric.
     """
     from pocketvlm.data import open_data
-    from pocketvlm.teachers import load_teacher
+    from pocketvlm.distill.student_teacher import open_teacher
 
     if teacher and against is not None:
         raise UsageError(
@@ -150,7 +150,7 @@ def evaluate_path(
         other_name, other = open_encoder(against, backend=backend, precision=precision, device=device)
         source = read_by(other, source)
     elif teacher:
-        loaded = load_teacher(
+        loaded = open_teacher(
             teacher, device=device, allow_download=allow_download, trust_remote_code=trust_remote_code
         )
         other_name, other = loaded.name, TeacherEncoder(loaded)

@@ -129,7 +129,9 @@ class Feed:
     def _stacked(self, texts: Sequence[str]) -> Tensor:
         """int32 [N, L], cut to the longest of these texts: most are a fifth of the context, and padding costs alike."""
         ids = np.stack([self._ids[text] for text in texts])
-        longest = int((ids != self.prepared.student.text_spec.pad_id).sum(axis=1).max())
+        # up to the last token that is no padding: CLIP's padding is also the token of "!", inside a text
+        places = np.arange(1, ids.shape[1] + 1)
+        longest = int(((ids != self.prepared.student.text_spec.pad_id) * places).max())
         return torch.from_numpy(ids[:, : max(longest, 1)])
 
     def _add_teacher(self, batch: Step, plan: Plan, captions: list[str]) -> None:

@@ -21,14 +21,16 @@ from pocketvlm.distill.batches import Pictures
 from pocketvlm.distill.evaluate import Embedded, Questions, questions_of
 from pocketvlm.distill.masking import asked_masking
 from pocketvlm.distill.progress import Reporter, Stages
-from pocketvlm.distill.recipe import Recipe
+from pocketvlm.distill.recipe import AS_INIT, Recipe
 from pocketvlm.distill.shares import check_shares, student_dim
+from pocketvlm.distill.student_teacher import open_teacher
 from pocketvlm.distill.taps import asked_taps, tap_widths
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.students import (
     Student,
     build_student,
+    check_widths,
     inherit_tokenizer,
     load_config,
     load_student,
@@ -160,6 +162,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         with Stages(report, "teacher") as progress:
             teachers, teacher = load_ensemble(
                 recipe.teacher.specs,
+                open_teacher,
                 device=recipe.train.device,
                 allow_download=recipe.teacher.allow_download,
                 trust_remote_code=recipe.teacher.trust_remote_code,
@@ -270,7 +273,10 @@ def _student(
     recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: Ensemble | None, known: bytes | None = None
 ) -> Student:
     """The student that the recipe starts from. known: its tokenizer, where that was made before."""
-    section, (origin, size) = recipe.student, _tokenizer_asked(recipe)
+    section = recipe.student
+    if section.name == AS_INIT:
+        return _as_saved(recipe, teacher)
+    origin, size = _tokenizer_asked(recipe)
     makers: dict[str, Callable[[Sequence[str], int], bytes]] = {
         "texts": train_tokenizer,
         "minilm-l6": inherit_tokenizer,
@@ -288,18 +294,30 @@ def _student(
     else:
         tokenizer = Path(origin)
     width = section.embed_dim or (DEFAULT_DIM if teacher is None else student_dim(teacher))
-    shares_space = teacher is not None and teacher.pictures and teacher.dim == width
     student = build_student(
         section.name,
         embed_dim=width,
         tokenizer_json=tokenizer,
         seed=recipe.train.seed,
-        space_id=teacher.space_id if teacher is not None and shares_space else None,
+        space_id=_shared_space(teacher, width),
         overrides=section.overrides,
     )
     if section.init:
         _start_from(student, Path(section.init), section.init_parts)
     return student
+
+
+def _as_saved(recipe: Recipe, teacher: Ensemble | None) -> Student:
+    """The student of `student.init` itself, its tokenizer included, in the teacher's space."""
+    student = load_student(str(recipe.student.init)).train()
+    if teacher is not None and len(teacher.members) == 1:
+        check_widths(student.embed_dim, teacher.dim, student=str(recipe.student.init), teacher=teacher.name)
+    student.space_id = _shared_space(teacher, student.embed_dim)
+    return student
+
+
+def _shared_space(teacher: Ensemble | None, width: int) -> str | None:
+    return teacher.space_id if teacher is not None and teacher.pictures and teacher.dim == width else None
 
 
 def _start_from(student: Student, folder: Path, parts: Sequence[str]) -> None:

@@ -98,8 +98,14 @@ class TeacherSection(_Section):
         return (self.spec,) if isinstance(self.spec, str) else self.spec
 
 
+# student.name of a run that trains the student of student.init as it is
+AS_INIT = "init"
+
+
 class StudentSection(_Section):
-    """name: of `students.list_students`. embed_dim: null means the teacher's width (256 without a teacher).
+    """name: of `students.list_students`, or "init": the saved student of `init` as it is (a pruned one, for instance),
+    with its own configuration, embedding width and tokenizer.
+    embed_dim: null means the teacher's width (256 without a teacher).
 
     overrides: changes to the named student's configuration (image size, text tower, ...).
     init: a folder of `students.save_student` to start from. init_parts: parameter-name prefixes to copy from it
@@ -432,23 +438,12 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
     """What the parts must know of each other; whatever needs the data itself is checked in `prepare`."""
     from pocketvlm.distill.board import check_metrics
     from pocketvlm.distill.objectives import build_objective, list_objectives, objective_needs
-    from pocketvlm.distill.objectives.matryoshka import listed_dims
     from pocketvlm.distill.shares import teacher_problem
     from pocketvlm.distill.taps import shared_problems, stand_in_widths, tap_problems
-    from pocketvlm.distill.train_checks import start_problems, train_problems
-    from pocketvlm.students.config import load_config
+    from pocketvlm.distill.train_checks import start_problems, student_problems, train_problems
 
     train = recipe.train
-    trained = {m for spec in recipe.objectives if spec.name == "matryoshka" for m in listed_dims(spec.options)}
-    try:
-        promised = load_config(recipe.student.name, recipe.student.overrides).dims
-        if untrained := sorted(set(promised) - trained):
-            yield (
-                f"the student promises embeddings cut to {untrained} (dims) and no matryoshka objective trains these "
-                "prefixes, so a device would search with untrained ones; list them in its dims, or leave them out"
-            )
-    except UsageError as error:
-        yield str(error).rstrip(".")
+    yield from student_problems(recipe)
     try:
         check_metrics(recipe.eval.metrics)
     except UsageError as error:

@@ -1,13 +1,14 @@
-"""Mistakes in a recipe's weights, schedules and `train` section, found before anything is opened."""
+"""Mistakes in a recipe's student, weights, schedules and `train` section, found before anything is opened."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 from pocketvlm.distill.objectives.matryoshka_2d import listed_pairs
 from pocketvlm.distill.optim import objective_weight
-from pocketvlm.distill.recipe import ObjectiveSection, Recipe
+from pocketvlm.distill.recipe import AS_INIT, ObjectiveSection, Recipe, StudentSection
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.students import load_config
 
@@ -63,6 +64,48 @@ def train_problems(recipe: Recipe) -> Iterator[str]:
             )
     if train.balance is not None and len(recipe.objectives) < 2:
         yield "train.balance weighs objectives against each other and there is only one; leave it out"
+
+
+def student_problems(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with the student that a recipe names, as far as its files are there."""
+    from pocketvlm.distill.objectives.matryoshka import listed_dims
+
+    yield from _saved_student(recipe)
+    trained = {m for spec in recipe.objectives if spec.name == "matryoshka" for m in listed_dims(spec.options)}
+    try:
+        promised = _promised_dims(recipe.student)
+        if untrained := sorted(set(promised) - trained):
+            yield (
+                f"the student promises embeddings cut to {untrained} (dims) and no matryoshka objective trains these "
+                "prefixes, so a device would search with untrained ones; list them in its dims, or leave them out"
+            )
+    except UsageError as error:
+        yield str(error).rstrip(".")
+
+
+def _promised_dims(section: StudentSection) -> tuple[int, ...]:
+    """`dims` of the student; a saved one that is not there (yet) promises nothing, and is missed when it is opened."""
+    from pocketvlm.students.config import load_config
+    from pocketvlm.students.io import saved_config
+
+    if section.name != AS_INIT:
+        return load_config(section.name, section.overrides).dims
+    return saved_config(section.init).dims if section.init and Path(section.init).is_dir() else ()
+
+
+def _saved_student(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with `student.name: init`."""
+    section = recipe.student
+    if section.name != AS_INIT:
+        return
+    if section.init is None:
+        yield "student.name is 'init' and student.init names no folder, so there is nothing to train; set student.init"
+    given = [key for key in ("overrides", "embed_dim", "init_parts") if getattr(section, key)]
+    if given:
+        yield (
+            f"student.name is 'init' and {', '.join(given)} would change the saved student, whose weights would then "
+            "not fit; leave them out, or name the student that they change"
+        )
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:
@@ -149,7 +192,7 @@ def _starts_at_random(recipe: Recipe) -> bool:
     from pocketvlm.students.config import load_config
 
     if recipe.student.init is not None:
-        return False
+        return False  # so student.name is no "init" below
     try:
         config = load_config(recipe.student.name, recipe.student.overrides)
     except UsageError:

@@ -77,6 +77,12 @@ def assemble(
             f"student {config.name!r} promises the smaller students {wide} (exits) but its embedding has {embed_dim} "
             f"numbers; there is nothing to cut, so give exits up to {embed_dim}"
         )
+    for part, tower in (("image", config.image), ("text", config.text)):
+        if load_weights and tower.blocks and tower.weights != "none":
+            raise UsageError(
+                f"{part}.blocks describes a pruned tower and {part}.weights {tower.weights!r} fit the whole one; the "
+                f"kept parts would get other weights, so load the pruned student itself or set {part}.weights to 'none'"
+            )
     spec = text_spec(config.text, tokenizer_json)
     with seeded(seed, "image"):
         image = build_image_tower(config.image, embed_dim, load_weights=load_weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -30,6 +30,13 @@ class Projection(_Strict):
     bias: bool = True
 
 
+class BlockWidths(_Strict):
+    """What a transformer block has: attention heads, and hidden units of its MLP."""
+
+    heads: int = Field(ge=1)
+    hidden: int = Field(ge=1)
+
+
 class ImageConfig(_Strict):
     """Image tower. backbone: a timm model name. size: pixels of the square input.
 
@@ -39,6 +46,7 @@ class ImageConfig(_Strict):
     one when little is trained). K is `trunk.blocks.K` for the EfficientNet and MobileNet families, else the K-th
     output that timm's feature_info lists.
     mean, std: per channel in units of 0..1; None takes those of the timm configuration.
+    blocks: the blocks that pruning left of a vision transformer, first to last (`students.prune`); () is the whole one.
     """
 
     backbone: str
@@ -51,6 +59,7 @@ class ImageConfig(_Strict):
     crop_fraction: float = Field(default=1.0, gt=0, le=1)
     levels: tuple[int, ...] = ()
     backbone_args: dict[str, Any] = {}
+    blocks: tuple[BlockWidths, ...] = ()
     projection: Projection = Projection()
 
 
@@ -71,6 +80,9 @@ class TextConfig(_Strict):
     weights: "none" (seeded random) or "minilm-l6" (all-MiniLM-L6-v2, see `students.inherit`), whose layers
     `weights_layers` (0 to 5, one for each of `layers`) are kept; a narrower `embedding_width` starts at the best
     approximation of that rank.
+    end_id: the token that ends a text; what comes after the first one is padding, whatever its id (None: padding is
+    `pad_id`). CLIP's tokenizers need it, as they pad with a token that texts hold too.
+    blocks: the blocks that pruning left of `layers`, first to last (`students.prune`); () is all of them.
     """
 
     block: Literal["pre-norm", "bert"] = "pre-norm"
@@ -83,7 +95,10 @@ class TextConfig(_Strict):
     vocab_size: int = Field(default=8000, ge=32)
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     pool: Literal["mean", "eot"] = "mean"
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    end_id: int | None = Field(default=None, ge=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    blocks: tuple[BlockWidths, ...] = ()
     weights: Literal["none", "minilm-l6"] = "none"
     weights_layers: tuple[int, ...] = ()
     projection: Projection = Projection()
@@ -94,6 +109,15 @@ class TextConfig(_Strict):
             raise ValueError(
                 f"text width {self.width} is not a multiple of {self.heads} heads, which leaves channels without a "
                 "head; choose heads that divide the width"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_are_left(self) -> TextConfig:
+        if len(self.blocks) > self.layers:
+            raise ValueError(
+                f"text.blocks describes {len(self.blocks)} blocks but text.layers is {self.layers}; pruning only takes "
+                "blocks away, so set text.layers to what there was before"
             )
         return self
 
@@ -145,6 +169,7 @@ class StudentConfig(_Strict):
     logit_scale: float = Field(default=1 / 0.07, gt=0, le=100)
     dims: tuple[int, ...] = ()
     exits: tuple[tuple[int, int], ...] = ()
+    licences: tuple[tuple[str, str, str], ...] = ()
 
     @model_validator(mode="after")
     def _exits_exist(self) -> StudentConfig:
@@ -232,7 +257,10 @@ def _sentence(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         model: type[BaseModel] = StudentConfig
         for part in item["loc"][:-1]:
-            model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+            if isinstance(part, int):
+                continue  # a place in a list
+            found: Any = model.model_fields[str(part)].annotation
+            model = get_args(found)[0] if get_origin(found) is tuple else found
         known = [".".join((*map(str, item["loc"][:-1]), field)) for field in model.model_fields]
         return str(unknown_name("student key", where, known))
     if item["type"] == "value_error":

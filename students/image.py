@@ -187,6 +187,10 @@ def build_image_tower(config: ImageConfig, embed_dim: int, *, load_weights: bool
             f"timm model {config.backbone!r} does not take image.backbone_args {config.backbone_args} ({error}); "
             "remove what it does not know"
         ) from error
+    if config.blocks:
+        from pocketvlm.students.blocks import resize_blocks
+
+        resize_blocks(trunk, config.blocks, config.backbone)
     if load_weights and config.weights != "none":
         from pocketvlm.students.pretrained import load_backbone_weights
 

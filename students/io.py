@@ -14,7 +14,7 @@ from safetensors.torch import save as save_tensors
 import pocketvlm
 from pocketvlm.edge.errors import IntegrityError, UsageError, VersionError
 from pocketvlm.students.build import assemble
-from pocketvlm.students.config import parse_config
+from pocketvlm.students.config import StudentConfig, parse_config
 from pocketvlm.students.student import Student
 
 SCHEMA_VERSION = "1.0"
@@ -61,15 +61,7 @@ def load_student(folder: str | Path) -> Student:
         UsageError: no student there. VersionError: written by a newer release.
         IntegrityError: a file, the weights or the contract is not what the manifest says.
     """
-    folder = Path(folder)
-    if not (folder / MANIFEST).is_file() and (folder / "student" / MANIFEST).is_file():
-        folder = folder / "student"
-    if not (folder / MANIFEST).is_file():
-        raise UsageError(
-            f"folder {str(folder)!r} holds no {MANIFEST}; there is no student to load, so give a folder that "
-            "save_student or a finished distillation run wrote"
-        )
-    manifest = _manifest(folder / MANIFEST)
+    folder, manifest = _found(Path(folder))
     files = {name: _verified(folder, name, manifest) for name in (WEIGHTS, TOKENIZER)}
     config = parse_config(manifest["config"], source=f"saved student {str(folder)!r}")
     stored = manifest["contract"]
@@ -96,6 +88,24 @@ def load_student(folder: str | Path) -> Student:
             "compared with a foreign gallery, so restore student.json from the same save"
         )
     return student.eval()
+
+
+def saved_config(folder: str | Path) -> StudentConfig:
+    """The configuration of a saved student, without its weights; raises as `load_student` of a missing manifest."""
+    folder, manifest = _found(Path(folder))
+    return parse_config(manifest["config"], source=f"saved student {str(folder)!r}")
+
+
+def _found(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder that holds the manifest (a run folder's is inside), and the manifest."""
+    if not (folder / MANIFEST).is_file() and (folder / "student" / MANIFEST).is_file():
+        folder = folder / "student"
+    if not (folder / MANIFEST).is_file():
+        raise UsageError(
+            f"folder {str(folder)!r} holds no {MANIFEST}; there is no student to load, so give a folder that "
+            "save_student or a finished distillation run wrote"
+        )
+    return folder, _manifest(folder / MANIFEST)
 
 
 def _manifest(path: Path) -> dict[str, Any]:

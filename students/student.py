@@ -98,7 +98,8 @@ class Student(nn.Module):
     @property
     def licences(self) -> tuple[tuple[str, str, str], ...]:
         """(what, licence, attribution) rows of the weights that this student started from."""
-        return (*weights_licences(self.config.image.weights), *text_licences(self.config.text.weights))
+        config = self.config
+        return (*config.licences, *weights_licences(config.image.weights), *text_licences(config.text.weights))
 
     def encode_image(self, pixels: Tensor, *, taps: Sequence[str] = ()) -> TowerOutput:
         """pixels: uint8 [B, S, S, 3] RGB, made by `edge.preprocess` under `image_spec`.

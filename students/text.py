@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pocketvlm.edge.contract import TextSpec
 from pocketvlm.edge.errors import UsageError
-from pocketvlm.students.config import TextConfig
+from pocketvlm.students.config import BlockWidths, TextConfig
 from pocketvlm.students.image import ProjectionHead
 
 # finite and inside float16: -inf or finfo(float32).min turn into NaN in half-precision runtimes
@@ -22,18 +22,18 @@ class Block(nn.Module):
     x: [B, L, W]; bias: additive, broadcast to [B, heads, L, L].
     """
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, widths: BlockWidths) -> None:
         super().__init__()
         self.norm_last = config.block == "bert"
-        width, hidden = config.width, int(config.width * config.mlp_ratio)
-        self.heads = config.heads
+        width, hidden = config.width, widths.hidden
+        self.heads = widths.heads
         self.head_width = width // config.heads
         self.norm1 = _norm(config)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * self.heads * self.head_width)
+        self.out = nn.Linear(self.heads * self.head_width, width)
         self.norm2 = _norm(config)
         self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU()
+        self.act = QuickGelu() if config.activation == "quick_gelu" else nn.GELU()
         self.fc2 = nn.Linear(hidden, width)
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
@@ -57,6 +57,13 @@ class Block(nn.Module):
         return self.drop(self.fc2(self.act(self.fc1(x))))
 
 
+class QuickGelu(nn.Module):
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
 def _norm(config: TextConfig) -> nn.LayerNorm:
     # BERT's epsilon is far below LayerNorm's usual one, and its embeddings are small enough to notice
     return nn.LayerNorm(config.width, eps=1e-12 if config.block == "bert" else 1e-5)
@@ -67,16 +74,17 @@ class TextTower(nn.Module):
 
     Padding is whatever equals `pad_id`: it takes no part in attention or pooling, so trailing padding never changes
     a result, and training cuts columns that hold nothing else. Pooling "mean" averages the real tokens after the last
-    norm; "eot" takes the last real token.
+    norm; "eot" takes the last real token. With `end_id` the real tokens are those up to the first one of that id.
     embed_norm and norm: after the embedding ("bert" only) and after the last block ("pre-norm" only).
     """
 
     positions: Tensor
     causal: Tensor | None
+    earlier: Tensor | None
 
     def __init__(self, config: TextConfig, spec: TextSpec, embed_dim: int) -> None:
         super().__init__()
-        self.pad_id = spec.pad_id
+        self.pad_id, self.end_id = spec.pad_id, config.end_id
         self.pool = config.pool
         inner = config.embedding_width or config.width
         self.token = nn.Embedding(spec.vocab_size, inner)
@@ -85,12 +93,16 @@ class TextTower(nn.Module):
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         bert = config.block == "bert"
         self.embed_norm = _norm(config) if bert else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        whole = BlockWidths(heads=config.heads, hidden=int(config.width * config.mlp_ratio))
+        self.blocks = nn.ModuleList(Block(config, widths) for widths in config.blocks or (whole,) * config.layers)
         self.norm = nn.Identity() if bert else _norm(config)
         self.projection = ProjectionHead(config.projection, config.width, embed_dim)
         self.register_buffer("positions", torch.arange(config.context_length), persistent=False)
         mask = torch.full((config.context_length,) * 2, _MASKED).triu(1) if config.attention == "causal" else None
         self.register_buffer("causal", mask, persistent=False)
+        # [L, L], 1 where the row's position comes before the column's
+        earlier = torch.ones((config.context_length,) * 2).triu(1) if config.end_id is not None else None
+        self.register_buffer("earlier", earlier, persistent=False)
         self._initialise(config)
 
     def record_tokens(self, keep: Callable[[Tensor], None]) -> Callable[[], None]:
@@ -145,12 +157,16 @@ class TextTower(nn.Module):
         length = ids.shape[1]
         # cut only where there is something to cut: a slice in the exported graph is an alias Core ML cannot convert
         position: Tensor = self.position
-        causal = self.causal
+        causal, earlier = self.causal, self.earlier
         if length != len(position):
             position = position[:length]
             causal = causal[:length, :length] if causal is not None else None
+            earlier = earlier[:length, :length] if earlier is not None else None
         x = self.drop(self.embed_norm(self.widen(self.token(ids)) + position))
-        real = (ids != self.pad_id).to(x.dtype)
+        known = ids != self.pad_id
+        if earlier is not None and self.end_id is not None:
+            known = torch.matmul(torch.eq(ids, self.end_id).to(x.dtype), earlier) == 0
+        real = known.to(x.dtype)
         bias = (1.0 - real)[:, None, None, :] * _MASKED
         if causal is not None:
             bias = bias + causal

@@ -90,8 +90,12 @@ def _digest(fingerprints: Sequence[str]) -> str:
     return fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256("|".join(fingerprints).encode()).hexdigest()
 
 
-def load_ensemble(specs: Sequence[str], **options: Any) -> tuple[list[Teacher], Ensemble]:
+def load_ensemble(
+    specs: Sequence[str], load: Callable[..., Teacher] | None = None, **options: Any
+) -> tuple[list[Teacher], Ensemble]:
     """The teachers of `specs`, loaded with the options of `teachers.load_teacher`, and what is known of them together.
+
+    load: opens a spec in place of `load_teacher`.
 
     Raises:
         UsageError: none, or one of them twice; and as `load_teacher` does.
@@ -100,7 +104,7 @@ def load_ensemble(specs: Sequence[str], **options: Any) -> tuple[list[Teacher], 
 
     if not specs:
         raise UsageError("an empty list of teachers was given, so there is nobody to learn from; name at least one")
-    teachers = [load_teacher(spec, **options) for spec in specs]
+    teachers = [(load or load_teacher)(spec, **options) for spec in specs]
     for place, teacher in enumerate(teachers):
         if any(teacher.fingerprint == other.fingerprint for other in teachers[:place]):
             raise UsageError(

@@ -47,6 +47,7 @@ From = Annotated[
 ]
 AllowDownload = Annotated[bool, arg(help="Let a model that is not on this machine be fetched from its hub.")]
 TrustRemoteCode = Annotated[bool, arg(help="Run Python code that comes with a Hugging Face checkpoint.")]
+Share = Annotated[float, arg(metavar="SHARE", help="Share of each tower's heads, MLP groups or blocks that stays.")]
 Names = Literal["students", "teachers", "objectives", "data", "targets", "recipes"]
 
 
@@ -85,10 +86,10 @@ def teacher_check(
     """Score a teacher on your own data, beside chance and a simple baseline, before anyone trains on it."""
     from pocketvlm.distill.check_teacher import check_teacher
     from pocketvlm.distill.progress import Reporter, Stages
-    from pocketvlm.teachers import load_teacher
+    from pocketvlm.distill.student_teacher import open_teacher
 
     with Stages(Reporter(), "teacher") as progress:
-        loaded = load_teacher(
+        loaded = open_teacher(
             teacher, device=device, allow_download=allow_download, trust_remote_code=trust_remote_code,
             progress=progress,
         )  # fmt: skip
@@ -178,6 +179,40 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     _print(report.to_dict() if as_json else report.table(), as_json)
+
+
+@app.command
+def prune(
+    source: Annotated[Positional[str], arg(metavar="SOURCE", help="A run or student folder, open_clip:... or hf:...")],
+    *,
+    out: Out,
+    data: Annotated[
+        str | None, arg(metavar="SOURCE", help="Captioned pictures to rank on; not those of a test.")
+    ] = None,
+    method: Annotated[str, arg(metavar="NAME", help="mope, magnitude, prefix or random; docs/students.md.")] = "mope",
+    keep_heads: Share = 1.0,
+    keep_mlp: Share = 1.0,
+    keep_depth: Share = 1.0,
+    towers: Annotated[tuple[str, ...], arg(metavar="TOWER ...", help="image, text or both.")] = ("image", "text"),
+    groups: Annotated[int, arg(metavar="N", help="Groups that the hidden units of a block are split into.")] = 8,
+    device: Device = "auto",
+    on_bad_sample: OnBad = "skip",
+    allow_download: AllowDownload = False,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Cut heads, MLP units and blocks of a trained dual encoder; distil the result from it by recipe 'inherited'."""
+    from pocketvlm.distill.progress import Reporter, Stages
+    from pocketvlm.distill.pruning import prune_to, summary
+
+    scored = None if data is None else _open(data, on_bad_sample)
+    with Stages(Reporter(), "pruning") as progress:
+        result = prune_to(
+            source, out, data=scored, method=method, keep_heads=keep_heads, keep_mlp=keep_mlp, keep_depth=keep_depth,
+            towers=towers, groups=groups, device=device, overwrite=overwrite, allow_download=allow_download,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    print(f"student: {out}\n{summary(result)}")
 
 
 @app.command

@@ -19,7 +19,7 @@ def listing(what: str) -> list[dict[str, Any]]:
     if what == "teachers":
         from pocketvlm.teachers import list_teachers
 
-        return [dataclasses.asdict(info) for info in list_teachers()]
+        return [*(dataclasses.asdict(info) for info in list_teachers()), _STUDENT_TEACHER]
     require("torch", "distill")
     if what == "students":
         from pocketvlm.students import list_students
@@ -54,6 +54,14 @@ def listing(what: str) -> list[dict[str, Any]]:
 def _first_line(documented: object) -> str:
     return (documented.__doc__ or "").strip().split("\n")[0]
 
+
+# of distill.student_teacher, which imports torch; listing teachers does not
+_STUDENT_TEACHER = {
+    "kind": "student",
+    "spec": "student:FOLDER",
+    "description": "a student of yours (run or student folder), to distil a smaller or pruned one from",
+    "extra": "distill",
+}
 
 _DATA = (
     ("openmoji[?pool=student&fold=0&captions=0.1]", "built in: 1,918 named pictures, split by concept"),

@@ -18,7 +18,20 @@ import yaml
 Cli = Callable[..., Any]
 
 COMMANDS = {
-    "": ("demo", "list", "teacher", "distill", "eval", "export", "reference", "parity", "embed", "classify", "doctor"),
+    "": (
+        "demo",
+        "list",
+        "teacher",
+        "distill",
+        "eval",
+        "prune",
+        "export",
+        "reference",
+        "parity",
+        "embed",
+        "classify",
+        "doctor",
+    ),
     "demo": ("--out", "--quick", "--fold", "--overwrite"),
     "list": ("students", "teachers", "objectives", "data", "targets", "recipes", "--json"),
     "teacher": ("check",),
@@ -42,6 +55,21 @@ COMMANDS = {
         "--backend",
         "--precision",
         "--json",
+    ),
+    "prune": (
+        "SOURCE",
+        "--data",
+        "--method",
+        "--keep-heads",
+        "--keep-mlp",
+        "--keep-depth",
+        "--towers",
+        "--groups",
+        "--device",
+        "--on-bad-sample",
+        "--allow-download",
+        "--trust-remote-code",
+        "--overwrite",
     ),
     "export": (
         "SOURCE",
@@ -362,11 +390,30 @@ def test_permissions_reach_the_teacher_and_are_off_unless_given(
         ("eval", exported, "--data", shapes, "--teacher", model, *flags),
         ("export", "--from", model, "--targets", "onnx:fp32", *out, *flags),
         ("reference", "record", "--from", model, "--data", shapes, *out, *flags),
+        ("prune", model, "--keep-depth", "0.5", *out, *flags),
         ("distill", recipe, f"teacher.spec={model}", *(f"teacher.{name}=true" for name in given), *out),
     ]
     for command in commands:
         assert "stops here" in cli(*command).err.splitlines()[-1], command
     assert seen == [{name: name in given for name in ("allow_download", "trust_remote_code")}] * len(commands)
+
+
+# --- prune ----------------------------------------------------------------------------------------------------------
+
+
+def test_prune_writes_a_student_and_keeps_what_is_there(cli: Cli, student: Path, shapes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    command = ("prune", student, "--data", shapes, "--towers", "text", "--keep-mlp", "0.5", "--out", out)
+    done = cli(*command, "--device", "cpu")
+    assert done.code == 0, done.err
+    assert f"student: {out}" in done.out
+    assert "text: 0." in done.out
+    assert "score: " in done.out
+    described = json.loads((out / "pruning.json").read_text())
+    assert described["method"] == "mope"
+    assert described["parameters"]["after"]["text"] < described["parameters"]["before"]["text"]
+    assert (out / "student.json").is_file()
+    assert "--overwrite" in cli(*command).sentence()
 
 
 # --- distill --------------------------------------------------------------------------------------------------------
@@ -471,6 +518,10 @@ def test_names_and_paths_that_do_not_exist(cli: Cli, bundle: Path, student: Path
         (("teacher", "check", "ingredients", "--data", "openmojy"), "did you mean 'openmoji'"),
         (("eval", bundle, "--data", "openmojy"), "did you mean 'openmoji'"),
         (("eval", tmp_path, "--data", shapes), "neither bundle.json nor student.json"),
+        (("prune", student, "--method", "mop", "--keep-depth", "0.5", *out), "did you mean 'mope'"),
+        (("prune", student, "--method", "prefix", "--keep-depth", "0.5", *out), "not made of plain transformer blocks"),
+        (("prune", student, "--method", "prefix", "--keep-heads", "0", *out), "keep_heads is 0"),
+        (("prune", tmp_path / "none", "--keep-heads", "0.5", *out), "student.json"),
         (("export", *out), "--from"),
         (("export", student, "--from", "hf:x", *out), "--from"),
         (("export", student, "--targets", "onxx", *out), "did you mean 'onnx'"),
