@@ -47,7 +47,9 @@ def summary_of(out: Path) -> dict[str, Any]:
 
 
 def _protocol(runs: Runs, concepts: dict[str, Any]) -> dict[str, Any]:
-    whole = runs.get("plain", {}).keys()
+    # the arm with the most runs says which folds and seeds an arm needs
+    first = max(runs, key=lambda name: len(runs[name]))
+    whole = runs[first].keys()
     complete = {name: own for name, own in runs.items() if own.keys() == whole}
     found: dict[str, Any] = {
         "folds": sorted({fold for fold, _ in whole}),
@@ -63,7 +65,8 @@ def _protocol(runs: Runs, concepts: dict[str, Any]) -> dict[str, Any]:
     units: dict[str, list[str]] = {direction: [] for direction in ACROSS}
     for key in sorted(whole):
         for direction in ACROSS:
-            units[direction] += concepts[complete["plain"][key]["queries"]][direction]
+            # runs of before picture -> picture was scored have none
+            units[direction] += concepts[runs[first][key]["queries"]].get(direction, [])
 
     def interval(a: tuple[str, str], b: tuple[str, str], directions: tuple[str, ...] = DIRECTIONS) -> Row:
         """Of R@5 over all queries of these directions, in points."""
@@ -76,11 +79,10 @@ def _protocol(runs: Runs, concepts: dict[str, Any]) -> dict[str, Any]:
         views = next(iter(complete[arm].values()))["hits"]
         shares = {view: {d: _percent(hits(arm, view, d).mean()) for d in views[view]} for view in views}
         found["recall"][arm] = {view: own | {"mean": _mean(hits, arm, view)} for view, own in shares.items()}
-    found["elastic"] = {
-        name: _elastic(name, found["recall"], interval) for name in ELASTIC if name in complete and "plain" in complete
-    }
+    found["reductions"] = [r for r in REDUCTIONS if any(name.startswith(f"{r}-") for name in complete)]
+    found["elastic"] = {name: _elastic(name, found["recall"], interval) for name in ELASTIC if name in complete}
     found["exits"] = _exits(found["recall"], interval) if {"plain", "starbucks"} <= complete.keys() else {}
-    found["asymmetric"] = {arm: _across(arm, interval) for arm in ASYMMETRIC if arm in complete}
+    found["asymmetric"] = {arm: _across(arm, found["recall"], interval) for arm in ASYMMETRIC if arm in complete}
     costs = {arm: float(np.median([row["step_ms"] for row in own.values()])) for arm, own in complete.items()}
     found["step_ms"] = {arm: round(value, 1) for arm, value in costs.items()}
     return found
@@ -102,13 +104,14 @@ def _exits(recall: dict[str, Any], interval: Any) -> Row:
     return found
 
 
-def _across(arm: str, interval: Any) -> Row:
+def _across(arm: str, recall: dict[str, Any], interval: Any) -> Row:
     """Each mixed way of an arm, in each direction: against the student alone, and against the same way of `plain`."""
     found: Row = {}
     for way in [way for way in WAYS if way not in SYMMETRIC.values()]:
-        found[way] = {d: {"to_student": interval((arm, way), (arm, SYMMETRIC["model"]), (d,))} for d in ACROSS}
+        asked = [direction for direction in ACROSS if direction in recall[arm][way]]
+        found[way] = {d: {"to_student": interval((arm, way), (arm, SYMMETRIC["model"]), (d,))} for d in asked}
         if arm != "plain":
-            for d in ACROSS:
+            for d in asked:
                 found[way][d]["to_plain"] = interval((arm, way), ("plain", way), (d,))
     return found
 
@@ -125,15 +128,16 @@ def _elastic(name: str, recall: dict[str, Any], interval: Any) -> Row:
     for m in DIMS:
         own = recall[name][str(m)]["mean"]
         rivals = {f"{r}-{m}": recall[f"{r}-{m}"][str(m)]["mean"] for r in REDUCTIONS if f"{r}-{m}" in recall}
-        if m == FULL:
+        if m == FULL and "plain" in recall:
             rivals = {"plain": recall["plain"][str(FULL)]["mean"]}
         row: Row = {"mean": own, "kept": round(100 * own / full, 1)}
         if rivals:
             best = max(rivals, key=lambda arm: rivals[arm])
             row["best_separate"] = best
             row["to_separate"] = interval((name, str(m)), (best, str(m)))
-        row["to_cut"] = interval((name, str(m)), ("plain", str(m)))
-        row["to_turned_cut"] = interval((name, str(m)), ("plain", f"{m}@{TURNED}"))
+        if "plain" in recall:
+            row["to_cut"] = interval((name, str(m)), ("plain", str(m)))
+            row["to_turned_cut"] = interval((name, str(m)), ("plain", f"{m}@{TURNED}"))
         found["widths"][str(m)] = row
     rows = found["widths"].values()
     compared = [row["to_separate"]["difference"] for row in rows if "to_separate" in row]
@@ -171,8 +175,8 @@ weight of `feature`. Intervals: 95 %, paired, base concepts resampled whole.
 
 **One elastic student** (`matryoshka` over both losses, all seven widths) against students trained for one width
 alone. These need a teacher of that width: its first numbers (*prefix*), its first principal axes (*principal*), or all
-of it behind a learned projector (*projector*); each row compares with the best of the three on these very queries,
-which flatters them. "Cut" is the student trained at full width alone, cut; "turned, cut" the same after
+of it behind a learned projector (*projector*); each row compares with the best of those that were run, on these very
+queries, which flatters them. "Cut" is the student trained at full width alone, cut; "turned, cut" the same after
 `students.change_axes` to the teacher's principal axes, which needs no training. "Principal axes" is
 `teacher.axes: principal` ([recipes.md](recipes.md)).
 """
@@ -187,7 +191,11 @@ def page(found: Row) -> str:
     for protocol, part in found["protocols"].items():
         lines += [f"## {TITLES[protocol]}", ""]
         folds, seeds = (", ".join(map(str, part[key])) for key in ("folds", "seeds"))
-        lines += [f"Folds {folds}, seeds {seeds}.", ""]
+        ways = ", ".join(f"*{name}*" for name in part["reductions"]) or "none"
+        lines += [
+            f"Folds {folds}, seeds {seeds}. Ways to a teacher of a student's width that have results: {ways}.",
+            "",
+        ]
         for name, elastic in part["elastic"].items():
             lines += _elastic_table(name, elastic, part)
         if part["exits"]:
@@ -211,9 +219,9 @@ def _elastic_table(name: str, elastic: Row, part: Row) -> list[str]:
         if "best_separate" in row:
             label = row["best_separate"].rsplit("-", 1)[0]
             rival = f"{part['recall'][row['best_separate']][m]['mean']:.1f} ({label})"
-        plain = part["recall"]["plain"]
         cells = [m, f"{row['mean']:.1f}", f"{row['kept']:.0f} %", rival, shown(row.get("to_separate"))]
-        cells += [f"{plain[m]['mean']:.1f}", f"{plain[f'{m}@{TURNED}']['mean']:.1f}"]
+        plain = part["recall"].get("plain", {})
+        cells += [f"{plain[view]['mean']:.1f}" if view in plain else "–" for view in (m, f"{m}@{TURNED}")]
         lines.append("| " + " | ".join(cells) + " |")
     kept, within = elastic["floor_kept"], elastic["floor_within"]
     lines += ["", f"At {KEPT_AT} numbers {kept['value']:.1f} % of full width (wanted: {KEPT:.0f} %): {_met(kept)}."]
@@ -248,26 +256,23 @@ def _exits_table(part: Row) -> list[str]:
 
 
 def _asymmetric_table(part: Row) -> list[str]:
-    names = list(part["asymmetric"])
+    names, way = list(part["asymmetric"]), "model_query_teacher_gallery"
+    asked = [direction for direction in ACROSS if direction in part["asymmetric"][names[0]][way]]
+    said = [direction.replace("image", "picture").replace("_to_", " → ") for direction in asked]
     lines = ["### Student queries, teacher gallery", ""]
-    lines += [
-        "R@5 picture → text / text → picture / picture → picture (of the pictures whose concept has others: these are"
-    ]
-    lines += [
-        "the right answers, the own picture is left out). `plain` is `clip` and `feature`; the others add a loss.",
-        "",
-    ]
-    lines += ["| queries, gallery of | " + " | ".join(f"`{name}`" for name in names) + " |"]
+    lines += [f"R@5 {' / '.join(said)}. `plain` is `clip` and `feature`; the others add a loss."]
+    if "image_to_image" in asked:
+        lines += ["Picture → picture is of the pictures whose concept has others, which are the answers."]
+    lines += ["", "| queries, gallery of | " + " | ".join(f"`{name}`" for name in names) + " |"]
     lines += ["|---|" + "---:|" * len(names)]
-    for way, what in SHOWN.items():
-        cells = [" / ".join(f"{part['recall'][name][way][d]:.1f}" for d in ACROSS) for name in names]
+    for key, what in SHOWN.items():
+        cells = [" / ".join(f"{part['recall'][name][key][d]:.1f}" for d in asked) for name in names]
         lines.append(f"| {what} | " + " | ".join(cells) + " |")
-    way = "model_query_teacher_gallery"
     lines += ["", f"Differences of “{SHOWN[way]}”, with intervals:", ""]
-    lines += ["| arm | to | picture → text | text → picture | picture → picture |", "|---|---|---|---|---|"]
+    lines += ["| arm | to | " + " | ".join(said) + " |", "|---|---|" + "---|" * len(said)]
     for name, ways in part["asymmetric"].items():
         for key, what in (("to_student", "the student alone"), ("to_plain", "`plain`")):
-            gaps = [ways[way][d].get(key) for d in ACROSS]
+            gaps = [ways[way][d].get(key) for d in asked]
             if gaps[0] is not None:
                 lines.append(f"| `{name}` | {what} | " + " | ".join(map(shown, gaps)) + " |")
     return [*lines, ""]
