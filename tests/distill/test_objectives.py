@@ -38,7 +38,7 @@ from pocketvlm.distill.objectives import (
     objective_needs,
     objective_options,
 )
-from pocketvlm.distill.objectives.rkd import AngleLoss
+from pocketvlm.distill.objectives.rkd import AngleLoss, lopsided, squared_distances
 from pocketvlm.edge.errors import UnknownNameError, UsageError
 
 
@@ -437,8 +437,12 @@ def test_coinciding_rows_do_not_explode_rkd():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_angles_of_close_rows_are_those_of_their_differences(dtype):
-    """Value and gradient against all differences at once, where products cancel: clusters 1e-4 wide, and equal rows."""
+@pytest.mark.parametrize("close", [12, 6, 0])
+def test_angles_of_close_rows_are_those_of_their_differences(dtype, close):
+    """Value and gradient against all differences at once, where products cancel: clusters 1e-4 wide, and equal rows.
+
+    Of 12 rows the first `close` lie in clusters of three, so that float32 has to tell the vertices that it may do.
+    """
 
     def psi(z: torch.Tensor) -> torch.Tensor:
         difference = z[None] - z[:, None]
@@ -447,11 +451,15 @@ def test_angles_of_close_rows_are_those_of_their_differences(dtype):
         return direction @ direction.transpose(1, 2)
 
     g = torch.Generator().manual_seed(0)
-    rows = torch.randn(4, 6, generator=g).repeat_interleave(3, dim=0)
-    rows += 1e-4 * torch.randn(12, 6, generator=g)
+    rows, teacher = torch.randn(12, 6, generator=g), torch.randn(12, 8, generator=g).to(dtype)
+    for first in range(0, close, 3):
+        rows[first : first + 3] = rows[first] + 1e-4 * torch.randn(3, 6, generator=g)
     rows[5] = rows[4]
-    student, teacher = rows.to(dtype).requires_grad_(), torch.randn(12, 8, generator=g).to(dtype)
-    value = AngleLoss.apply(student, teacher)
+    student = rows.to(dtype).requires_grad_()
+    squares, their_squares = squared_distances(student), squared_distances(teacher)
+    found = lopsided(squares.detach()) | lopsided(their_squares)
+    assert found.tolist() == [row < close for row in range(12)]
+    value = AngleLoss.apply(squares, their_squares, dtype == torch.float64)
     value.backward()
     wide = student.detach().double().requires_grad_()
     wanted = torch.nn.functional.smooth_l1_loss(psi(wide), psi(teacher.double()))
