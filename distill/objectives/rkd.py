@@ -14,7 +14,6 @@ from pocketvlm.distill.objectives.common import Widths, unit
 from pocketvlm.distill.objectives.within import WithinModality
 from pocketvlm.edge.errors import UsageError
 
-
 # a cosine in float32 is off by 6e-8 times this, as far as one row is closer than another
 _NEAR = 32.0
 # squares up to here are of rows that coincide, whose angles are 0
