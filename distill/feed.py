@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from pocketvlm.data import cache_dir
 from pocketvlm.distill.batches import Order, Plan
+from pocketvlm.distill.fusion import PieceMasking, asked_pieces, masked_words
 from pocketvlm.distill.masking import asked_masking, statistics_kept
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective
+from pocketvlm.distill.objectives.masked_language import MaskedLanguage
 from pocketvlm.distill.prepare import Prepared
 from pocketvlm.distill.taps import asked_taps, encode_image, gray, tap_widths, text_taps
 from pocketvlm.edge.contract import TextSpec
@@ -38,6 +40,7 @@ class Step:
     ids: int32 [C + T, L], captions of the C rows in `with_text`, then T texts.
     The teacher's embeddings, features and tokens [B, N, W] for the same rows, or None.
     masked: uint8 [B, S, S, 3], the same pictures with patches masked, where an objective asks for them.
+    hidden: int64 [C, K], the places of each caption whose pieces are masked, -1 for none, where an objective asks.
     """
 
     phase: str
@@ -55,6 +58,7 @@ class Step:
     teacher_text_features: Tensor | None = None
     teacher_tokens: Tensor | None = None
     masked: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class Feed:
@@ -69,6 +73,8 @@ class Feed:
         self._ids: dict[str, np.ndarray[Any, Any]] = prepared.memo["ids"]
         self.bank = self._fixed_bank()
         self.taps, self.masking = asked_taps(prepared.recipe), asked_masking(prepared.recipe)
+        ratio = asked_pieces(prepared.recipe)
+        self.pieces = None if ratio is None else PieceMasking(ratio, prepared.student)
         self.cut = prepared.recipe.train.cut_after_block
         self.lower = lower_outputs(prepared, device) if self.cut is not None else None
 
@@ -104,6 +110,10 @@ class Feed:
         )
         captions = [text for text in plan.captions if text is not None]
         self._add_texts(batch, plan.words, captions)
+        if self.pieces is not None and batch.ids is not None:
+            uids = [self.prepared.samples[plan.rows[i]].uid for i in batch.with_text.tolist()]
+            seed = self.prepared.recipe.train.seed
+            batch.hidden = self.pieces.places(batch.ids[: len(captions)].numpy(), seed, step, uids)
         self._add_teacher(batch, plan, captions)
         return batch
 
@@ -220,8 +230,25 @@ class Feed:
                     x = tower.until_block(x, self.cut)
             return encode_image(student, x, self.cut).embedding.float()
 
-    def forward(self, student: Student, batch: Step) -> dict[str, Pair]:
-        """{"pairs": (student, teacher), "texts": (student, teacher)}, whichever the step has; float32."""
+    def _add_masked_words(self, student: Student, batch: Step, outputs: Outputs, fusion: MaskedLanguage) -> None:
+        """The guesses at masked pieces in the captions' rows, and zeros and -1 elsewhere."""
+        assert batch.with_text is not None, "a batch of pictures says which have captions"
+        assert self.pieces is not None, "the recipe was seen to have the objective"
+        size, slots, rows = batch.size, self.pieces.slots, batch.with_text.to(self.device)
+        tower = student.text_tower
+        words = torch.zeros(size, slots, tower.position.shape[1], device=self.device)
+        pieces = torch.full((size, slots), -1, dtype=torch.int64, device=self.device)
+        if batch.ids is not None and batch.hidden is not None and len(rows):
+            ids, places = batch.ids[: len(rows)].to(self.device), batch.hidden.to(self.device)
+            found, those = masked_words(student, fusion, ids, places, outputs.image[rows])
+            words, pieces = words.index_copy(0, rows, found), pieces.index_copy(0, rows, those)
+        outputs.masked_words, outputs.masked_pieces, outputs.token_table = words, pieces, tower.token.weight
+
+    def forward(self, student: Student, batch: Step, fusion: MaskedLanguage | None = None) -> dict[str, Pair]:
+        """{"pairs": (student, teacher), "texts": (student, teacher)}, whichever the step has; float32.
+
+        fusion: the objective that wants masked captions; without it there are none.
+        """
         found: dict[str, Pair] = {}
         text, text_features, taps = None, None, {}
         if batch.ids is not None:
@@ -249,6 +276,8 @@ class Feed:
                 outputs.text_mask = self._caption_mask(batch, captioned, student.text_spec)
             if batch.masked is not None:
                 outputs.masked_image = self._masked(student, batch.masked)
+            if fusion is not None:
+                self._add_masked_words(student, batch, outputs, fusion)
             if teacher is not None and batch.teacher_tokens is not None:
                 teacher.taps = {TOKENS: batch.teacher_tokens.to(self.device)}
         return found
@@ -415,7 +444,10 @@ def build_objectives(prepared: Prepared) -> nn.ModuleList:
     for place, spec in enumerate(prepared.recipe.objectives):
         teacher = None
         if spec.batch == "pairs":
-            own = Widths(student.embed_dim, pictures, texts, taps)
+            tower = student.text_tower
+            own = Widths(
+                student.embed_dim, pictures, texts, taps, tower.token.embedding_dim, text_blocks=len(tower.blocks)
+            )
             if facts is not None and images is not None:
                 info = images.info
                 kept = {TOKENS: info.token_dim} if info.token_dim else {}

@@ -27,6 +27,7 @@ from pocketvlm.distill.encoders import StudentEncoder
 from pocketvlm.distill.environment import describe_environment
 from pocketvlm.distill.evaluate import Evaluation, embed_questions, score
 from pocketvlm.distill.feed import Feed, Step, build_objectives
+from pocketvlm.distill.fusion import fusion_of
 from pocketvlm.distill.gather import gather_outputs
 from pocketvlm.distill.objectives import Objective, Outputs
 from pocketvlm.distill.prepare import Prepared, prepare
@@ -170,6 +171,7 @@ class Trainer:
         )
         self.feed = Feed(prepared, self.order, device)
         self.objectives: nn.ModuleList = build_objectives(prepared).to(device)
+        self.fusion = fusion_of(self.objectives)
         groups = optim.parameter_groups(self.student, self.objectives, self.config)
         self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
@@ -239,7 +241,7 @@ class Trainer:
         for objective in self.objectives:
             cast(Objective, objective).at(self.step, optim.progress(main, self.config.steps))
         with self._precision():
-            outputs = self.feed.forward(self.student, batch)
+            outputs = self.feed.forward(self.student, batch, self.fusion)
         loss, terms = self._loss(outputs, batch, main)
         if not math.isfinite(value := float(loss.detach())):
             self._diverged("loss", {name: float(term) for name, term in terms.items()})

@@ -43,7 +43,7 @@ def stand_in_widths(spec: ObjectiveSection) -> Widths:
     """
     asked = objective_taps(spec.name, spec.options)
     taps = {f"text.{name}" if option == "text_tap" else name: 8 for option, name in asked.items()}
-    return Widths(min(max([8, *listed_dims(spec.options)]), 1 << 14), 8, 8, taps)
+    return Widths(min(max([8, *listed_dims(spec.options)]), 1 << 14), 8, 8, taps, token_table=8, text_blocks=48)
 
 
 def tap_problems(spec: ObjectiveSection, here: str) -> Iterator[str]:
@@ -61,16 +61,18 @@ def tap_problems(spec: ObjectiveSection, here: str) -> Iterator[str]:
 
 def shared_problems(recipe: Recipe) -> Iterator[str]:
     """What is wrong with the objectives of a recipe together."""
+    from pocketvlm.distill.fusion import asked_pieces
     from pocketvlm.distill.masking import asked_masking
 
     try:
         taps = asked_taps(recipe)
     except UsageError:
         return  # said of the objective itself
-    try:
-        asked_masking(recipe)
-    except UsageError as error:
-        yield str(error).rstrip(".")
+    for asked in (asked_masking, asked_pieces):
+        try:
+            asked(recipe)
+        except UsageError as error:
+            yield str(error).rstrip(".")
     if recipe.teacher is not None and recipe.teacher.token_grid is not None and not taps.teacher:
         yield "teacher.token_grid is set and no objective reads the teacher's tokens; leave it out"
 

@@ -26,6 +26,7 @@ from pocketvlm.distill.objectives.hint import Hint
 from pocketvlm.distill.objectives.hycd import HybridContrastive
 from pocketvlm.distill.objectives.icl import Interactive
 from pocketvlm.distill.objectives.masked_feature import MaskedFeature
+from pocketvlm.distill.objectives.masked_language import MaskedLanguage
 from pocketvlm.distill.objectives.matryoshka import Matryoshka
 from pocketvlm.distill.objectives.momentum import MomentumDistillation
 from pocketvlm.distill.objectives.multi_positive import DistributionMatching
@@ -73,6 +74,7 @@ _CLASSES: dict[str, type[BatchObjective]] = {
         HybridContrastive,
         Interactive,
         MaskedFeature,
+        MaskedLanguage,
         Matryoshka,
         MomentumDistillation,
         MultiTeacher,

@@ -28,6 +28,9 @@ class Outputs:
     tower under "text." and the name, in every row.
     text_mask: bool [B, L], where the text tower's tokens are no padding, or None.
     masked_image: [B, D] raw embeddings of the same pictures with patches masked, or None.
+    masked_words: [B, K, W] the text tower's last features at masked pieces of the captions, the whole picture fused in,
+    or None; masked_pieces: int64 [B, K], which pieces these were, -1 where there is none.
+    token_table: [V, E] the text tower's token embedding, or None.
     bank: [N, D] embeddings of a fixed list of texts (the same texts for student and teacher), or None.
     group: int64 [B]; equal values mean the same concept (duplicate captions), or None.
     """
@@ -44,6 +47,9 @@ class Outputs:
     group: Tensor | None = None
     text_mask: Tensor | None = None
     masked_image: Tensor | None = None
+    masked_words: Tensor | None = None
+    masked_pieces: Tensor | None = None
+    token_table: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Needs:
     features: reads `image_features` of both models. bank: reads embeddings of a fixed text list. taps: which of the
     options `student_tap` (image tower), `text_tap` (text tower) and `teacher_tap` name inner activations that it reads.
     masked_view: wants an extra student forward of a masked image, as its options `ratio` and `cells` say.
+    masked_text: wants an extra forward of the text tower over masked captions, with its own fusion module in it.
     """
 
     captions: bool = False
@@ -64,6 +71,7 @@ class Needs:
     bank: bool = False
     taps: tuple[str, ...] = ()
     masked_view: bool = False
+    masked_text: bool = False
     momentum: bool = False
 
     @property

@@ -43,13 +43,17 @@ def outputs(seed: int, *, dim: int = D, features: int = F, dtype: torch.dtype = 
     with torch.no_grad():
         words[3] = words[0]
     found.taps["text.tokens"] = words
+    found.masked_words, found.token_table = draw(B, 2, features), draw(V, E)
+    found.masked_pieces = torch.tensor(PIECES)
     found.text_mask = torch.tensor([[place < length for place in range(L)] for length in LENGTHS])
     return found
 
 
 L = 5
+V, E = 11, 3
+PIECES = [[2, 9], [4, -1], [-1, -1], [2, 9], [0, 7], [-1, -1]]  # masked pieces of each caption
 LENGTHS = [4, 2, 0, 4, 5, 1]  # real tokens of each caption; row 2 has none
-WIDTHS = Widths(embedding=D, image_features=F, text_features=F, taps={"tokens": F, "text.tokens": F})
+WIDTHS = Widths(D, F, F, taps={"tokens": F, "text.tokens": F}, token_table=E, text_blocks=2)
 OTHER = Widths(embedding=D + 2, image_features=F + 3, text_features=F + 3, taps={"tokens": F + 3})
 SEED, STEP, PROGRESS = 5, 7, 0.5  # an objective that changes during training is looked at in the middle of it
 

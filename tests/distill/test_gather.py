@@ -22,7 +22,8 @@ from pocketvlm.distill.objectives import Outputs, Widths, build_objective, list_
 from pocketvlm.edge.errors import UsageError
 
 ROWS, SPLIT, N = 9, 5, 6  # uneven on purpose: 5 rows on rank 0, 4 on rank 1
-STUDENT, TEACHER = Widths(4, 7, 7, {"tokens": 2, "text.tokens": 2, "b": 1}), Widths(5, 6, 6, {"tokens": 2})
+STUDENT = Widths(4, 7, 7, {"tokens": 2, "text.tokens": 2, "b": 1}, token_table=3, text_blocks=1)
+TEACHER = Widths(5, 6, 6, {"tokens": 2})
 
 
 class Towers(nn.Module):
@@ -52,6 +53,8 @@ class Towers(nn.Module):
                 "text.tokens": torch.stack([text_features[:, :5], text_features[:, 2:]], dim=2),
             },
             masked_image=torch.sin(pixels @ self.body.T) @ self.image.T,
+            masked_words=torch.stack([text_features, features], dim=1),
+            token_table=self.body,
             bank=torch.tanh(words @ self.body.T) @ self.text.T,
             **labels,
         )
@@ -77,7 +80,9 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
         taps={"tokens": draw["tokens"][start:stop].reshape(-1, 4, 2)},
     )
     inputs = {"pixels": draw["pixels"][start:stop], "ids": draw["ids"][start:stop], "words": draw["words"]}
-    return {**inputs, "has_text": has_text, "group": group, "text_mask": text_mask[start:stop]}, teacher
+    pieces = torch.tensor([[6, 2], [1, -1], [-1, -1], [0, 3], [-1, -1], [5, 5], [4, -1], [-1, -1], [2, 6]])[start:stop]
+    labels = {"has_text": has_text, "group": group, "text_mask": text_mask[start:stop], "masked_pieces": pieces}
+    return {**inputs, **labels}, teacher
 
 
 def objectives() -> list[tuple[str, dict[str, object]]]:
