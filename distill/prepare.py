@@ -153,6 +153,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         bad = recipe.data.on_bad_sample
         source = open_data(recipe.data.train, on_bad_sample=bad, progress=progress)
         held_out = open_data(recipe.data.eval, on_bad_sample=bad, progress=progress) if recipe.data.eval else None
+    source = source.weighed(recipe.data.caption_weights)
     _check_captions(recipe, source)
     texts = _text_pool(recipe, source, held_out)
     teacher = None
@@ -212,7 +213,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
 
 def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, teacher: Any) -> str:
     facts = {
-        "samples": digest_names([f"{s.uid} {[c.text for c in s.captions]}" for s in samples]),
+        "samples": digest_names([f"{s.uid} {_drawn(s)}" for s in samples]),
         "texts": digest_names(texts),
         "tokenizer": hashlib.sha256(student.tokenizer_json).hexdigest(),
         "teacher": teacher.fingerprint if teacher else None,
@@ -220,6 +221,12 @@ def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, t
         "student": student.config.model_dump(mode="json", exclude={"dims"}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _drawn(sample: Sample) -> list[Any]:
+    """What decides which caption a step draws: texts, and their weights where these differ."""
+    alike = len({caption.weight for caption in sample.captions}) < 2
+    return [caption.text if alike else (caption.text, caption.weight) for caption in sample.captions]
 
 
 def _asked(recipe: Recipe) -> tuple[Any, ...]:

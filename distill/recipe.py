@@ -46,6 +46,8 @@ class DataSection(_Section):
     """train / eval: data specs (`data.open_data`). words: generic texts, or null.
 
     on_bad_sample: "skip" counts and reports unreadable samples, "refuse" stops at the first.
+    caption_weights: source of a caption ("original", "rewrite") -> factor on its weight among a picture's captions, of
+    which each step draws one; 0 leaves these out of training.
     source_px: pictures are kept in memory with their shorter side at most this long (0: never reduced).
     ram_gb: memory for decoded pictures and finished views; past it they are made again on every use.
     """
@@ -53,6 +55,7 @@ class DataSection(_Section):
     train: str
     eval: str | None = None
     words: WordsSection | None = None
+    caption_weights: dict[str, NonNegative] = Field(default_factory=dict)
     on_bad_sample: Literal["skip", "refuse"] = "skip"
     source_px: CountOrZero = 256
     ram_gb: NonNegative = 2.0
