@@ -21,6 +21,7 @@ from pocketvlm.distill.masking import asked_masking, statistics_kept
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective
 from pocketvlm.distill.objectives.masked_language import MaskedLanguage
 from pocketvlm.distill.prepare import Prepared
+from pocketvlm.distill.regions import FINER, Cells, asked_regions, dense_map, map_taps, pooled
 from pocketvlm.distill.taps import asked_taps, encode_image, gray, tap_widths, text_taps
 from pocketvlm.edge.contract import TextSpec
 from pocketvlm.edge.errors import IntegrityError
@@ -40,6 +41,7 @@ class Step:
     ids: int32 [C + T, L], captions of the C rows in `with_text`, then T texts.
     The teacher's embeddings, features and tokens [B, N, W] for the same rows, or None.
     masked: uint8 [B, S, S, 3], the same pictures with patches masked, where an objective asks for them.
+    cells: of the pictures, where an objective asks for them.
     hidden: int64 [C, K], the places of each caption whose pieces are masked, -1 for none, where an objective asks.
     """
 
@@ -59,6 +61,16 @@ class Step:
     teacher_tokens: Tensor | None = None
     masked: Tensor | None = None
     hidden: Tensor | None = None
+    cells: Cells | None = None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What objectives want run beside the student's towers. fusion: the objective with the module that shows pictures
+    to masked captions. original: the image tower as it was before training."""
+
+    fusion: MaskedLanguage | None = None
+    original: Any = None
 
 
 class Feed:
@@ -76,6 +88,7 @@ class Feed:
         ratio = asked_pieces(prepared.recipe)
         self.pieces = None if ratio is None else PieceMasking(ratio, prepared.student)
         self.cut = prepared.recipe.train.cut_after_block
+        self.regions = asked_regions(prepared.recipe)
         self.lower = lower_outputs(prepared, device) if self.cut is not None else None
 
     def _fixed_bank(self) -> Tensor | None:
@@ -104,6 +117,11 @@ class Feed:
             whole = batch.pixels.numpy() if self.cut is None else pictures.batch(plan.rows, plan.views)
             seed = self.prepared.recipe.train.seed
             batch.masked = torch.from_numpy(self.masking.paint(whole, seed, step, uids, pictures.spec))
+        if self.regions is not None:
+            pictures, uids = self.prepared.pictures, [self.prepared.samples[row].uid for row in plan.rows]
+            large = [pictures.view(row, view, FINER) for row, view in zip(plan.rows, plan.views)]
+            seed = self.prepared.recipe.train.seed
+            batch.cells = self.regions.batch(large, seed, step, uids, pictures.spec.size)
         batch.group = torch.from_numpy(plan.group)
         batch.with_text = torch.tensor(
             [i for i, text in enumerate(plan.captions) if text is not None], dtype=torch.long
@@ -244,10 +262,18 @@ class Feed:
             words, pieces = words.index_copy(0, rows, found), pieces.index_copy(0, rows, those)
         outputs.masked_words, outputs.masked_pieces, outputs.token_table = words, pieces, tower.token.weight
 
-    def forward(self, student: Student, batch: Step, fusion: MaskedLanguage | None = None) -> dict[str, Pair]:
+    def _add_regions(self, outputs: Outputs, cells: Cells, chart: Tensor, original: Any) -> None:
+        """The map over the cells, and what the frozen original says of each cell cut out."""
+        with torch.no_grad():
+            said = original(cells.crops.to(self.device))[0].float()
+        mask = cells.mask.to(self.device)
+        outputs.regions, outputs.region_mask = pooled(chart, cells), mask
+        outputs.region_targets = said.new_zeros(*mask.shape, said.shape[1]).index_put(tuple(mask.nonzero().T), said)
+
+    def forward(self, student: Student, batch: Step, beside: Beside | None = None) -> dict[str, Pair]:
         """{"pairs": (student, teacher), "texts": (student, teacher)}, whichever the step has; float32.
 
-        fusion: the objective that wants masked captions; without it there are none.
+        beside: what runs beside the student's own towers; without it, nothing does.
         """
         found: dict[str, Pair] = {}
         text, text_features, taps = None, None, {}
@@ -267,17 +293,23 @@ class Feed:
                 self._teacher(image=batch.teacher_texts, image_features=batch.teacher_text_features),
             )
         if batch.pixels is not None:
-            pictures = encode_image(student, batch.pixels.to(self.device), self.cut, self.taps.image)
+            x, beside = batch.pixels.to(self.device), beside or Beside()
+            more = map_taps(student, self.cut) if beside.original is not None else ()
+            pictures = encode_image(student, x, self.cut, tuple(dict.fromkeys((*self.taps.image, *more))))
             image, features = pictures.embedding.float(), pictures.features.float()
             found["pairs"] = self._pairs(batch, image, features, text, text_features, captioned, scale, bias)
             outputs, teacher = found["pairs"]
-            outputs.taps = pictures.taps | self._caption_taps(taps, batch, captioned)
+            own = {name: pictures.taps[name] for name in self.taps.image}
+            outputs.taps = own | self._caption_taps(taps, batch, captioned)
             if self.taps.text:
                 outputs.text_mask = self._caption_mask(batch, captioned, student.text_spec)
             if batch.masked is not None:
                 outputs.masked_image = self._masked(student, batch.masked)
-            if fusion is not None:
-                self._add_masked_words(student, batch, outputs, fusion)
+            if beside.fusion is not None:
+                self._add_masked_words(student, batch, outputs, beside.fusion)
+            if beside.original is not None and batch.cells is not None:
+                chart = dense_map(student, x, pictures.taps, self.cut)
+                self._add_regions(outputs, batch.cells, chart, beside.original)
             if teacher is not None and batch.teacher_tokens is not None:
                 teacher.taps = {TOKENS: batch.teacher_tokens.to(self.device)}
         return found

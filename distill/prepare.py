@@ -21,6 +21,7 @@ from pocketvlm.distill.evaluate import Embedded, Questions, questions_of
 from pocketvlm.distill.masking import asked_masking
 from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.recipe import Recipe
+from pocketvlm.distill.regions import check_dense
 from pocketvlm.distill.taps import asked_taps, tap_widths
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.tokenizer import Tokenizer
@@ -174,6 +175,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
     taps = asked_taps(recipe)
     tap_widths(student, taps, recipe.train.cut_after_block)
     asked_masking(recipe)
+    check_dense(recipe, student)
     tokenizer = Tokenizer(student.tokenizer_json, student.text_spec)
     policy = AugmentPolicy.from_dict(recipe.views.policy)
     whole, source = source, source.within_context(tokenizer)

@@ -461,6 +461,8 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
         yield from tap_problems(spec, here)
         if needs.masked_view and spec.batch == "texts":
             yield f"{here} masks pictures, which a text-only batch has not; use batch: pairs"
+        if needs.regions and spec.batch == "texts":
+            yield f"{here} compares cells of pictures, which a text-only batch has not; use batch: pairs"
         if needs.teacher and recipe.teacher is None:
             yield f"{here} learns from a teacher and the recipe has none; add 'teacher', or leave the objective out"
         if needs.momentum and not train.ema_decay:

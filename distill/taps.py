@@ -63,12 +63,13 @@ def shared_problems(recipe: Recipe) -> Iterator[str]:
     """What is wrong with the objectives of a recipe together."""
     from pocketvlm.distill.fusion import asked_pieces
     from pocketvlm.distill.masking import asked_masking
+    from pocketvlm.distill.regions import asked_regions
 
     try:
         taps = asked_taps(recipe)
     except UsageError:
         return  # said of the objective itself
-    for asked in (asked_masking, asked_pieces):
+    for asked in (asked_masking, asked_pieces, asked_regions):
         try:
             asked(recipe)
         except UsageError as error:

@@ -153,8 +153,8 @@ def test_a_loss_that_reaches_nothing_that_trains_has_no_gradient(toy: Any) -> No
 def test_every_objective_that_a_recipe_can_use_is_in_an_arm() -> None:
     used = {spec["name"] for arm in ARMS for spec in arm.objectives} | {"clip"}
     # these read token maps, of which a pack of all pictures and views would hold a gigabyte
-    # and this one a forward of its own over masked captions
-    assert set(list_objectives()) - used == {"token-gram", "token-alignment", "masked-language"}
+    # and these a forward of their own, over masked captions and over crops
+    assert set(list_objectives()) - used == {"token-gram", "token-alignment", "masked-language", "region-self"}
     assert len({arm.name for arm in ARMS}) == len(ARMS)
 
 

@@ -34,6 +34,7 @@ from pocketvlm.distill.objectives.multi_teacher import MultiTeacher
 from pocketvlm.distill.objectives.order import NeighbourOrder
 from pocketvlm.distill.objectives.rafa import RandomFeatureAlignment
 from pocketvlm.distill.objectives.rankclip import RankConsistency
+from pocketvlm.distill.objectives.region_self import RegionSelf
 from pocketvlm.distill.objectives.rkd import RelationalKD
 from pocketvlm.distill.objectives.siglip import PairwiseSigmoid
 from pocketvlm.distill.objectives.soft_negatives import SoftNegatives
@@ -82,6 +83,7 @@ _CLASSES: dict[str, type[BatchObjective]] = {
         PairwiseSigmoid,
         RandomFeatureAlignment,
         RankConsistency,
+        RegionSelf,
         RelationalKD,
         SoftNegatives,
         TokenAlignment,

@@ -55,8 +55,8 @@ class Matryoshka(BatchObjective):
     With dims = [full width] and weight 1 it *is* the inner objective, projectors included.
     Paper: Kusupati et al. 2022 (MRL, 2205.13147), the sum of losses with c_m = 1; there classification with a separate
     head for each m. Ours: the inner distillation losses; a projector for each m, as MRL's heads.
-    Refused: an inner objective that reads no embedding (`hint`, `token-gram`, `token-alignment`,
-    `masked-language`), `matryoshka` itself.
+    Refused: an inner objective that reads no embedding of whole pictures or texts (`hint`, `token-gram`,
+    `token-alignment`, `masked-language`, `region-self`), `matryoshka` itself.
     Cost: the inner objective's, once for each m; the towers run once.
     """
 
@@ -136,11 +136,11 @@ def inner_of(inner: Any) -> tuple[str, dict[str, Any]]:
         )
     name, options = inner["name"], dict(given)
     cls = objective_class(name)
-    if cls is Matryoshka or cls.needs.features or cls.needs.taps or cls.needs.masked_text:
+    if cls is Matryoshka or cls.needs.features or cls.needs.taps or cls.needs.masked_text or cls.needs.regions:
         why = (
             "would nest prefixes twice"
             if cls is Matryoshka
-            else "reads no embedding, so every prefix would be the same"
+            else "reads no embedding of whole pictures or texts, so every prefix would be the same"
         )
         raise UsageError(f"objective 'matryoshka' cannot hold {name!r}, which {why}; name a loss of the embeddings")
     return name, options

@@ -55,6 +55,8 @@ class Towers(nn.Module):
             masked_image=torch.sin(pixels @ self.body.T) @ self.image.T,
             masked_words=torch.stack([text_features, features], dim=1),
             token_table=self.body,
+            regions=torch.stack([features, text_features], dim=1) @ self.image.T,
+            region_targets=torch.stack([text_features, features.cos()], dim=1) @ self.text.T,
             bank=torch.tanh(words @ self.body.T) @ self.text.T,
             **labels,
         )
@@ -82,6 +84,8 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
     inputs = {"pixels": draw["pixels"][start:stop], "ids": draw["ids"][start:stop], "words": draw["words"]}
     pieces = torch.tensor([[6, 2], [1, -1], [-1, -1], [0, 3], [-1, -1], [5, 5], [4, -1], [-1, -1], [2, 6]])[start:stop]
     labels = {"has_text": has_text, "group": group, "text_mask": text_mask[start:stop], "masked_pieces": pieces}
+    cells = torch.tensor([2, 1, 2, 2, 0, 1, 2, 2, 1])[start:stop]
+    labels["region_mask"] = torch.arange(2) < cells[:, None]
     return {**inputs, **labels}, teacher
 
 

@@ -214,7 +214,7 @@ def test_every_part_is_trained_and_the_tower_keeps_no_trace(recipe: Make) -> Non
     assert image.grad.abs().sum() > 0
     with (
         pytest.raises(RuntimeError, match="in the middle"),
-        fused(trainer.student.text_tower, trainer.fusion, torch.zeros(1, 1), torch.zeros(1, 16)),
+        fused(trainer.student.text_tower, trainer.beside.fusion, torch.zeros(1, 1), torch.zeros(1, 16)),
     ):
         raise RuntimeError("in the middle")
     assert not any(module._forward_hooks for module in trainer.student.modules())
@@ -223,7 +223,7 @@ def test_every_part_is_trained_and_the_tower_keeps_no_trace(recipe: Make) -> Non
 def test_masked_pieces_are_not_read_and_the_picture_is(recipe: Make) -> None:
     """What stands at a masked place changes nothing but the answer; the picture changes what is made of the rest."""
     trainer = trainer_of(recipe())
-    student, fusion = trainer.student.eval(), trainer.fusion
+    student, fusion = trainer.student.eval(), trainer.beside.fusion
     assert fusion is not None
     ids = torch.tensor([[2, 5, 6, 7, 3, 0], [2, 8, 9, 3, 0, 0]], dtype=torch.int32)
     places, image = torch.tensor([[1, 3], [2, -1]]), torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
@@ -281,7 +281,7 @@ def test_rows_without_captions_have_no_masked_words(recipe: Make) -> None:
     for sample in trainer.prepared.samples[::2]:
         object.__setattr__(sample, "captions", ())
     batch = trainer.feed.make(0)
-    ours, _ = trainer.feed.forward(trainer.student, batch, trainer.fusion)["pairs"]
+    ours, _ = trainer.feed.forward(trainer.student, batch, trainer.beside)["pairs"]
     has = (ours.masked_pieces >= 0).any(dim=1)
     assert 0 < has.sum() < len(has)
     assert has.nonzero()[:, 0].tolist() == batch.with_text.tolist()
@@ -295,8 +295,8 @@ def test_other_runs_pay_nothing(recipe: Make) -> None:
     trainer = trainer_of(recipe(objectives=[{"name": "clip"}]))
     batch = trainer.feed.make(0)
     assert batch.hidden is None
-    assert trainer.fusion is None
-    assert trainer.feed.forward(trainer.student, batch, trainer.fusion)["pairs"][0].masked_words is None
+    assert trainer.beside.fusion is None
+    assert trainer.feed.forward(trainer.student, batch, trainer.beside)["pairs"][0].masked_words is None
 
 
 @pytest.mark.parametrize(
