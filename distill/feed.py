@@ -21,7 +21,7 @@ from pocketvlm.distill.masking import asked_masking, statistics_kept
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective
 from pocketvlm.distill.objectives.masked_language import MaskedLanguage
 from pocketvlm.distill.prepare import Prepared
-from pocketvlm.distill.regions import FINER, Cells, asked_regions, dense_map, map_taps, pooled
+from pocketvlm.distill.regions import FINER, Cells, asked_regions, dense_map, map_taps, pooled, said_of
 from pocketvlm.distill.taps import asked_taps, encode_image, gray, tap_widths, text_taps
 from pocketvlm.edge.contract import TextSpec
 from pocketvlm.edge.errors import IntegrityError
@@ -264,8 +264,7 @@ class Feed:
 
     def _add_regions(self, outputs: Outputs, cells: Cells, chart: Tensor, original: Any) -> None:
         """The map over the cells, and what the frozen original says of each cell cut out."""
-        with torch.no_grad():
-            said = original(cells.crops.to(self.device))[0].float()
+        said = said_of(original, cells.crops.to(self.device))
         mask = cells.mask.to(self.device)
         outputs.regions, outputs.region_mask = pooled(chart, cells), mask
         outputs.region_targets = said.new_zeros(*mask.shape, said.shape[1]).index_put(tuple(mask.nonzero().T), said)

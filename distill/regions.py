@@ -126,6 +126,14 @@ def dense_map(student: Student, x: Tensor, taps: dict[str, Tensor], cut: int | N
         return tower.dense(taps[TOKENS], levels).float()
 
 
+@torch.no_grad()
+def said_of(original: Any, crops: Tensor) -> Tensor:
+    """[N, D] float32, what a frozen image tower says of crops [N, S, S, 3], a few at a time where that is faster."""
+    # activations of 64 pictures stay in a processor's cache: four times as fast as a thousand at once
+    parts = crops.split(64 if crops.device.type == "cpu" else 1024)
+    return torch.cat([original(part)[0].float() for part in parts])
+
+
 def pooled(chart: Tensor, cells: Cells) -> Tensor:
     """[B, R, D]: the map [B, D, H, W], each place scaled to length 1, averaged over each cell; 0 where none is."""
     boxes, mask = cells.boxes.to(chart.device), cells.mask.to(chart.device)
