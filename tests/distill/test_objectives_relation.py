@@ -542,6 +542,7 @@ def test_spatial_correlation_detaches_one_side():
 INNERS = sorted(
     name for name in list_objectives() if name not in ("hint", "token-gram", "matryoshka")
     and not objective_needs(name).features and not objective_needs(name).taps
+    and not objective_needs(name).masked_text and not objective_needs(name).regions
 )  # fmt: skip
 
 
