@@ -7,8 +7,9 @@ The step that all is compared with: forward of both towers of `mnv4-050` at 128 
 same under every objective, so an objective is timed without them: forward, backward down to embeddings and features,
 and the update of its own parameters, `clip + objective` and `clip` in turn; the difference of the medians over the step
 is its share. What a definition asks of the towers besides (the momentum model's forward; the masked pictures' forward
-and backward; a recipe's text-only batch, as many texts as it has) is timed on its own and stated apart. The shares of a
-cheap and of the dearest objective are checked by whole steps with and without it, in turn.
+and backward; the masked captions'; the cells' forward, and the map's head; a recipe's text-only batch, as many texts as
+it has) is timed on its own and stated apart. The shares of a cheap and of the dearest objective are checked by whole
+steps with and without it, in turn.
 
 Inputs are random numbers of the built-in teacher's widths, and taps of this student's shapes (its last map; its words,
 padded to the context as in a run, of which 12 are real) against 4 x 4 teacher tokens: time does not depend on what is
@@ -27,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,10 +36,13 @@ from torch import Tensor, nn
 
 from benchmarks.results_folder import machine, write
 from pocketvlm.data.wordlist import word_list
+from pocketvlm.distill.fusion import masked_words
 from pocketvlm.distill.masking import statistics_kept
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective, list_objectives, objective_needs
+from pocketvlm.distill.objectives.masked_language import MaskedLanguage
 from pocketvlm.distill.optim import Average
 from pocketvlm.distill.recipe import Recipe, list_recipes, load_recipe
+from pocketvlm.distill.regions import Cells, dense_map, frozen_copy, pooled, said_of
 from pocketvlm.distill.taps import text_taps
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.students import build_student, train_tokenizer
@@ -49,11 +53,18 @@ BATCH, DIM, FEATURES, TOKENS, PIECES, SIZE = 256, 384, 768, 16, 12, 128
 MAP, WORDS = (480, 4, 4), (24, 192)
 EXITS = ("text.exit.1", "text.exit.2")
 TAPPED = {"tokens": MAP[0], "text.tokens": WORDS[1], **dict.fromkeys(EXITS, DIM)}
-WIDTHS = Widths(DIM, FEATURES, FEATURES, TAPPED)
+WIDTHS = Widths(DIM, FEATURES, FEATURES, TAPPED, token_table=WORDS[1], text_blocks=3)
+VOCABULARY, CELLS = 8000, 4
 TEACHER = Widths(DIM, FEATURES, FEATURES, {"tokens": FEATURES})
 MAPS = {"student_tap": "tokens", "teacher_tap": "tokens"}
 STUDENT, ROUNDS, STEPS = "mnv4-050", 9, 5
-BESIDES = {"another_forward": "another forward", "masked_view": "masked view", "text_batch": "its texts"}
+BESIDES = {
+    "another_forward": "another forward",
+    "masked_view": "masked view",
+    "masked_text": "masked captions",
+    "regions": "cells",
+    "text_batch": "its texts",
+}
 FLOORS = {"objective": 0.05, "recipe": 0.15}
 
 
@@ -93,6 +104,11 @@ def outputs(seed: int, *, grad: bool, rows: int = BATCH, bank: int = BATCH) -> O
         found.taps = {"tokens": draw(rows, *MAP), "text.tokens": draw(rows, *WORDS)}
         found.text_mask, found.masked_image = real_words(rows), draw(rows, DIM)
         found.taps |= {name: draw(rows, DIM) for name in EXITS}
+        found.masked_words, found.token_table = draw(rows, 4, FEATURES), draw(VOCABULARY, WORDS[1])
+        found.regions, found.region_targets = draw(rows, CELLS, DIM), draw(rows, CELLS, DIM).detach()
+        found.region_mask = torch.ones(rows, CELLS, dtype=torch.bool)
+        # two masked pieces in captions of twelve, in as many slots as the context could fill
+        found.masked_pieces = torch.where(torch.arange(4) < 2, torch.randint(VOCABULARY, (rows, 4), generator=g), -1)
     else:
         found.taps = {"tokens": draw(rows, TOKENS, FEATURES)}
     return found
@@ -176,7 +192,12 @@ class Step:
         self.ids = torch.randint(
             4, self.student.text_tower.token.num_embeddings, (BATCH, PIECES), generator=g, dtype=torch.int32
         )
+        self.original, self.crops = frozen_copy(self.student.image_tower), self.pixels.repeat(CELLS, 1, 1, 1)
+        self.map = torch.randn(BATCH, *MAP, generator=g).requires_grad_()
         self.teacher = outputs(1, grad=False)
+        blocks = len(self.student.text_tower.blocks)
+        widths = dataclasses.replace(self.widths(), token_table=WORDS[1], text_blocks=blocks)
+        self.fusion = cast(MaskedLanguage, build_objective("masked-language", student=widths))
 
     def widths(self) -> Widths:
         with torch.no_grad():
@@ -225,6 +246,22 @@ class Step:
             self.student.encode_image(self.pixels).embedding.square().mean().backward()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def masked_text(self) -> None:
+        """As many captions again through the text tower with `masked-language`'s module in it, forward and backward."""
+        places = torch.tensor([[3, 7, -1, -1]]).expand(BATCH, -1)
+        words, _ = masked_words(self.student, self.fusion, self.ids, places, self.teacher.image)
+        words.square().mean().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def regions(self) -> None:
+        """Four cells of each picture through the untrained tower, and the map's head, forward and backward."""
+        said_of(self.original, self.crops)
+        chart = dense_map(self.student, self.pixels, {"tokens": self.map}, None)
+        boxes = torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.5, 0.0, 1.0, 0.5], [0.0, 0.5, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]])
+        mask = torch.ones(BATCH, CELLS, dtype=torch.bool)
+        pooled(chart, Cells(boxes.expand(BATCH, -1, -1), mask, self.crops)).square().mean().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def texts(self) -> None:
         """As many texts again through the text tower, forward and backward."""
         self.student.encode_text(self.ids).embedding.square().mean().backward()
@@ -261,7 +298,11 @@ def main() -> None:
     )
     loads = [machine()["load_average"]]
     base = Step(student)
-    besides = {"momentum_forward": base.momentum_forward, "masked_view": base.masked_view, "texts": base.texts}
+    besides = {
+        "momentum_forward": base.momentum_forward, "masked_view": base.masked_view,
+        "masked_text": base.masked_text,
+        "regions": base.regions, "texts": base.texts,
+    }  # fmt: skip
     whole = in_turn({"step": base, **besides}, STEPS)
     step = whole["step"]["cpu_s"]
     jobs: dict[str, Callable[[], object]] = {}
@@ -278,9 +319,13 @@ def main() -> None:
     apart = {
         "another_forward": round(whole["momentum_forward"]["cpu_s"] / step, 4),
         "masked_view": round(whole["masked_view"]["cpu_s"] / step, 4),
+        "masked_text": round(whole["masked_text"]["cpu_s"] / step, 4),
+        "regions": round(whole["regions"]["cpu_s"] / step, 4),
     }
     objectives["momentum"]["another_forward"] = apart["another_forward"]
     objectives["masked-feature"]["masked_view"] = apart["masked_view"]
+    objectives["masked-language"]["masked_text"] = apart["masked_text"]
+    objectives["region-self"]["regions"] = apart["regions"]
     recipes: dict[str, dict[str, float]] = {}
     for row in list_recipes():
         recipe = load_recipe(row["name"])
@@ -294,7 +339,12 @@ def main() -> None:
             found["another_forward"] = apart["another_forward"]
         if any(need.masked_view for need in needs):
             found["masked_view"] = apart["masked_view"]
-    others = ("momentum", "masked-feature", "matryoshka", "matryoshka-2d", "hint on maps")
+        if any(need.masked_text for need in needs):
+            found["masked_text"] = apart["masked_text"]
+        if any(need.regions for need in needs):
+            found["regions"] = apart["regions"]
+    others = ("momentum", "masked-feature", "masked-language", "region-self")
+    others += ("matryoshka", "matryoshka-2d", "hint on maps")
     timed = [name for name in objectives if name not in others]
     dearest = max(timed, key=lambda name: objectives[name]["share"])
     checks = {}

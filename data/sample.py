@@ -41,13 +41,20 @@ class ImageRef:
             ) from error
 
 
+# the source of a caption that names none
+ORIGINAL = "original"
+
+
 @dataclass(frozen=True)
 class Caption:
-    """One text for an image. `weight` is relative within the sample; `language` is a BCP-47 tag."""
+    """One text for an image. `weight` is relative within the sample; `language` is a BCP-47 tag.
+
+    source: where the text comes from, such as "original" or "rewrite"; `DataSource.weighed` weighs by it."""
 
     text: str
     language: str = "en"
     weight: float = 1.0
+    source: str = ORIGINAL
 
 
 @dataclass(frozen=True)

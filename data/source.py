@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,32 @@ class DataSource:
             told = tuple(negative for negative in sample.hard_negatives if negative.text not in unfit)
             samples.append(_with_captions(dataclasses.replace(sample, hard_negatives=told), kept))
         return dataclasses.replace(self, samples=samples, report=report)
+
+    def weighed(self, weights: Mapping[str, float]) -> DataSource:
+        """This data set with the weight of each caption multiplied by the one that `weights` has for its source.
+
+        Sources that are not named keep theirs. A weight of 0 takes the captions out; the picture stays.
+
+        Raises:
+            UnknownNameError: no caption of a named source. UsageError: a weight below 0 or not finite.
+        """
+        if not weights:
+            return self
+        present = {caption.source for sample in self.samples for caption in sample.captions}
+        for source, weight in weights.items():
+            if source not in present:
+                raise unknown_name(f"caption source of data set {self.name!r}", source, present or {"none"})
+            if not 0 <= weight < math.inf:
+                raise UsageError(
+                    f"captions of source {source!r} were given weight {weight!r}, by which nothing can be drawn; give "
+                    "0 to leave them out, or a positive number"
+                )
+        samples = []
+        for sample in self.samples:
+            heavy = [(caption, caption.weight * weights.get(caption.source, 1.0)) for caption in sample.captions]
+            kept = tuple(dataclasses.replace(caption, weight=weight) for caption, weight in heavy if weight)
+            samples.append(_with_captions(sample, kept))
+        return dataclasses.replace(self, samples=samples)
 
     def captions(self) -> list[str]:
         """Every distinct caption, in order of first appearance."""

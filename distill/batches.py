@@ -8,7 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,7 @@ class Pictures:
         self.samples, self.spec, self.policy, self.seed = samples, spec, policy, seed
         self.source_px, self.budget, self.used = source_px, budget, 0
         self._sources: dict[int, Pixels] = {}
-        self._views: dict[tuple[int, int], Pixels] = {}
+        self._views: dict[tuple[int, int, int], Pixels] = {}
         self._lock = threading.Lock()
 
     def source(self, index: int) -> Pixels:
@@ -151,15 +151,16 @@ class Pictures:
             self._keep(self._sources, index, found)
         return found
 
-    def view(self, index: int, view: int) -> Pixels:
-        """uint8 [S, S, 3] of one view; view 0 is the plain preprocessing that evaluation uses."""
-        found = self._views.get((index, view))
+    def view(self, index: int, view: int, finer: int = 1) -> Pixels:
+        """uint8 [S, S, 3] of one view, or the same view `finer` times as large; view 0 is what evaluation sees."""
+        found = self._views.get((index, view, finer))
         if found is None:
             from pocketvlm.data.augment import apply_view, view_params
 
             params = view_params(self.samples[index].uid, view, self.seed, self.policy)
-            found = apply_view(self.source(index), params, self.spec.size, spec=self.spec)
-            self._keep(self._views, (index, view), found)
+            spec = self.spec if finer == 1 else replace(self.spec, size=finer * self.spec.size)
+            found = apply_view(self.source(index), params, spec.size, spec=spec)
+            self._keep(self._views, (index, view, finer), found)
         return found
 
     def digest(self) -> str:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from pocketvlm.data import cache_dir
 from pocketvlm.distill.batches import Order, Plan
+from pocketvlm.distill.fusion import PieceMasking, asked_pieces, masked_words
+from pocketvlm.distill.lower import lower_outputs
 from pocketvlm.distill.masking import asked_masking, statistics_kept
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective
+from pocketvlm.distill.objectives.masked_language import MaskedLanguage
 from pocketvlm.distill.prepare import Prepared
+from pocketvlm.distill.regions import FINER, Cells, asked_regions, dense_map, map_taps, pooled, said_of
 from pocketvlm.distill.shares import Share, share_of
 from pocketvlm.distill.taps import Taps, asked_taps, encode_image, gray, tap_widths, text_taps
 from pocketvlm.edge.contract import TextSpec
 from pocketvlm.students import Student, TowerOutput, fit_projection
-from pocketvlm.students.student import TOKENS, weights_digest
-from pocketvlm.teachers.files import write_atomic
+from pocketvlm.students.student import TOKENS
 
 Pair = tuple[Outputs, Outputs | None]
 
@@ -38,6 +36,8 @@ class Step:
     ids: int32 [C + T, L], captions of the C rows in `with_text`, then T texts.
     The teacher's embeddings, features and tokens [B, N, W] for the same rows, or None.
     masked: uint8 [B, S, S, 3], the same pictures with patches masked, where an objective asks for them.
+    cells: of the pictures, where an objective asks for them.
+    hidden: int64 [C, K], the places of each caption whose pieces are masked, -1 for none, where an objective asks.
     """
 
     phase: str
@@ -55,12 +55,23 @@ class Step:
     teacher_text_features: Tensor | None = None
     teacher_tokens: Tensor | None = None
     masked: Tensor | None = None
+    hidden: Tensor | None = None
+    cells: Cells | None = None
 
     def pictures_and_captions(self) -> Step:
         """The same step without its texts, masked pictures and teacher: what a model needs to embed its pairs."""
         captioned = 0 if self.with_text is None else len(self.with_text)
         ids = self.ids[:captioned] if self.ids is not None and captioned else None
         return Step(self.phase, self.size, self.pixels, self.with_text, self.group, ids)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What objectives want run beside the student's towers. fusion: the objective with the module that shows pictures
+    to masked captions. original: the image tower as it was before training."""
+
+    fusion: MaskedLanguage | None = None
+    original: Any = None
 
 
 class Feed:
@@ -77,7 +88,10 @@ class Feed:
         self.joint = share_of(ensemble, prepared.images, prepared.words) if ensemble is not None else None
         self.bank = self._fixed_bank()
         self.taps, self.masking = asked_taps(prepared.recipe), asked_masking(prepared.recipe)
+        ratio = asked_pieces(prepared.recipe)
+        self.pieces = None if ratio is None else PieceMasking(ratio, prepared.student)
         self.cut = prepared.recipe.train.cut_after_block
+        self.regions = asked_regions(prepared.recipe)
         self.lower = lower_outputs(prepared, device) if self.cut is not None else None
 
     def _fixed_bank(self) -> Tensor | None:
@@ -106,12 +120,21 @@ class Feed:
             whole = batch.pixels.numpy() if self.cut is None else pictures.batch(plan.rows, plan.views)
             seed = self.prepared.recipe.train.seed
             batch.masked = torch.from_numpy(self.masking.paint(whole, seed, step, uids, pictures.spec))
+        if self.regions is not None:
+            pictures, uids = self.prepared.pictures, [self.prepared.samples[row].uid for row in plan.rows]
+            large = [pictures.view(row, view, FINER) for row, view in zip(plan.rows, plan.views)]
+            seed = self.prepared.recipe.train.seed
+            batch.cells = self.regions.batch(large, seed, step, uids, pictures.spec.size)
         batch.group = torch.from_numpy(plan.group)
         batch.with_text = torch.tensor(
             [i for i, text in enumerate(plan.captions) if text is not None], dtype=torch.long
         )
         captions = [text for text in plan.captions if text is not None]
         self._add_texts(batch, plan.words, captions)
+        if self.pieces is not None and batch.ids is not None:
+            uids = [self.prepared.samples[plan.rows[i]].uid for i in batch.with_text.tolist()]
+            seed = self.prepared.recipe.train.seed
+            batch.hidden = self.pieces.places(batch.ids[: len(captions)].numpy(), seed, step, uids)
         self._add_teacher(batch, plan, captions)
         return batch
 
@@ -243,10 +266,34 @@ class Feed:
                     x = tower.until_block(x, self.cut)
             return encode_image(student, x, self.cut).embedding.float()
 
-    def forward(self, student: Student, batch: Step, *, tapped: bool = True) -> dict[str, Pair]:
+    def _add_masked_words(self, student: Student, batch: Step, outputs: Outputs, fusion: MaskedLanguage) -> None:
+        """The guesses at masked pieces in the captions' rows, and zeros and -1 elsewhere."""
+        assert batch.with_text is not None, "a batch of pictures says which have captions"
+        assert self.pieces is not None, "the recipe was seen to have the objective"
+        size, slots, rows = batch.size, self.pieces.slots, batch.with_text.to(self.device)
+        tower = student.text_tower
+        words = torch.zeros(size, slots, tower.position.shape[1], device=self.device)
+        pieces = torch.full((size, slots), -1, dtype=torch.int64, device=self.device)
+        if batch.ids is not None and batch.hidden is not None and len(rows):
+            ids, places = batch.ids[: len(rows)].to(self.device), batch.hidden.to(self.device)
+            found, those = masked_words(student, fusion, ids, places, outputs.image[rows])
+            words, pieces = words.index_copy(0, rows, found), pieces.index_copy(0, rows, those)
+        outputs.masked_words, outputs.masked_pieces, outputs.token_table = words, pieces, tower.token.weight
+
+    def _add_regions(self, outputs: Outputs, cells: Cells, chart: Tensor, original: Any) -> None:
+        """The map over the cells, and what the frozen original says of each cell cut out."""
+        said = said_of(original, cells.crops.to(self.device))
+        mask = cells.mask.to(self.device)
+        outputs.regions, outputs.region_mask = pooled(chart, cells), mask
+        outputs.region_targets = said.new_zeros(*mask.shape, said.shape[1]).index_put(tuple(mask.nonzero().T), said)
+
+    def forward(
+        self, student: Student, batch: Step, beside: Beside | None = None, *, tapped: bool = True
+    ) -> dict[str, Pair]:
         """{"pairs": (student, teacher), "texts": (student, teacher)}, whichever the step has; float32.
 
-        tapped: record the inner activations that objectives read.
+        beside: what runs beside the student's own towers; without it, nothing does. tapped: record the inner
+        activations that objectives read.
         """
         found: dict[str, Pair] = {}
         asked = self.taps if tapped else Taps((), (), ())
@@ -267,15 +314,23 @@ class Feed:
                 self._teacher(image=batch.teacher_texts, image_features=batch.teacher_text_features),
             )
         if batch.pixels is not None:
-            pictures = encode_image(student, batch.pixels.to(self.device), self.cut, asked.image)
+            x, beside = batch.pixels.to(self.device), beside or Beside()
+            more = map_taps(student, self.cut) if beside.original is not None else ()
+            pictures = encode_image(student, x, self.cut, tuple(dict.fromkeys((*asked.image, *more))))
             image, features = pictures.embedding.float(), pictures.features.float()
             found["pairs"] = self._pairs(batch, image, features, text, text_features, captioned, scale, bias)
             outputs, teacher = found["pairs"]
-            outputs.taps = pictures.taps | self._caption_taps(taps, batch, captioned)
+            own = {name: pictures.taps[name] for name in asked.image}
+            outputs.taps = own | self._caption_taps(taps, batch, captioned)
             if asked.text:
                 outputs.text_mask = self._caption_mask(batch, captioned, student.text_spec)
             if batch.masked is not None:
                 outputs.masked_image = self._masked(student, batch.masked)
+            if beside.fusion is not None:
+                self._add_masked_words(student, batch, outputs, beside.fusion)
+            if beside.original is not None and batch.cells is not None:
+                chart = dense_map(student, x, pictures.taps, self.cut)
+                self._add_regions(outputs, batch.cells, chart, beside.original)
             if teacher is not None and batch.teacher_tokens is not None:
                 teacher.taps = {TOKENS: batch.teacher_tokens.to(self.device)}
         return found
@@ -360,58 +415,6 @@ class Feed:
         )
 
 
-def lower_outputs(prepared: Prepared, device: torch.device) -> Tensor:
-    """What the frozen part below `train.cut_after_block` gives for every picture and view, [N, K, C, H, W] float16.
-
-    Kept in the cache folder under a name made from that part's weights, the pictures and the views, so that runs that
-    differ in seed, captions or objectives compute it once; and in `prepared.memo`, on a GPU where it has ample room.
-    """
-    recipe, student, block = prepared.recipe, prepared.student, prepared.recipe.train.cut_after_block
-    assert block is not None, "only a recipe with a cut comes here"
-    trunk: Any = student.image_tower.trunk
-    # before anything runs through it: in training mode a single gray picture would move its batch-norm statistics
-    student.eval()
-    student.image_tower.until_block(gray(student), block)
-    lower = nn.ModuleList([trunk.conv_stem, trunk.bn1, *trunk.blocks[: block + 1]])
-    pictures = prepared.pictures
-    facts = [weights_digest(lower), str(student.image_spec), str(block), str(recipe.views.seed)]
-    facts += [pictures.policy.digest(), str(recipe.views.count), str(recipe.data.source_px), prepared.pictures_digest]
-    key = hashlib.sha256("|".join(facts).encode()).hexdigest()
-    path = (
-        cache_dir()
-        / "lower"
-        / f"{student.config.name.replace('/', '-').replace(':', '-')}-{block}-{key[:16]}.safetensors"
-    )
-    if (place := f"{path.name}@{device}") in prepared.memo:
-        return prepared.memo[place]
-    prepared.memo[place] = result = _resident(_lower_on_disk(prepared, path, block, device), device)
-    return result
-
-
-def _resident(x: Tensor, device: torch.device) -> Tensor:
-    """On the GPU where it takes at most an eighth of the free memory, so that no step waits for its transfer."""
-    fits = device.type == "cuda" and 8 * x.nbytes <= torch.cuda.mem_get_info(device)[0]
-    return x.to(device) if fits else x
-
-
-def _lower_on_disk(prepared: Prepared, path: Path, block: int, device: torch.device) -> Tensor:
-    recipe, student, pictures = prepared.recipe, prepared.student, prepared.pictures
-    if path.exists():
-        return load_tensors(path.read_bytes())["lower"]
-    rows, found = range(len(prepared.samples)), []
-    with torch.no_grad(), prepared.report.stage("image tower, lower part", len(rows)) as update:
-        for start in range(0, len(rows), 16):
-            part = [row for row in rows[start : start + 16] for _ in range(recipe.views.count)]
-            views = list(range(recipe.views.count)) * (len(part) // recipe.views.count)
-            pixels = torch.from_numpy(pictures.batch(part, views)).to(device)
-            out = student.image_tower.until_block(pixels, block).half().cpu()
-            found.append(out.reshape(-1, recipe.views.count, *out.shape[1:]))
-            update(min(start + 16, len(rows)), "")
-    result = torch.cat(found).contiguous()
-    write_atomic(path, save_tensors({"lower": result}))
-    return result
-
-
 def _fit(head: Any, features: list[Tensor], targets: list[Tensor], strength: float, widths: Sequence[int]) -> None:
     device = next(head.parameters()).device
     fit_projection(head.cpu(), torch.cat(features), torch.cat(targets), ridge=strength, widths=widths)
@@ -440,7 +443,9 @@ def build_objectives(prepared: Prepared, shares: Sequence[Share | None]) -> nn.M
     for place, spec in enumerate(prepared.recipe.objectives):
         teacher = None
         if spec.batch == "pairs":
-            own = Widths(student.embed_dim, pictures, texts, taps)
+            tower = student.text_tower
+            table, blocks = tower.token.embedding_dim, len(tower.blocks)
+            own = Widths(student.embed_dim, pictures, texts, taps, token_table=table, text_blocks=blocks)
         else:
             # texts take the place of pictures in the text-only batch
             own = Widths(student.embed_dim, texts)

@@ -26,12 +26,14 @@ from pocketvlm.distill.checkpoint import load_checkpoint, save_checkpoint, write
 from pocketvlm.distill.encoders import StudentEncoder
 from pocketvlm.distill.environment import describe_environment
 from pocketvlm.distill.evaluate import Evaluation, embed_questions, score
-from pocketvlm.distill.feed import Feed, Step, build_objectives, build_shares
+from pocketvlm.distill.feed import Beside, Feed, Step, build_objectives, build_shares
+from pocketvlm.distill.fusion import fusion_of
 from pocketvlm.distill.gather import gather_outputs
 from pocketvlm.distill.objectives import Objective, Outputs
 from pocketvlm.distill.prepare import Prepared, prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe
+from pocketvlm.distill.regions import frozen_copy
 from pocketvlm.distill.run_folder import (
     CHECKPOINTS,
     ENVIRONMENT,
@@ -192,9 +194,12 @@ class Trainer:
         self._remember_start()
 
     def _remember_start(self) -> None:
-        """The average begins here, and this is the start that the result may be interpolated with."""
+        """The average begins here, and this is the start that the result may be interpolated with, or learn from."""
         self.average = optim.Average(self.student, self.config.ema_decay) if self.config.ema_decay else None
-        self.beginning = optim.snapshot(self.student) if self.config.interpolate < 1 else None
+        original = frozen_copy(self.student.image_tower) if self.feed.regions is not None else None
+        self.beside = Beside(fusion_of(self.objectives), original)
+        kept = self.config.interpolate < 1 or original is not None
+        self.beginning = optim.snapshot(self.student) if kept else None
 
     def summary(self) -> str:
         """One line for people: what is trained, on what, for how long."""
@@ -240,7 +245,7 @@ class Trainer:
         for objective in self.objectives:
             cast(Objective, objective).at(self.step, optim.progress(main, self.config.steps))
         with self._precision():
-            outputs = self.feed.forward(self.student, batch)
+            outputs = self.feed.forward(self.student, batch, self.beside)
         loss, terms = self._loss(outputs, batch, main)
         if not math.isfinite(value := float(loss.detach())):
             self._diverged("loss", {name: float(term) for name, term in terms.items()})
@@ -372,10 +377,11 @@ class Trainer:
 
     def averaged(self) -> Any:
         """The student as it is evaluated and saved inside the `with`: averaged, and interpolated with its start."""
-        if self.average is None and self.beginning is None:
+        mixed = self.config.interpolate < 1
+        if self.average is None and not mixed:
             return nullcontext()
         state = (self.student if self.average is None else self.average.module).state_dict()
-        if self.beginning is not None:
+        if mixed and self.beginning is not None:
             state = optim.interpolated(self.beginning, state, self.config.interpolate)
         return optim.replaced(self.student, state)
 
@@ -437,6 +443,9 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         if self.beginning is not None:
             self.beginning = {name: value.to(self.device) for name, value in state["start"].items()}
+            if self.beside.original is not None:
+                parts = [(k.removeprefix("image_tower."), k) for k in self.beginning if k.startswith("image_tower.")]
+                self.beside.original.load_state_dict({part: self.beginning[name] for part, name in parts})
         if self.balance is not None:
             self.balance.load_state_dict(state["balance"])
         if self.scaler:

@@ -22,6 +22,7 @@ from pocketvlm.distill.evaluate import Embedded, Questions, questions_of
 from pocketvlm.distill.masking import asked_masking
 from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.recipe import AS_INIT, Recipe
+from pocketvlm.distill.regions import check_dense
 from pocketvlm.distill.shares import check_shares, student_dim
 from pocketvlm.distill.student_teacher import open_teacher
 from pocketvlm.distill.taps import asked_taps, tap_widths
@@ -154,6 +155,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         bad = recipe.data.on_bad_sample
         source = open_data(recipe.data.train, on_bad_sample=bad, progress=progress)
         held_out = open_data(recipe.data.eval, on_bad_sample=bad, progress=progress) if recipe.data.eval else None
+    source = source.weighed(recipe.data.caption_weights)
     _check_captions(recipe, source)
     texts = _text_pool(recipe, source, held_out)
     teachers: list[Teacher] = []
@@ -174,6 +176,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
     taps = asked_taps(recipe)
     tap_widths(student, taps, recipe.train.cut_after_block)
     asked_masking(recipe)
+    check_dense(recipe, student)
     tokenizer = Tokenizer(student.tokenizer_json, student.text_spec)
     policy = AugmentPolicy.from_dict(recipe.views.policy)
     whole, source = source, source.within_context(tokenizer)
@@ -216,7 +219,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
 
 def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, teacher: Any) -> str:
     facts = {
-        "samples": digest_names([f"{s.uid} {[c.text for c in s.captions]}" for s in samples]),
+        "samples": digest_names([f"{s.uid} {_drawn(s)}" for s in samples]),
         "texts": digest_names(texts),
         "tokenizer": hashlib.sha256(student.tokenizer_json).hexdigest(),
         "teacher": teacher.fingerprint if teacher else None,
@@ -224,6 +227,12 @@ def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, t
         "student": student.config.model_dump(mode="json", exclude={"dims", "exits"}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _drawn(sample: Sample) -> list[Any]:
+    """What decides which caption a step draws: texts, and their weights where these differ."""
+    alike = len({caption.weight for caption in sample.captions}) < 2
+    return [caption.text if alike else (caption.text, caption.weight) for caption in sample.captions]
 
 
 def _tokenizer_asked(recipe: Recipe) -> tuple[str, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pocketvlm.distill.overrides import Loader, apply_override
 from pocketvlm.edge.errors import UsageError, unknown_name
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -46,6 +46,8 @@ class DataSection(_Section):
     """train / eval: data specs (`data.open_data`). words: generic texts, or null.
 
     on_bad_sample: "skip" counts and reports unreadable samples, "refuse" stops at the first.
+    caption_weights: source of a caption ("original", "rewrite") -> factor on its weight among a picture's captions, of
+    which each step draws one; 0 leaves these out of training.
     source_px: pictures are kept in memory with their shorter side at most this long (0: never reduced).
     ram_gb: memory for decoded pictures and finished views; past it they are made again on every use.
     """
@@ -53,6 +55,7 @@ class DataSection(_Section):
     train: str
     eval: str | None = None
     words: WordsSection | None = None
+    caption_weights: dict[str, NonNegative] = Field(default_factory=dict)
     on_bad_sample: Literal["skip", "refuse"] = "skip"
     source_px: CountOrZero = 256
     ram_gb: NonNegative = 2.0
@@ -264,23 +267,12 @@ class Recipe(_Section):
         return load_recipe(self.to_dict(), overrides)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string; this reads it as the number its author meant."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
 def list_recipes() -> list[dict[str, Any]]:
     """One row per shipped recipe: name, student, teacher, objectives, steps, description."""
     rows = []
     for entry in sorted(_folder().iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".yaml"):
-            value = yaml.load(entry.read_text(encoding="utf-8"), _Loader)
+            value = yaml.load(entry.read_text(encoding="utf-8"), Loader)
             rows.append(
                 {
                     "name": entry.name.removesuffix(".yaml"),
@@ -311,7 +303,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     problems: list[str] = []
     for override in overrides:
         try:
-            _apply_override(raw, override)
+            apply_override(raw, override)
         except UsageError as error:
             problems.append(str(error))
     recipe, found = _validate(raw)
@@ -345,7 +337,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         title = f"recipe {str(source)!r}"
         text = _folder().joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     try:
-        value = yaml.load(text, _Loader)
+        value = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         where = f" at line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
         reason = getattr(error, "problem", None) or "not readable"
@@ -353,44 +345,6 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if not isinstance(value, dict):
         raise UsageError(f"{title} holds {type(value).__name__}, not the sections of a recipe; see docs/recipes.md")
     return value, title
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, found, text = override.partition("=")
-    if not found or not key.strip():
-        raise UsageError(f"override {override!r} is not of the form key.sub=value, for example train.steps=100")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"the value of override {override!r} is not valid YAML; quote it") from error
-    node: Any = raw
-    parts = key.strip().split(".")
-    for depth, part in enumerate(parts[:-1]):
-        if isinstance(node, list):
-            node = node[_list_index(node, part, override)]
-        elif isinstance(node, dict):
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-        if not isinstance(node, dict | list):
-            raise UsageError(f"override {override!r} enters {'.'.join(parts[: depth + 1])!r}, which has no keys")
-    if isinstance(node, list):
-        node[_list_index(node, parts[-1], override)] = value
-    else:
-        node[parts[-1]] = value
-
-
-def _list_index(items: list[Any], part: str, override: str) -> int:
-    if part.isdigit() and int(part) < len(items):
-        return int(part)
-    named = [i for i, item in enumerate(items) if isinstance(item, dict) and item.get("name") == part]
-    if len(named) == 1:
-        return named[0]
-    names = [str(item.get("name", i)) if isinstance(item, dict) else str(i) for i, item in enumerate(items)]
-    raise UsageError(
-        f"override {override!r} addresses item {part!r} {'more than once' if named else 'which is not there'}; "
-        f"use a number from 0 to {len(items) - 1} or a name that occurs once among: {', '.join(names)}"
-    )
 
 
 def _validate(raw: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
@@ -468,6 +422,8 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
             yield problem
         if needs.masked_view and spec.batch == "texts":
             yield f"{here} masks pictures, which a text-only batch has not; use batch: pairs"
+        if needs.regions and spec.batch == "texts":
+            yield f"{here} compares cells of pictures, which a text-only batch has not; use batch: pairs"
         if needs.teacher and recipe.teacher is None:
             yield f"{here} learns from a teacher and the recipe has none; add 'teacher', or leave the objective out"
         if needs.momentum and not train.ema_decay:

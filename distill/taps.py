@@ -49,7 +49,7 @@ def stand_in_widths(spec: ObjectiveSection) -> Widths:
     width = min(max([8, *listed_dims(spec.options), *(m for _, m in listed_pairs(spec.options))]), 1 << 14)
     if spec.name == "matryoshka-2d":
         taps |= {f"text.{exit_tap(layer)}": width for layer in listed_layers(spec.options)}
-    return Widths(width, 8, 8, taps)
+    return Widths(width, 8, 8, taps, token_table=8, text_blocks=48)
 
 
 def tap_problems(spec: ObjectiveSection, here: str) -> Iterator[str]:
@@ -67,16 +67,19 @@ def tap_problems(spec: ObjectiveSection, here: str) -> Iterator[str]:
 
 def shared_problems(recipe: Recipe) -> Iterator[str]:
     """What is wrong with the objectives of a recipe together."""
+    from pocketvlm.distill.fusion import asked_pieces
     from pocketvlm.distill.masking import asked_masking
+    from pocketvlm.distill.regions import asked_regions
 
     try:
         taps = asked_taps(recipe)
     except UsageError:
         return  # said of the objective itself
-    try:
-        asked_masking(recipe)
-    except UsageError as error:
-        yield str(error).rstrip(".")
+    for asked in (asked_masking, asked_pieces, asked_regions):
+        try:
+            asked(recipe)
+        except UsageError as error:
+            yield str(error).rstrip(".")
     if recipe.teacher is not None and recipe.teacher.token_grid is not None and not taps.teacher:
         yield "teacher.token_grid is set and no objective reads the teacher's tokens; leave it out"
 

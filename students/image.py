@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
@@ -71,6 +72,29 @@ class ImageTower(nn.Module):
             return self._rest(trunk.bn1(trunk.conv_stem(x)), 0)
         last, inner = trunk.forward_intermediates(x, indices=list(self.levels))
         return [*(level.mean(dim=(2, 3)) for level in inner), trunk.forward_head(last)]
+
+    def dense(self, last: Tensor, levels: Sequence[Tensor] = ()) -> Tensor:
+        """Embeddings at every place of the last map, [B, C, H, W] -> [B, D, H, W], not normalised.
+
+        Each place goes through head and projection as a map of one place would; where both are linear, their mean is
+        the picture's embedding. last: the tap "tokens". levels: the maps of `self.levels` in order, averaged to the
+        places of the last.
+
+        Raises:
+            UsageError: a trunk whose tokens are no map, or whose levels were not given.
+        """
+        if last.ndim != 4 or len(levels) != len(self.levels):
+            raise UsageError(
+                f"the embedding of each place was asked of a {type(self.trunk).__name__}, whose last tokens are no map "
+                "with levels beside it; use a convolutional trunk, and levels only with EfficientNet or MobileNet"
+            )
+        trunk, (batch, channels, height, width) = cast(Any, self.trunk), last.shape
+        one = (1, 1, channels) if getattr(trunk, "output_fmt", None) == "NHWC" else (channels, 1, 1)
+        maps = [F.adaptive_avg_pool2d(level, (height, width)) for level in levels]
+        parts = [level.permute(0, 2, 3, 1).flatten(0, 2) for level in maps]
+        parts.append(trunk.forward_head(last.permute(0, 2, 3, 1).reshape(-1, *one)))
+        found = self.projection(torch.cat(parts, dim=1))
+        return found.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
 
     def record_tokens(self, keep: Callable[[Tensor], None]) -> Callable[[], None]:
         """Have `keep` called with the last map before pooling in every forward; returns what undoes it.

@@ -159,8 +159,10 @@ def test_a_loss_that_reaches_nothing_that_trains_has_no_gradient(toy: Any) -> No
 def test_every_objective_that_a_recipe_can_use_is_in_an_arm() -> None:
     used = {spec["name"] for arm in ARMS for spec in arm.objectives} | {"clip"}
     # these read token maps, of which a pack of all pictures and views would hold a gigabyte
-    # and `matryoshka-2d` makes a smaller student, not a better one
-    assert set(list_objectives()) - used == {"token-gram", "token-alignment", "matryoshka-2d"}
+    # `matryoshka-2d` makes a smaller student, not a better one; the last two need a forward of their own, over masked
+    # captions and over crops
+    apart = {"matryoshka-2d", "masked-language", "region-self"}
+    assert set(list_objectives()) - used == {"token-gram", "token-alignment"} | apart
     assert len({arm.name for arm in ARMS}) == len(ARMS)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pocketvlm.data.check import check_image
 from pocketvlm.data.report import BadSampleReport
-from pocketvlm.data.sample import Caption, ImageRef, Sample
+from pocketvlm.data.sample import ORIGINAL, Caption, ImageRef, Sample
 from pocketvlm.edge.errors import BadSampleError, UsageError
 
 IMAGE_SUFFIXES = frozenset(
@@ -61,10 +61,11 @@ class Collector:
         self._samples[sample.uid] = sample
 
     def captions(self, value: Any, where: str, language: str | None = None) -> tuple[Caption, ...] | None:
-        """Captions from None, a text, {"text", "language", "weight"}, or a list of these.
+        """Captions from None, a text, {"text", "language", "weight", "source"}, or a list of these.
 
-        Bad ones are counted ("empty-text", "not-a-string", "bad-weight", "bad-language"). Returns an empty tuple when
-        there are none, and None when there were some and all were bad: such a sample is left out, not unlabelled.
+        Bad ones are counted ("empty-text", "not-a-string", "bad-weight", "bad-language", "bad-source"). Returns an
+        empty tuple when there are none, and None when there were some and all were bad: such a sample is left out, not
+        unlabelled.
         """
         if value is None:
             return ()
@@ -78,9 +79,10 @@ class Collector:
 
     def _caption(self, item: Any, where: str, language: str) -> Caption | None:
         weight: Any = 1.0
+        source: Any = ORIGINAL
         if isinstance(item, Mapping):
             language = item.get("language", language)
-            weight = item.get("weight", 1.0)
+            weight, source = item.get("weight", 1.0), item.get("source", ORIGINAL)
             item = item.get("text")
         if not isinstance(item, str):
             self.report.add("not-a-string", where, f"a caption is {type(item).__name__} {item!r} and must be text")
@@ -90,8 +92,10 @@ class Collector:
             self.report.add("bad-language", where, f"language {language!r} is not a tag such as 'en' or 'pt-BR'")
         elif isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             self.report.add("bad-weight", where, f"caption weight {weight!r} is not a positive number")
+        elif not isinstance(source, str) or not source.strip():
+            self.report.add("bad-source", where, f"caption source {source!r} is not a name such as 'rewrite'")
         else:
-            return Caption(" ".join(item.split()), language.strip(), float(weight))
+            return Caption(" ".join(item.split()), language.strip(), float(weight), source.strip())
         return None
 
     def _merge(self, known: Sample, sample: Sample, where: str) -> None:

@@ -135,9 +135,13 @@ class _Reader:
         if not self._columns.caption:
             return self._value(row, "caption")
         values: list[Any] = []
-        for name in self._columns.caption.split(","):
+        names = self._columns.caption.split(",")
+        for name in names:
             value = row.get(name.strip())
-            values += value if isinstance(value, list) else [] if value is None else [value]
+            found = value if isinstance(value, list) else [] if value is None else [value]
+            if len(names) > 1:  # told apart by their names
+                found = [{"source": name.strip(), **(v if isinstance(v, Mapping) else {"text": v})} for v in found]
+            values += found
         return values or None
 
     def _image(self, row: Mapping[str, Any], where: str) -> tuple[ImageRef, str] | None:

@@ -26,6 +26,7 @@ from pocketvlm.distill.objectives.hint import Hint
 from pocketvlm.distill.objectives.hycd import HybridContrastive
 from pocketvlm.distill.objectives.icl import Interactive
 from pocketvlm.distill.objectives.masked_feature import MaskedFeature
+from pocketvlm.distill.objectives.masked_language import MaskedLanguage
 from pocketvlm.distill.objectives.matryoshka import Matryoshka
 from pocketvlm.distill.objectives.matryoshka_2d import Matryoshka2D
 from pocketvlm.distill.objectives.momentum import MomentumDistillation
@@ -34,6 +35,7 @@ from pocketvlm.distill.objectives.multi_teacher import MultiTeacher
 from pocketvlm.distill.objectives.order import NeighbourOrder
 from pocketvlm.distill.objectives.rafa import RandomFeatureAlignment
 from pocketvlm.distill.objectives.rankclip import RankConsistency
+from pocketvlm.distill.objectives.region_self import RegionSelf
 from pocketvlm.distill.objectives.rkd import RelationalKD
 from pocketvlm.distill.objectives.siglip import PairwiseSigmoid
 from pocketvlm.distill.objectives.soft_negatives import SoftNegatives
@@ -74,6 +76,7 @@ _CLASSES: dict[str, type[BatchObjective]] = {
         HybridContrastive,
         Interactive,
         MaskedFeature,
+        MaskedLanguage,
         Matryoshka,
         Matryoshka2D,
         MomentumDistillation,
@@ -82,6 +85,7 @@ _CLASSES: dict[str, type[BatchObjective]] = {
         PairwiseSigmoid,
         RandomFeatureAlignment,
         RankConsistency,
+        RegionSelf,
         RelationalKD,
         SoftNegatives,
         TokenAlignment,

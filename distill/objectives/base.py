@@ -28,6 +28,11 @@ class Outputs:
     tower under "text." and the name, in every row.
     text_mask: bool [B, L], where the text tower's tokens are no padding, or None.
     masked_image: [B, D] raw embeddings of the same pictures with patches masked, or None.
+    masked_words: [B, K, W] the text tower's last features at masked pieces of the captions, the whole picture fused in,
+    or None; masked_pieces: int64 [B, K], which pieces these were, -1 where there is none.
+    regions, region_targets: [B, R, D] the student's map pooled over cells of the picture, and what the frozen student
+    before training says of these cells cut out, or None; region_mask: bool [B, R], which of them there are.
+    token_table: [V, E] the text tower's token embedding, or None.
     bank: [N, D] embeddings of a fixed list of texts (the same texts for student and teacher), or None.
     group: int64 [B]; equal values mean the same concept (duplicate captions), or None.
     """
@@ -44,6 +49,12 @@ class Outputs:
     group: Tensor | None = None
     text_mask: Tensor | None = None
     masked_image: Tensor | None = None
+    masked_words: Tensor | None = None
+    masked_pieces: Tensor | None = None
+    token_table: Tensor | None = None
+    regions: Tensor | None = None
+    region_targets: Tensor | None = None
+    region_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,9 @@ class Needs:
     features: reads `image_features` of both models. bank: reads embeddings of a fixed text list. taps: which of the
     options `student_tap` (image tower), `text_tap` (text tower) and `teacher_tap` name inner activations that it reads.
     masked_view: wants an extra student forward of a masked image, as its options `ratio` and `cells` say.
+    masked_text: wants an extra forward of the text tower over masked captions, with its own fusion module in it.
+    regions: wants the student's map over cells of the picture, and the untrained student's view of these, as its option
+    `cells` says.
     """
 
     captions: bool = False
@@ -65,6 +79,8 @@ class Needs:
     bank: bool = False
     taps: tuple[str, ...] = ()
     masked_view: bool = False
+    masked_text: bool = False
+    regions: bool = False
     momentum: bool = False
     teacher_image: bool = True
 

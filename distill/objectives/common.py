@@ -25,13 +25,16 @@ _T = TypeVar("_T")
 class Widths:
     """Widths of one model's outputs. image_features, text_features: pooled, before the projection; None = none.
     taps: channels of each inner activation, by its name in `Outputs.taps`.
-    parts: (width, logit scale) of each teacher whose embeddings lie side by side; empty: not known to be several."""
+    parts: (width, logit scale) of each teacher whose embeddings lie side by side; empty: not known to be several.
+    token_table: of the text tower's token embedding; text_blocks: how many blocks that tower has."""
 
     embedding: int
     image_features: int | None = None
     text_features: int | None = None
     taps: Mapping[str, int] = field(default_factory=dict)
     parts: tuple[tuple[int, float], ...] = ()
+    token_table: int | None = None
+    text_blocks: int = 0
 
     def tap(self, objective: str, side: str, name: str) -> int:
         """Channels of one tap.
@@ -116,7 +119,7 @@ class BatchObjective(Objective):
     def zero(self, student: Outputs) -> Tensor:
         """Exactly 0, connected to everything that the objective could have trained, so that no parameter is unused."""
         parts = [student.image, student.text, student.bank, student.image_features, student.masked_image]
-        parts += [student.logit_scale, student.logit_bias]
+        parts += [student.logit_scale, student.logit_bias, student.masked_words, student.token_table, student.regions]
         tensors: Iterable[Tensor] = [part for part in (*parts, *self.parameters()) if part is not None]
         total = student.image.new_zeros(())
         for tensor in tensors:
@@ -177,6 +180,12 @@ def _refuse_absent(objective: str, side: str, name: str, taps: Mapping[str, obje
         raise unknown_name(f"{side} tap of objective {objective!r}", name, taps)
 
 
+def seeded_generator(seed: int, tag: str) -> torch.Generator:
+    """Of train-only parameters: its stream depends on (seed, tag) alone."""
+    stream = int.from_bytes(hashlib.sha256(f"projector/{seed}/{tag}".encode()).digest()[:7], "big")
+    return torch.Generator().manual_seed(stream)
+
+
 class Projector(nn.Module):
     """Train-only map from the student's width to the teacher's, [B, in] -> [B, out].
 
@@ -189,8 +198,7 @@ class Projector(nn.Module):
     def __init__(self, width_in: int, width_out: int, *, seed: int, tag: str, kind: str = "linear") -> None:
         super().__init__()
         choice("projector", kind, ("linear", "mlp"))
-        stream = int.from_bytes(hashlib.sha256(f"projector/{seed}/{tag}".encode()).digest()[:7], "big")
-        generator = torch.Generator().manual_seed(stream)
+        generator = seeded_generator(seed, tag)
         widths = [width_in, width_out] if kind == "linear" else [width_in, width_in, width_out]
         pairs = list(itertools.pairwise(widths))
         self.weights = nn.ParameterList(torch.randn(o, i, generator=generator) * i**-0.5 for i, o in pairs)

@@ -57,7 +57,8 @@ class Matryoshka(BatchObjective):
     With dims = [full width] and weight 1 it *is* the inner objective, projectors included.
     Paper: Kusupati et al. 2022 (MRL, 2205.13147), the sum of losses with c_m = 1; there classification with a separate
     head for each m. Ours: the inner distillation losses; a projector for each m, as MRL's heads.
-    Refused: an inner objective that reads no embedding (`hint`, `token-gram`, `token-alignment`), `matryoshka` itself.
+    Refused: an inner objective that reads no embedding of whole pictures or texts (`hint`, `token-gram`,
+    `token-alignment`, `masked-language`, `region-self`), `matryoshka` itself.
     Cost: the inner objective's, once for each m; the towers run once.
     """
 
@@ -137,11 +138,12 @@ def inner_of(inner: Any) -> tuple[str, dict[str, Any]]:
         )
     name, options = inner["name"], dict(given)
     cls = objective_class(name)
-    if cls.name in NESTS or cls.needs.features or cls.needs.taps:
+    apart = cls.needs.features or cls.needs.taps or cls.needs.masked_text or cls.needs.regions
+    if cls.name in NESTS or apart:
         why = (
             "would nest prefixes twice"
             if cls.name in NESTS
-            else "reads no embedding, so every prefix would be the same"
+            else "reads no embedding of whole pictures or texts, so every prefix would be the same"
         )
         raise UsageError(f"objective 'matryoshka' cannot hold {name!r}, which {why}; name a loss of the embeddings")
     return name, options

@@ -14,90 +14,121 @@ from pocketvlm.distill.objectives.common import Widths, unit
 from pocketvlm.distill.objectives.within import WithinModality
 from pocketvlm.edge.errors import UsageError
 
+# a cosine in float32 is off by 6e-8 times this, as far as one row is closer than another
+_NEAR = 32.0
+# squares up to here are of rows that coincide, whose angles are 0
+_SAME = 1e-20
 
-def scaled_distances(z: Tensor) -> Tensor:
-    """Euclidean distances [N, N] divided by their mean over the N(N-1) off-diagonal entries.
 
-    cdist without the matrix-product shortcut: that one cancels in float32 exactly where rows are alike.
+class SquaredDistances(torch.autograd.Function):
+    """|z_i - z_j|^2 of all rows, [N, D] -> [N, N], 0 for equal rows.
+
+    In float64, where the products lose nothing that float32 rows hold; where two rows are nearly equal even that is too
+    coarse, and theirs is taken from the difference. Apple's GPUs have no float64 and use float32. No second derivative.
     """
-    return _scaled(torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist"))
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.dtype = z.dtype
+        z = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
+        z = z - z.mean(dim=0)
+        lengths = z.square().sum(dim=1)
+        squares = torch.addmm(lengths[:, None] + lengths, z, z.T, alpha=-2.0)
+        i, j = (squares <= 1e-6 * squares.max()).nonzero(as_tuple=True)
+        squares[i, j] = (z[i] - z[j]).square().sum(dim=-1)
+        ctx.save_for_backward(z)
+        return squares
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        pull = outer + outer.T
+        return (2 * (pull.sum(dim=1, keepdim=True) * z - pull @ z)).to(ctx.dtype)
 
 
-def _scaled(distances: Tensor) -> Tensor:
+def squared_distances(z: Tensor) -> Tensor:
+    """`SquaredDistances` of the rows of z, with gradient."""
+    return SquaredDistances.apply(z)
+
+
+def scaled_distances(squares: Tensor) -> Tensor:
+    """Distances [N, N] divided by their mean over the N(N-1) off-diagonal entries; no gradient where one is 0."""
+    apart = squares > 0
+    distances = torch.where(apart, torch.where(apart, squares, 1.0).sqrt(), 0.0)
     mean = distances.sum() / (len(distances) * (len(distances) - 1))
     return distances / mean.clamp(min=1e-12)
 
 
-def geometry(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(centred rows [N, D], their products [N, N], squared distances [N, N], 0 for equal rows), no gradient.
-
-    In float64, where the products lose nothing that float32 rows hold; where two rows are nearly equal even that is too
-    coarse, and their squared distance is taken from the difference. (Apple's GPUs have no float64 and use float32.)
-    """
-    z = z.detach().to(torch.float32 if z.device.type == "mps" else torch.float64)
-    z = z - z.mean(dim=0)
-    products = z @ z.T
-    lengths = products.diagonal()
-    squares = lengths[:, None] + lengths[None, :] - 2 * products
-    i, j = (squares <= 1e-6 * squares.max()).nonzero(as_tuple=True)
-    squares[i, j] = (z[i] - z[j]).square().sum(dim=-1)
-    return z, products, squares
-
-
 class AngleLoss(torch.autograd.Function):
-    """Mean over all N^3 triplets of Huber_1(psi^S - psi^T), see `RelationalKD`; student, teacher: [N, D_S], [N, D_T].
+    """Mean over all N^3 triplets of Huber_1(psi^S - psi^T), see `RelationalKD`; squared distances [N, N] of both.
 
-    One vertex at a time, value and gradient together, so that nothing larger than [N, N] is ever held: with
-    A_jk = (z_j - z_i).(z_k - z_i) = G_jk - G_ij - G_ik + G_ii and r_j = 1/|z_j - z_i|, psi_ijk = A_jk r_j r_k.
-    No second derivative.
+    By the law of cosines an angle needs distances only: with s_ij the squares and h_ij = (2 s_ij)^-1/2 (0 where rows
+    coincide), psi_ijk = (s_ij + s_ik - s_jk) h_ij h_ik. So its cost does not depend on the width of the rows. One
+    vertex i at a time, value and gradient together, so that nothing larger than [N, N] is ever held.
+    exact: all of it in the squares' precision. Otherwise in float32, but for vertices that are `lopsided`: there, and
+    only there, the sum cancels. No second derivative.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        n = len(student)
-        (z, products, squares), (_, their_products, their_squares) = geometry(student), geometry(teacher)
-        inverse, their_inverse = _inverse_root(squares), _inverse_root(their_squares)
-        scales, psi, difference = (torch.empty_like(products) for _ in range(3))
-        total = products.new_zeros(())
-        to_products, to_squares = torch.zeros_like(products), torch.zeros_like(products)
-        for i in range(n):
-            _cosines_at(i, their_products, their_inverse, scales, difference)
-            _cosines_at(i, products, inverse, scales, psi)
-            torch.sub(psi, difference, out=difference)
-            slope = difference.clamp(-1.0, 1.0)
-            # Huber_1(x) = h (x - h/2) with h its slope
-            total += torch.linalg.vecdot(slope, difference.sub_(slope, alpha=0.5)).sum()
-            r = inverse[i]
-            to_squares[i] = -torch.linalg.vecdot(psi, slope) * r.square()
-            to_products.addcmul_(slope, scales)
-            rows = r * (slope @ r)
-            to_products[i] -= 2 * rows
-            to_products[i, i] += rows.sum()
-        pulls = to_squares + to_squares.T
-        gradient = (to_products + to_products.T) @ z + 2 * (pulls.sum(dim=1, keepdim=True) * z - pulls @ z)
-        ctx.save_for_backward((gradient / n**3).to(student.dtype))
-        return (total / n**3).to(student.dtype)
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, exact: bool) -> Tensor:
+        near = lopsided(student) | lopsided(teacher) | exact
+        value, gradient = _angles_at(near, student, teacher, student.dtype)
+        more, slope = _angles_at(~near, student, teacher, torch.float32)
+        ctx.save_for_backward((gradient + slope) / len(student) ** 3)
+        return (value + more) / len(student) ** 3
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return outer * gradient, None
+        return outer * gradient, None, None
 
 
-def _inverse_root(squares: Tensor) -> Tensor:
-    """1 / distance; 0 for rows that coincide, whose angles then are 0."""
-    apart = squares > 1e-20
-    return torch.where(apart, torch.where(apart, squares, 1.0).rsqrt(), 0.0)
+def lopsided(squares: Tensor) -> Tensor:
+    """bool [N]: rows whose nearest row, copies apart, is more than `_NEAR` times closer than their farthest."""
+    farthest = squares.amax(dim=1)
+    return torch.where(squares > _SAME, squares, torch.inf).amin(dim=1) * _NEAR**2 < farthest
 
 
-def _cosines_at(i: int, products: Tensor, inverse: Tensor, scales: Tensor, out: Tensor) -> None:
-    """psi_i [N, N] into `out`, and r_j r_k into `scales`."""
-    r = inverse[i]
-    shift = (products[i] - products[i, i] / 2) * r
-    torch.outer(r, r, out=scales)
-    torch.mul(products, scales, out=out)
-    out.addmm_(torch.stack([shift, r], dim=1), torch.stack([r, shift]), alpha=-1.0)
+def _angles_at(where: Tensor, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sum of Huber_1(psi^S - psi^T) over the vertices in `where` (bool [N]), and its gradient at the student's squares.
+
+    Both in the squares' own dtype, the N^3 terms in `dtype`.
+    """
+    total, to_edges = student.new_zeros(()), torch.zeros_like(student)
+    vertices = where.nonzero()[:, 0].tolist()
+    if not vertices:
+        return total, to_edges
+    ours, theirs = student.to(dtype), teacher.to(dtype)
+    half, their_half = _half_inverse(student).to(dtype), _half_inverse(teacher).to(dtype)
+    to_opposite, scales, their_scales, gaps, slope = (torch.zeros_like(ours) for _ in range(5))
+    ones = torch.ones_like(ours[0])
+    for i in vertices:
+        h, g, s, t = half[i], their_half[i], ours[i], theirs[i]
+        # psi^S - psi^T = (a h' + h a' - h S h') - (the same of the teacher), with a = h s
+        torch.outer(h, h, out=scales)
+        torch.outer(g, g, out=their_scales)
+        torch.mul(scales, ours, out=gaps)
+        gaps.addcmul_(their_scales, theirs, value=-1.0)
+        left, right = torch.stack([h * s, h, -g * t, -g], dim=1), torch.stack([h, h * s, g, g * t])
+        gaps.addmm_(left, right, beta=-1.0)
+        # Huber_1(x) = x' (x - x'/2) with x' its slope
+        torch.clamp(gaps, -1.0, 1.0, out=slope)
+        total += torch.dot(slope.view(-1), gaps.sub_(slope, alpha=0.5).view(-1))
+        # d psi_jk / d s_jk = -h_j h_k; d psi_jk / d s_ij = h_j h_k - psi_jk h_j^2, and psi_kj as much again
+        pull = scales.mul_(slope)
+        to_opposite.sub_(pull)
+        sums = torch.mv(pull, ones)
+        turned = s * sums + torch.mv(pull, s) - torch.linalg.vecdot(pull, ours)
+        to_edges[i] = 2 * (sums - h.square() * turned)
+    return total, to_edges + to_opposite
+
+
+def _half_inverse(squares: Tensor) -> Tensor:
+    """(2 squares)^-1/2; 0 for rows that coincide, whose angles then are 0."""
+    apart = squares > _SAME
+    return torch.where(apart, torch.where(apart, 2 * squares, 1.0).rsqrt(), 0.0)
 
 
 class RelationalKD(WithinModality):
@@ -116,7 +147,7 @@ class RelationalKD(WithinModality):
     Paper: Park et al. 2019 (RKD, 1904.05068), equations 4 to 9; code lenscloth/RKD.
     Ours: normalisation by default; `angle_rows` (default 256): of a larger batch only the first so many rows enter the
     angle term; coinciding rows have distance 0 (the code clamps squares at 1e-12).
-    Cost: the angle term's time grows with N^3, its memory with N^2 (one vertex at a time); no second derivative.
+    Cost: the angle term's time grows with N^3, whatever the width, its memory with N^2; no second derivative.
     """
 
     name = "rkd"
@@ -148,11 +179,11 @@ class RelationalKD(WithinModality):
     def relation(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         if self.normalize:
             student, teacher = unit(student), unit(teacher)
+        ours, theirs = squared_distances(student), squared_distances(teacher)
         found = {}
         if self.distance:
-            theirs = _scaled(geometry(teacher)[2].sqrt()).to(student.dtype)
-            found["_distance"] = self.distance * F.smooth_l1_loss(scaled_distances(student), theirs)
+            found["_distance"] = self.distance * F.smooth_l1_loss(scaled_distances(ours), scaled_distances(theirs))
         if self.angle:
-            n = self.angle_rows
-            found["_angle"] = self.angle * AngleLoss.apply(student[:n], teacher[:n])
-        return found
+            n, exact = self.angle_rows, student.dtype == torch.float64
+            found["_angle"] = self.angle * AngleLoss.apply(ours[:n, :n], theirs[:n, :n], exact)
+        return {name: value.to(student.dtype) for name, value in found.items()}

@@ -41,6 +41,33 @@ def test_captions_labels_groups_and_tags(manifest: Write, picture: Picture) -> N
     assert source[0].image.read() == encode("jpeg", len("a.jpg"))
 
 
+def test_captions_are_weighed_by_where_they_come_from(manifest: Write, picture: Picture) -> None:
+    picture("a.jpg")
+    picture("b.jpg")
+    again = {"text": "one hound", "source": "rewrite", "weight": 0.5}
+    path = manifest({"image": "a.jpg", "captions": ["one dog", again]}, {"image": "b.jpg", "captions": [again]})
+    source = open_data(path)
+    assert [caption.source for caption in source[0].captions] == ["original", "rewrite"]
+    assert source.weighed({}) is source
+    weighed = source.weighed({"rewrite": 3.0})
+    assert [caption.weight for caption in weighed[0].captions] == [1.0, 1.5]
+    without = source.weighed({"rewrite": 0})
+    assert [texts(without, index) for index in (0, 1)] == [["one dog"], []]
+    assert [texts(source, index) for index in (0, 1)] == [["one dog", "one hound"], ["one hound"]]
+    with pytest.raises(UnknownNameError, match="did you mean 'rewrite'"):
+        source.weighed({"rewrites": 1.0})
+    with pytest.raises(UsageError, match=r"weight -1.*give 0"):
+        source.weighed({"rewrite": -1})
+
+
+def test_columns_side_by_side_are_sources(manifest: Write, picture: Picture) -> None:
+    picture("a.jpg")
+    path = manifest({"image": "a.jpg", "caption": "one dog", "rewrite": ["one hound", {"text": "1", "source": "x"}]})
+    found = open_data(f"{path}?caption=caption,rewrite")[0].captions
+    assert [(c.text, c.source) for c in found] == [("one dog", "caption"), ("one hound", "rewrite"), ("1", "x")]
+    assert open_data(f"{path}?caption=caption")[0].captions == (Caption("one dog"),)
+
+
 def test_an_image_without_captions_is_unlabelled(manifest: Write, picture: Picture) -> None:
     picture("a.jpg")
     picture("b.jpg")
@@ -89,6 +116,7 @@ BAD_ROWS = [
     ({"image": "good.jpg", "caption": {"text": "x", "weight": 0}}, "bad-weight"),
     ({"image": "good.jpg", "caption": {"text": "x", "weight": "1"}}, "bad-weight"),
     ({"image": "good.jpg", "caption": {"text": "x", "language": 1}}, "bad-language"),
+    ({"image": "good.jpg", "caption": {"text": "x", "source": ""}}, "bad-source"),
     ({"image": "good.jpg", "label": ["x"]}, "bad-label"),
     ({"image": "good.jpg", "uid": True}, "bad-uid"),
     ({"image": 3, "caption": "x"}, "not-a-path"),

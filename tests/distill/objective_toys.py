@@ -46,13 +46,21 @@ def outputs(seed: int, *, dim: int = D, features: int = F, dtype: torch.dtype = 
     found.taps["text.exit.1"] = early = draw(B, dim)
     with torch.no_grad():
         early[3] = early[0]
+    found.masked_words, found.token_table = draw(B, 2, features), draw(V, E)
+    found.masked_pieces = torch.tensor(PIECES)
+    found.regions, found.region_targets = draw(B, 3, dim), draw(B, 3, dim)
+    found.region_mask = torch.tensor([[place < count for place in range(3)] for count in CELLS])
     found.text_mask = torch.tensor([[place < length for place in range(L)] for length in LENGTHS])
     return found
 
 
 L = 5
+V, E = 11, 3
+PIECES = [[2, 9], [4, -1], [-1, -1], [2, 9], [0, 7], [-1, -1]]  # masked pieces of each caption
+CELLS = [3, 1, 2, 3, 2, 3]  # cells of each picture
 LENGTHS = [4, 2, 0, 4, 5, 1]  # real tokens of each caption; row 2 has none
-WIDTHS = Widths(embedding=D, image_features=F, text_features=F, taps={"tokens": F, "text.tokens": F, "text.exit.1": D})
+TAPS = {"tokens": F, "text.tokens": F, "text.exit.1": D}
+WIDTHS = Widths(D, F, F, taps=TAPS, token_table=E, text_blocks=2)
 OTHER = Widths(embedding=D + 2, image_features=F + 3, text_features=F + 3, taps={"tokens": F + 3})
 SEED, STEP, PROGRESS = 5, 7, 0.5  # an objective that changes during training is looked at in the middle of it
 

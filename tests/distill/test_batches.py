@@ -12,6 +12,7 @@ from PIL import Image
 
 from pocketvlm.data.augment import AugmentPolicy
 from pocketvlm.data.sample import Caption, ImageRef, Sample
+from pocketvlm.data.source import DataSource
 from pocketvlm.distill.batches import Order, Pictures, prefetch
 from pocketvlm.distill.optim import learning_rate, objective_weight
 from pocketvlm.distill.recipe import ObjectiveSection, TrainSection
@@ -93,6 +94,24 @@ def test_captions_are_drawn_by_weight() -> None:
     one = Order([sample], batch_size=1, views=1, seed=0)
     counts = Counter(one.plan(step).captions[0] for step in range(800))
     assert 0.68 < counts["often"] / 800 < 0.82
+
+
+def test_sources_of_captions_are_drawn_in_proportion_and_again_the_same() -> None:
+    """One original and three rewrites at 0.5 each: 40 % and 60 %, whatever was drawn before."""
+    rewrites = tuple(Caption(f"rewrite {i}", source="rewrite") for i in range(3))
+    source = DataSource("d", [Sample(f"s{i}", ImageRef(data=b""), (Caption("plain"), *rewrites)) for i in range(4)])
+    weighed = Order(source.weighed({"rewrite": 0.5}).samples, batch_size=4, views=1, seed=0)
+    steps = [dict(zip(plan.rows, plan.captions)) for plan in map(weighed.plan, range(500))]
+    counts = Counter(text for step in steps for text in step.values())
+    assert abs(counts["plain"] / 2000 - 0.4) < 0.04
+    assert all(abs(counts[f"rewrite {i}"] / 2000 - 0.2) < 0.03 for i in range(3))
+    again = Order(source.weighed({"rewrite": 0.5}).samples, batch_size=4, views=1, seed=0)
+    assert [dict(zip(p.rows, p.captions)) for p in map(again.plan, (499, 3, 250))] == [steps[i] for i in (499, 3, 250)]
+    # a draw is of a picture and a step: a rank that holds half of the pictures draws the same for them
+    half = Order(source.weighed({"rewrite": 0.5}).samples[:2], batch_size=2, views=1, seed=0)
+    assert all(half.plan(n).captions[half.plan(n).rows.index(0)] == steps[n][0] for n in range(50))
+    other = Order(source.weighed({"rewrite": 0.5}).samples, batch_size=4, views=1, seed=1)
+    assert [dict(zip(p.rows, p.captions)) for p in map(other.plan, range(9))] != steps[:9]
 
 
 def pictures(budget: int = 1 << 20, source_px: int = 0) -> Pictures:

@@ -22,10 +22,9 @@ from pocketvlm.distill.objectives import Outputs, Widths, build_objective, list_
 from pocketvlm.edge.errors import UsageError
 
 ROWS, SPLIT, N = 9, 5, 6  # uneven on purpose: 5 rows on rank 0, 4 on rank 1
-STUDENT, TEACHER = (
-    Widths(4, 7, 7, {"tokens": 2, "text.tokens": 2, "b": 1, "text.exit.1": 4}),
-    Widths(5, 6, 6, {"tokens": 2}),
-)
+TAPS = {"tokens": 2, "text.tokens": 2, "b": 1, "text.exit.1": 4}
+STUDENT = Widths(4, 7, 7, TAPS, token_table=3, text_blocks=1)
+TEACHER = Widths(5, 6, 6, {"tokens": 2})
 
 
 class Towers(nn.Module):
@@ -56,6 +55,10 @@ class Towers(nn.Module):
                 "text.tokens": torch.stack([text_features[:, :5], text_features[:, 2:]], dim=2),
             },
             masked_image=torch.sin(pixels @ self.body.T) @ self.image.T,
+            masked_words=torch.stack([text_features, features], dim=1),
+            token_table=self.body,
+            regions=torch.stack([features, text_features], dim=1) @ self.image.T,
+            region_targets=torch.stack([text_features, features.cos()], dim=1) @ self.text.T,
             bank=torch.tanh(words @ self.body.T) @ self.text.T,
             **labels,
         )
@@ -81,7 +84,11 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
         taps={"tokens": draw["tokens"][start:stop].reshape(-1, 4, 2)},
     )
     inputs = {"pixels": draw["pixels"][start:stop], "ids": draw["ids"][start:stop], "words": draw["words"]}
-    return {**inputs, "has_text": has_text, "group": group, "text_mask": text_mask[start:stop]}, teacher
+    pieces = torch.tensor([[6, 2], [1, -1], [-1, -1], [0, 3], [-1, -1], [5, 5], [4, -1], [-1, -1], [2, 6]])[start:stop]
+    labels = {"has_text": has_text, "group": group, "text_mask": text_mask[start:stop], "masked_pieces": pieces}
+    cells = torch.tensor([2, 1, 2, 2, 0, 1, 2, 2, 1])[start:stop]
+    labels["region_mask"] = torch.arange(2) < cells[:, None]
+    return {**inputs, **labels}, teacher
 
 
 def objectives() -> list[tuple[str, dict[str, object]]]:

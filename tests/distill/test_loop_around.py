@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,9 +137,9 @@ def test_the_momentum_model_does_no_needless_work(recipe: Make, monkeypatch: pyt
     seen: list[tuple[Any, bool]] = []
     real = type(made.feed).forward
 
-    def watched(self: Any, student: Any, batch: Any, *, tapped: bool = True) -> Any:
+    def watched(self: Any, student: Any, batch: Any, beside: Any = None, *, tapped: bool = True) -> Any:
         seen.append((batch, tapped))
-        return real(self, student, batch, tapped=tapped)
+        return real(self, student, batch, beside, tapped=tapped)
 
     monkeypatch.setattr(type(made.feed), "forward", watched)
     steps(made, 1)
@@ -411,3 +412,42 @@ def test_a_teacher_that_says_no_number_is_caught_before_the_step(recipe: Make, p
 def test_a_wrong_prefix_to_freeze_is_answered_with_the_nearest(recipe: Make) -> None:
     with pytest.raises(UsageError, match="unknown parameter prefix 'text_towr'; did you mean 'text_tower'"):
         trainer(recipe("train.freeze_after={text_towr: 2}"))
+
+
+# ------------------------------------------------------------------------------------------------ captions and rewrites
+
+
+def test_caption_weights_decide_what_a_run_draws(alone: Make, world: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in world.read_text().splitlines()]
+    path = tmp_path / "both.jsonl"
+
+    def write(weight: float) -> None:
+        for row in rows:
+            row["image"] = str(world.parent / Path(row["image"]).name)
+            again = {"text": f"a {row['label']} one", "source": "rewrite", "weight": weight}
+            row["captions"] = [f"{row['label']} thing", again]
+            row.pop("caption", None)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def made(**caption_weights: float) -> Trainer:
+        data = {"train": f"{path}?check=none", "eval": None, "caption_weights": caption_weights}
+        return trainer(alone(data=data, student=toy_recipe(world, tmp_path)["student"]))
+
+    def drawn(of: Trainer) -> list[str | None]:
+        return [text for step in range(40) for text in of.order.plan(step).captions]
+
+    write(1.0)
+    even, never, seldom = made(), made(rewrite=0.0), made(rewrite=0.25)
+    shares = [sum(str(text).startswith("a ") for text in drawn(one)) / 320 for one in (even, never, seldom)]
+    assert 0.4 < shares[0] < 0.6
+    assert shares[1] == 0.0
+    assert 0.12 < shares[2] < 0.28
+    assert drawn(made(rewrite=0.25)) == drawn(seldom)
+    # a run is not continued on data that says otherwise how often
+    state = even.state()
+    write(3.0)
+    other = made()
+    with pytest.raises(IntegrityError, match="made with another data"):
+        other.restore(state, tmp_path)
+    with pytest.raises(UsageError, match="unknown caption source"):
+        made(rewrites=1.0)

@@ -297,6 +297,7 @@ def test_batch_without_captions_is_zero_with_a_graph(name, oracle, options, how)
 def cut(o: Outputs, keep) -> Outputs:
     """The rows `keep`; the bank is no row."""
     keys = ("image", "text", "has_text", "image_features", "text_features", "group", "masked_image", "text_mask")
+    keys += ("masked_words", "masked_pieces", "regions", "region_targets", "region_mask")
     changed = {key: getattr(o, key)[keep] for key in keys}
     return dataclasses.replace(o, **changed, taps={k: v[keep] for k, v in o.taps.items()})
 
@@ -541,6 +542,7 @@ def test_spatial_correlation_detaches_one_side():
 INNERS = sorted(
     name for name in list_objectives() if name not in ("hint", "token-gram", "matryoshka", "matryoshka-2d")
     and not objective_needs(name).features and not objective_needs(name).taps
+    and not objective_needs(name).masked_text and not objective_needs(name).regions
 )  # fmt: skip
 
 

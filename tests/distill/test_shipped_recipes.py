@@ -12,11 +12,12 @@ from distill_toys import TINY_STUDENT
 from pocketvlm.distill.loop import distill_run
 from pocketvlm.distill.recipe import list_recipes, load_recipe
 from pocketvlm.distill.run_folder import read_metrics
+from pocketvlm.students import build_student, save_student, train_tokenizer
 
 NAMES = [row["name"] for row in list_recipes()]
 
 
-def _small(name: str, world: Path, cache: Path) -> list[str]:
+def _small(name: str, world: Path, cache: Path, start: Path) -> list[str]:
     """Overrides that keep what a recipe is about and change how much of it there is."""
     recipe = load_recipe(name)
     found = [
@@ -36,6 +37,10 @@ def _small(name: str, world: Path, cache: Path) -> list[str]:
         found += [f"teacher.spec={specs if len(specs) > 1 else specs[0]}", f"teacher.cache={cache}"]
     if recipe.student.fit_text_projection is not None and "teacher.spec=toy-text" in found:
         found.append("student.embed_dim=6")
+    if any(spec.name == "region-self" for spec in recipe.objectives):  # which wants a student that knows something
+        tokenizer, wide = train_tokenizer(["a red thing"], 64), recipe.student.embed_dim or 8
+        student = build_student("mnv4-035", embed_dim=wide, tokenizer_json=tokenizer, overrides=TINY_STUDENT)
+        found += [f"student.init={save_student(student, start)}", "student.init_parts=[image_tower]"]
     if recipe.train.text_pretrain_steps:
         found.append("train.text_pretrain_steps=1")
     if recipe.train.text_batch:
@@ -61,7 +66,7 @@ def test_two_steps_of_every_shipped_recipe(
     name: str, world: Path, teacher_cache: Path, toy_teacher: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("POCKETVLM_CACHE", str(tmp_path / "cache"))
-    recipe = load_recipe(name, _small(name, world, teacher_cache))
+    recipe = load_recipe(name, _small(name, world, teacher_cache, tmp_path / "start"))
     result = distill_run(recipe, tmp_path / "run", progress=False)
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     assert [row["phase"] for row in rows] == ["texts"] * recipe.train.text_pretrain_steps + ["pairs"] * 2
