@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -292,3 +294,18 @@ def test_configurations_that_no_pruning_makes_are_refused() -> None:
         toy(**{"image.blocks": [{"head": 1, "heads": 1, "hidden": 8}]})
     with pytest.raises(UsageError, match=r"image\.blocks describes a pruned tower"):
         toy(**{"image.blocks": widths[:1], "image.weights": "file:x"})
+
+
+def test_the_table_in_the_docs_is_the_committed_result() -> None:
+    root = Path(__file__).resolve().parents[2]
+    result = json.loads((root / "benchmarks" / "results" / "inherited.json").read_text(encoding="utf-8"))
+    text = (root / "docs" / "students.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(\w+)` \|(.*)\|$", text.partition("<!-- inherited:begin -->")[2], re.M)
+    wanted = {}
+    for method, row in result["R@5"]["50 %"].items():
+        cells = [f"{result['width_only'][method]['test']:.1f}", f"{row['test before']:.1f}", f"{row['test after']:.1f}"]
+        cells += [f"{row['validation before']:.1f}", f"{row['validation after']:.1f}"]
+        gap = result["mope_minus"]["50 %"].get(method, {}).get("after", {}).get("test")
+        cells.append("–" if gap is None else f"{gap['difference']:+.1f} ({gap['low']:+.1f} to {gap['high']:+.1f})")
+        wanted[method] = cells
+    assert {method: [cell.strip() for cell in cells.split("|")] for method, cells in shown} == wanted
