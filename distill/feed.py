@@ -38,6 +38,7 @@ class Step:
     ids: int32 [C + T, L], captions of the C rows in `with_text`, then T texts.
     The teacher's embeddings, features and tokens [B, N, W] for the same rows, or None.
     masked: uint8 [B, S, S, 3], the same pictures with patches masked, where an objective asks for them.
+    label: int64 [B] of a task, -1 where the student has no label.
     """
 
     phase: str
@@ -55,6 +56,7 @@ class Step:
     teacher_text_features: Tensor | None = None
     teacher_tokens: Tensor | None = None
     masked: Tensor | None = None
+    label: Tensor | None = None
 
 
 class Feed:
@@ -67,7 +69,7 @@ class Feed:
             texts = dict.fromkeys([*prepared.texts, *(c.text for s in prepared.samples for c in s.captions)])
             prepared.memo["ids"] = dict(zip(texts, prepared.tokenizer.encode(list(texts)))) if texts else {}
         self._ids: dict[str, np.ndarray[Any, Any]] = prepared.memo["ids"]
-        self.bank = self._fixed_bank()
+        self.bank, self.classes = self._fixed_bank(), self._teacher_classes()
         self.taps, self.masking = asked_taps(prepared.recipe), asked_masking(prepared.recipe)
         self.cut = prepared.recipe.train.cut_after_block
         self.lower = lower_outputs(prepared, device) if self.cut is not None else None
@@ -81,6 +83,29 @@ class Feed:
             len(self.prepared.texts)
         )
         return words.text([self.prepared.texts[i] for i in order[:count]]).to(self.device)
+
+    def _teacher_classes(self) -> Tensor | None:
+        """[K, D] unit vectors by which the teacher classifies zero-shot: of each class, the mean over its prompts."""
+        task, cache = self.prepared.task, self.prepared.images
+        if task is None or cache is None:
+            return None
+        each = [finite(cache.text(prompts), prompts) for prompts in task.prompts]
+        rows = torch.stack([nn.functional.normalize(rows, dim=-1).mean(dim=0) for rows in each])
+        return nn.functional.normalize(rows, dim=-1).to(self.device)
+
+    def class_logits(self, student: Student, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What the two heads of a task student say to the plain view of these samples, [N, K] each, on the CPU."""
+        assert student.heads is not None, "only a recipe with a task comes here"
+        training, found = student.training, []
+        student.eval()
+        with torch.no_grad():
+            for start in range(0, len(rows), 64):
+                part = rows[start : start + 64]
+                features = self._image(student, self._below(part, [0] * len(part))).features
+                found.append(torch.stack(student.heads(features)).float().cpu())
+        student.train(training)
+        label, taught = torch.cat(found, dim=1)
+        return label, taught
 
     def make(self, step: int) -> Step:
         """The tensors of a 0-based step of the whole run; a pure function of the step."""
@@ -99,6 +124,8 @@ class Feed:
             seed = self.prepared.recipe.train.seed
             batch.masked = torch.from_numpy(self.masking.paint(whole, seed, step, uids, pictures.spec))
         batch.group = torch.from_numpy(plan.group)
+        if self.prepared.task is not None:
+            batch.label = torch.tensor([self.prepared.task.train[row] for row in plan.rows])
         batch.with_text = torch.tensor(
             [i for i, text in enumerate(plan.captions) if text is not None], dtype=torch.long
         )
@@ -247,6 +274,13 @@ class Feed:
             outputs.taps = pictures.taps | self._caption_taps(taps, batch, captioned)
             if self.taps.text:
                 outputs.text_mask = self._caption_mask(batch, captioned, student.text_spec)
+            if student.heads is not None and batch.label is not None:
+                own, taught = student.heads(pictures.features)
+                outputs.class_logits, outputs.taught_logits = own.float(), taught.float()
+                outputs.label = batch.label.to(self.device)
+            if teacher is not None and self.classes is not None:
+                cosine = nn.functional.normalize(teacher.image, dim=-1) @ self.classes.T
+                teacher.class_logits = teacher.logit_scale * cosine
             if batch.masked is not None:
                 outputs.masked_image = self._masked(student, batch.masked)
             if teacher is not None and batch.teacher_tokens is not None:

@@ -18,15 +18,16 @@ from torch import Tensor
 from pocketvlm.distill.objectives.base import Outputs
 from pocketvlm.edge.errors import UsageError
 
-_ROWS = ("image", "text", "image_features", "text_features", "masked_image")
-_LABELS = ("has_text", "group", "text_mask")
+_ROWS = ("image", "text", "image_features", "text_features", "masked_image", "class_logits", "taught_logits")
+_LABELS = ("has_text", "group", "text_mask", "label")
 
 
 def gather_outputs(outputs: Outputs, group: Any = None) -> Outputs:
     """The outputs of all ranks' batches, concatenated in rank order; ranks may hold different numbers of rows.
 
-    Gathered: image, text, image_features, text_features, masked_image, taps (with gradient), has_text, text_mask, group
-    (group ids must be global). Not gathered, because every rank holds the same: logit_scale, logit_bias, bank.
+    Gathered: image, text, image_features, text_features, masked_image, class_logits, taught_logits, taps (with
+    gradient), has_text, text_mask, label, group (group ids must be global). Not gathered, because every rank holds the
+    same: logit_scale, logit_bias, bank.
     Without an initialised process group, or with one rank, `outputs` itself is returned.
 
     Args:

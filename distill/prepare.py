@@ -18,13 +18,16 @@ from pocketvlm.data.source import DataSource
 from pocketvlm.distill.answers import slug, teacher_answers
 from pocketvlm.distill.batches import Pictures
 from pocketvlm.distill.evaluate import Embedded, Questions, questions_of
+from pocketvlm.distill.labels import TaskLabels, task_classes, task_labels
 from pocketvlm.distill.masking import asked_masking
 from pocketvlm.distill.progress import Reporter, Stages
+from pocketvlm.distill.questions import only_labels
 from pocketvlm.distill.recipe import Recipe
 from pocketvlm.distill.taps import asked_taps, tap_widths
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.students import (
+    Classes,
     Student,
     build_student,
     inherit_tokenizer,
@@ -59,6 +62,7 @@ class Prepared:
     images / words: teacher caches of pictures with captions, and of `texts`; None without a teacher.
     digest: over everything that decides the run's arithmetic besides the recipe; a resumed run must match it.
     pictures_digest: over uids and sources of the pictures. report: where progress is told.
+    task: classes and labels of a recipe with a task.
     memo: what runs over the same inputs share (token ids, outputs below the cut), filled by the first that needs it.
     """
 
@@ -78,6 +82,7 @@ class Prepared:
     digest: str
     pictures_digest: str
     report: Reporter
+    task: TaskLabels | None = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def with_recipe(self, recipe: Recipe, student: Student | None = None) -> Prepared:
@@ -90,7 +95,7 @@ class Prepared:
                 tokenizer or other questions).
         """
         own, other = self.recipe, recipe
-        differ = [part for part in ("data", "views") if getattr(own, part) != getattr(other, part)]
+        differ = [part for part in ("data", "views", "task") if getattr(own, part) != getattr(other, part)]
         if other.teacher is not None:
             kept = ("spec", "cache", "cache_dtype", "token_grid")
             if own.teacher is None or any(getattr(own.teacher, k) != getattr(other.teacher, k) for k in kept):
@@ -98,7 +103,9 @@ class Prepared:
             elif _wants_texts(other) and self.words is None and self.texts:
                 differ.append("texts of the teacher")
         if student is None and not differ:
-            student = _student(other, self.source, self.texts, self.teacher if other.teacher is not None else None)
+            classes = self.task.classes if self.task is not None else None
+            teacher = self.teacher if other.teacher is not None else None
+            student = _student(other, self.source, self.texts, teacher, classes)
         if student is not None:
             differ += [
                 part for part in ("image_spec", "text_spec") if getattr(student, part) != getattr(self.student, part)
@@ -154,7 +161,10 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         source = open_data(recipe.data.train, on_bad_sample=bad, progress=progress)
         held_out = open_data(recipe.data.eval, on_bad_sample=bad, progress=progress) if recipe.data.eval else None
     _check_captions(recipe, source)
-    texts = _text_pool(recipe, source, held_out)
+    classes = task_classes(recipe, source.samples, source.name, source.templates or recipe.eval.templates)
+    if classes is not None and held_out is not None:
+        held_out = only_labels(held_out)
+    texts = _text_pool(recipe, source, held_out, classes)
     teacher = None
     if recipe.teacher is not None:
         from pocketvlm.teachers import load_teacher
@@ -168,7 +178,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
                 progress=progress,
             )
         check_width(recipe, teacher.dim, teacher.name)
-    student = _student(recipe, source, texts, teacher)
+    student = _student(recipe, source, texts, teacher, classes)
     # before the teacher works for minutes on what the student cannot be compared with
     taps = asked_taps(recipe)
     tap_widths(student, taps, recipe.train.cut_after_block)
@@ -189,7 +199,10 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         if data is not None and data.report.counts:
             report.line(f"left out of the {what} data {data.name}: {dict(sorted(data.report.counts.items()))}")
     _check_captions(recipe, source)
-    images, words, answers = _teacher_outputs(recipe, teacher, samples, texts, questions, policy, report)
+    task = None
+    if classes is not None and recipe.task is not None:
+        task = task_labels(classes, samples, recipe.task.validation)
+    images, words, answers = _teacher_outputs(recipe, teacher, samples, texts, questions, policy, report, task)
     return Prepared(
         recipe=recipe,
         source=source,
@@ -207,6 +220,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         digest=_digest(samples, texts, student, teacher),
         pictures_digest=pictures.digest(),
         report=report,
+        task=task,
     )
 
 
@@ -264,9 +278,11 @@ def _check_captions(recipe: Recipe, source: DataSource) -> None:
         )
 
 
-def _text_pool(recipe: Recipe, source: DataSource, held_out: DataSource | None) -> list[str]:
-    """Words without any caption that is scored or withheld, then the captions that the student may see."""
-    captions = source.captions()
+def _text_pool(
+    recipe: Recipe, source: DataSource, held_out: DataSource | None, classes: Classes | None = None
+) -> list[str]:
+    """Words without any caption that is scored or withheld, then the captions that the student may see, and classes."""
+    captions = list(dict.fromkeys([*source.captions(), *(classes.labels if classes is not None else ())]))
     words = recipe.data.words
     if words is None:
         return captions
@@ -278,7 +294,9 @@ def _text_pool(recipe: Recipe, source: DataSource, held_out: DataSource | None) 
     return list(dict.fromkeys([*word_list(words.name, size=words.size, exclude=withheld), *captions]))
 
 
-def _student(recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: Any) -> Student:
+def _student(
+    recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: Any, classes: Classes | None = None
+) -> Student:
     section = recipe.student
     config = load_config(section.name, section.overrides)
     makers: dict[str, Callable[[Sequence[str], int], bytes]] = {
@@ -302,6 +320,7 @@ def _student(recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: 
         seed=recipe.train.seed,
         space_id=teacher.space_id if teacher is not None else None,
         overrides=section.overrides,
+        classes=classes,
     )
     if section.init:
         _start_from(student, Path(section.init), section.init_parts)
@@ -368,11 +387,13 @@ def _teacher_outputs(
     questions: Questions | None,
     policy: AugmentPolicy,
     report: Reporter,
+    task: TaskLabels | None = None,
 ) -> tuple[TeacherCache | None, TeacherCache | None, Embedded | None]:
     if teacher is None or recipe.teacher is None:
         return None, None, None
     section, views = recipe.teacher, recipe.views.count
-    captions = list(dict.fromkeys(c.text for s in samples for c in s.captions))
+    prompts = [text for row in task.prompts for text in row] if task is not None else []
+    captions = list(dict.fromkeys([*(c.text for s in samples for c in s.captions), *prompts]))
     root = Path(section.cache) if section.cache else cache_dir() / "teacher"
 
     tokens: dict[str, Any] = {}
@@ -407,7 +428,7 @@ def _teacher_outputs(
         # precomputed embeddings are a cache already; there is no model that could fill another one
         images: TeacherCache | None = ready
         words_cache: TeacherCache | None = ready
-        _check_precomputed(recipe, ready, samples, texts if _wants_texts(recipe) else [])
+        _check_precomputed(recipe, ready, samples, [*(texts if _wants_texts(recipe) else []), *prompts])
     else:
         images = cached(
             "views",

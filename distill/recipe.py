@@ -114,6 +114,21 @@ class StudentSection(_Section):
     fit_text_projection: Positive | None = None
 
 
+class TaskSection(_Section):
+    """A student that tells a fixed list of classes apart, by two heads (`students.task`), and ships as a classifier.
+
+    classes: their names; empty: the labels of the training data. validation: the share of each class's labels, rounded
+    down, that trains no head and chooses `share` and `temperature`, which can also be given. mix: what is mixed, the
+    heads' "probabilities" or their "logits" (at temperature 1; one linear layer remains).
+    """
+
+    classes: tuple[str, ...] = ()
+    mix: Literal["probabilities", "logits"] = "probabilities"
+    share: Fraction | None = None
+    temperature: Positive | None = None
+    validation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
+
+
 class TokenizerSection(_Section):
     """source: "texts" trains a tokenizer on the training captions and words; "minilm-l6" prunes MiniLM's to the pieces
     that these use (for a student with text.weights minilm-l6); else a `tokenizer.json` file.
@@ -226,6 +241,7 @@ class Recipe(_Section):
     views: ViewsSection = ViewsSection()
     teacher: TeacherSection | None = None
     student: StudentSection
+    task: TaskSection | None = None
     tokenizer: TokenizerSection = TokenizerSection()
     objectives: Annotated[tuple[ObjectiveSection, ...], Field(min_length=1)]
     train: TrainSection = TrainSection()
@@ -456,6 +472,10 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
         except (UsageError, TypeError, ValueError) as error:
             yield f"{here}: {error}".rstrip(".")
         yield from tap_problems(spec, here)
+        if needs.classes and recipe.task is None:
+            yield f"{here} learns classes and the recipe names none; add 'task', for instance task={{}} for those of the data"
+        if needs.classes and spec.batch == "texts":
+            yield f"{here} classifies pictures, which a text-only batch has not; use batch: pairs"
         if needs.masked_view and spec.batch == "texts":
             yield f"{here} masks pictures, which a text-only batch has not; use batch: pairs"
         if needs.teacher and recipe.teacher is None:

@@ -14,6 +14,7 @@ def train_problems(recipe: Recipe) -> Iterator[str]:
     yield from _weights(recipe)
     yield from _averaging(recipe)
     yield from _texts(recipe)
+    yield from _task(recipe)
     train = recipe.train
     if train.warmup_steps > train.steps:
         yield (
@@ -38,6 +39,24 @@ def _texts(recipe: Recipe) -> Iterator[str]:
         yield "train.bank asks for texts in the teacher's embedding and the recipe has no teacher; use 'student'"
     if train.text_batch and recipe.data.words is None:
         yield "train.text_batch draws from data.words, which is not given; add data.words (name, size)"
+
+
+def _task(recipe: Recipe) -> Iterator[str]:
+    task = recipe.task
+    if task is None:
+        return
+    if all(spec.name != "dho" for spec in recipe.objectives):
+        yield "the recipe has a task and no objective 'dho' that trains its heads; add it, or leave 'task' out"
+    if len(task.classes) == 1 or len(set(task.classes)) < len(task.classes):
+        yield (
+            f"task.classes is {list(task.classes)}, and a classifier needs at least two classes, each named once; "
+            "correct the list, or leave it out for the labels of the data"
+        )
+    if task.mix == "logits" and task.temperature not in (None, 1):
+        yield (
+            f"task.temperature is {task.temperature:g} but task.mix: logits mixes at 1, where one linear layer remains; "
+            "leave the temperature out, or mix probabilities"
+        )
 
 
 def _weights(recipe: Recipe) -> Iterator[str]:

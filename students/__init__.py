@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pocketvlm.students.io import load_student, save_student
     from pocketvlm.students.ridge import fit_projection
     from pocketvlm.students.student import Student, TowerOutput, check_widths
+    from pocketvlm.students.task import Classes
     from pocketvlm.students.tokenizer import train_tokenizer
 
 # name -> submodule; loaded on first use, so that listing the package costs nothing
@@ -43,9 +44,11 @@ _LAZY = {
     "Student": "student",
     "TowerOutput": "student",
     "check_widths": "student",
+    "Classes": "task",
     "train_tokenizer": "tokenizer",
 }
 __all__ = [
+    "Classes",
     "Student",
     "StudentConfig",
     "StudentInfo",

@@ -30,6 +30,9 @@ class Outputs:
     masked_image: [B, D] raw embeddings of the same pictures with patches masked, or None.
     bank: [N, D] embeddings of a fixed list of texts (the same texts for student and teacher), or None.
     group: int64 [B]; equal values mean the same concept (duplicate captions), or None.
+    class_logits: [B, K] over the recipe's classes, of the teacher's zero-shot classifier, or of the student's head that
+    learns from labels; None without classes. taught_logits: [B, K] of the student's head that learns from the teacher.
+    label: int64 [B], index of the row's class, -1 where it is not known to the student; or None.
     """
 
     image: Tensor
@@ -44,6 +47,9 @@ class Outputs:
     group: Tensor | None = None
     text_mask: Tensor | None = None
     masked_image: Tensor | None = None
+    class_logits: Tensor | None = None
+    taught_logits: Tensor | None = None
+    label: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Needs:
     features: reads `image_features` of both models. bank: reads embeddings of a fixed text list. taps: which of the
     options `student_tap` (image tower), `text_tap` (text tower) and `teacher_tap` name inner activations that it reads.
     masked_view: wants an extra student forward of a masked image, as its options `ratio` and `cells` say.
+    classes: reads the logits of a fixed list of classes (the recipe's `task`).
     """
 
     captions: bool = False
@@ -65,6 +72,7 @@ class Needs:
     taps: tuple[str, ...] = ()
     masked_view: bool = False
     momentum: bool = False
+    classes: bool = False
 
     @property
     def targets(self) -> bool:

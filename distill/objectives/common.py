@@ -114,7 +114,7 @@ class BatchObjective(Objective):
     def zero(self, student: Outputs) -> Tensor:
         """Exactly 0, connected to everything that the objective could have trained, so that no parameter is unused."""
         parts = [student.image, student.text, student.bank, student.image_features, student.masked_image]
-        parts += [student.logit_scale, student.logit_bias]
+        parts += [student.class_logits, student.taught_logits, student.logit_scale, student.logit_bias]
         tensors: Iterable[Tensor] = [part for part in (*parts, *self.parameters()) if part is not None]
         total = student.image.new_zeros(())
         for tensor in tensors:

@@ -135,7 +135,7 @@ def inner_of(inner: Any) -> tuple[str, dict[str, Any]]:
         )
     name, options = inner["name"], dict(given)
     cls = objective_class(name)
-    if cls is Matryoshka or cls.needs.features or cls.needs.taps:
+    if cls is Matryoshka or cls.needs.features or cls.needs.taps or cls.needs.classes:
         why = (
             "would nest prefixes twice"
             if cls is Matryoshka
