@@ -44,6 +44,7 @@ from pocketvlm.students import build_student, train_tokenizer
 from pocketvlm.teachers.precomputed import import_embeddings
 
 BATCH, DIM, FEATURES, TOKENS, PIECES, SIZE = 256, 384, 768, 16, 12, 128
+CLASSES = 16
 # shapes of the student's taps: channels, height and width of its last map; context and width of its words
 MAP, WORDS = (480, 4, 4), (24, 192)
 TAPPED = {"tokens": MAP[0], "text.tokens": WORDS[1]}
@@ -86,10 +87,12 @@ def outputs(seed: int, *, grad: bool, rows: int = BATCH, bank: int = BATCH) -> O
         text_features=draw(rows, FEATURES),
         bank=draw(bank, DIM),
         group=torch.arange(rows),
+        class_logits=draw(rows, CLASSES),
     )
     if grad:
         found.taps = {"tokens": draw(rows, *MAP), "text.tokens": draw(rows, *WORDS)}
         found.text_mask, found.masked_image = real_words(rows), draw(rows, DIM)
+        found.taught_logits, found.label = draw(rows, CLASSES), torch.arange(rows) % CLASSES
     else:
         found.taps = {"tokens": draw(rows, TOKENS, FEATURES)}
     return found

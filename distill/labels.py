@@ -47,19 +47,19 @@ def task_classes(recipe: Recipe, samples: Sequence[Sample], name: str, templates
     wanted = any(s.options.get("label_weight", default) for s in recipe.objectives if s.name == "dho")
     if wanted and not labels:
         raise UsageError(
-            f"objective 'dho' learns from labels and none of the {len(samples)} pictures of {name} has one, so its head "
-            "would stay as it is; give data with a label column or class folders, or set its label_weight to 0"
+            f"objective 'dho' learns from labels and none of the {len(samples)} pictures of {name} has one, so its "
+            "head would stay as it is; give data with a label column or class folders, or set its label_weight to 0"
         )
     classes = task.classes or tuple(labels)
     if len(classes) < 2:
         raise UsageError(
-            f"the task has the classes {list(classes)} and a classifier needs at least two, or it would have nothing to "
-            "tell apart; give data with more labels, or list them in task.classes"
+            f"the task has the classes {list(classes)} and a classifier needs at least two, or it would have nothing "
+            "to tell apart; give data with more labels, or list them in task.classes"
         )
     if strange := sorted(set(labels) - set(classes)):
         raise UsageError(
-            f"pictures of {name} are labelled {strange[0]!r}, which is not in task.classes, so they could only be taught "
-            "wrongly; add the class, or leave these pictures out"
+            f"pictures of {name} are labelled {strange[0]!r}, which is not in task.classes, so they could only be "
+            "taught wrongly; add the class, or leave these pictures out"
         )
     return Classes(classes, tuple(templates), task.mix)
 

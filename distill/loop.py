@@ -396,8 +396,8 @@ class Trainer:
         heads.share.fill_(share if section.share is None else section.share)
         heads.temperature.fill_(temperature if section.temperature is None else section.temperature)
         return (
-            f"classifier: {float(heads.share):.2f} of the taught head at temperature {float(heads.temperature):g}, mixed "
-            f"by {section.mix}, {len(rows)} labels held out for the choice"
+            f"classifier: {float(heads.share):.2f} of the taught head at temperature {float(heads.temperature):g}, "
+            f"mixed by {section.mix}, {len(rows)} labels held out for the choice"
         )
 
     def evaluate(self) -> Evaluation | None:

@@ -101,8 +101,8 @@ class ClassScores:
         strange = sorted(set(questions.labels) - set(self.labels))
         if strange:
             raise UsageError(
-                f"{questions.name} has pictures of {strange[0]!r} and the classifier knows {', '.join(self.labels)}, so "
-                "no answer to them could be right; leave these pictures out, or train with that class"
+                f"{questions.name} has pictures of {strange[0]!r} and the classifier knows {', '.join(self.labels)}, "
+                "so no answer to them could be right; leave these pictures out, or train with that class"
             )
         rows = np.zeros((len(questions.texts), len(self.labels)), np.float32)
         place = {text: row for row, text in enumerate(questions.texts)}

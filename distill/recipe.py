@@ -15,22 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from pocketvlm.distill.sections import Count, CountOrZero, Fraction, NonNegative, Positive, Section, TaskSection
 from pocketvlm.edge.errors import UsageError, unknown_name
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class WordsSection(_Section):
+class WordsSection(Section):
     """Generic texts for text distillation and for the tokenizer (`data.wordlist.word_list`).
 
     name: a word list. size: how many entries are asked for. exclude: data specs whose captions are removed
@@ -42,7 +33,7 @@ class WordsSection(_Section):
     exclude: tuple[str, ...] = ()
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """train / eval: data specs (`data.open_data`). words: generic texts, or null.
 
     on_bad_sample: "skip" counts and reports unreadable samples, "refuse" stops at the first.
@@ -58,7 +49,7 @@ class DataSection(_Section):
     ram_gb: NonNegative = 2.0
 
 
-class ViewsSection(_Section):
+class ViewsSection(Section):
     """Augmented views, the same for teacher and student and for every arm of a comparison.
 
     count: views per picture; view 0 is not augmented. seed: of the view parameters, apart from `train.seed`,
@@ -70,7 +61,7 @@ class ViewsSection(_Section):
     policy: dict[str, Any] = Field(default_factory=dict)
 
 
-class TeacherSection(_Section):
+class TeacherSection(Section):
     """spec: of `teachers.load_teacher`. cache: folder of its outputs (null: in the user's cache folder).
 
     allow_download lets a spec that names a hub id reach the network. trust_remote_code runs Python code that comes
@@ -91,7 +82,7 @@ class TeacherSection(_Section):
     trust_remote_code: bool = False
 
 
-class StudentSection(_Section):
+class StudentSection(Section):
     """name: of `students.list_students`. embed_dim: null means the teacher's width (256 without a teacher).
 
     overrides: changes to the named student's configuration (image size, text tower, ...).
@@ -114,22 +105,7 @@ class StudentSection(_Section):
     fit_text_projection: Positive | None = None
 
 
-class TaskSection(_Section):
-    """A student that tells a fixed list of classes apart, by two heads (`students.task`), and ships as a classifier.
-
-    classes: their names; empty: the labels of the training data. validation: the share of each class's labels, rounded
-    down, that trains no head and chooses `share` and `temperature`, which can also be given. mix: what is mixed, the
-    heads' "probabilities" or their "logits" (at temperature 1; one linear layer remains).
-    """
-
-    classes: tuple[str, ...] = ()
-    mix: Literal["probabilities", "logits"] = "probabilities"
-    share: Fraction | None = None
-    temperature: Positive | None = None
-    validation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
-
-
-class TokenizerSection(_Section):
+class TokenizerSection(Section):
     """source: "texts" trains a tokenizer on the training captions and words; "minilm-l6" prunes MiniLM's to the pieces
     that these use (for a student with text.weights minilm-l6); else a `tokenizer.json` file.
 
@@ -140,7 +116,7 @@ class TokenizerSection(_Section):
     vocab_size: Annotated[int, Field(ge=64)] | None = None
 
 
-class ObjectiveSection(_Section):
+class ObjectiveSection(Section):
     """One term of the loss.
 
     batch: "pairs" sees the batch of pictures (with captions where there are some); "texts" sees the text-only
@@ -158,7 +134,7 @@ class ObjectiveSection(_Section):
     schedule_steps: Count | None = None
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """steps: of the main phase. text_pretrain_steps: steps before it that train only on text-only batches.
 
     batch_size: pictures. captioned_fraction: share of each batch drawn from captioned pictures (null: as
@@ -211,7 +187,7 @@ class TrainSection(_Section):
     log_every: Count = 20
 
 
-class EvalSection(_Section):
+class EvalSection(Section):
     """every: steps between evaluations while training (0: only at the end). metrics: which parts to score
     (docs/evaluation.md), or "all".
 
@@ -225,14 +201,14 @@ class EvalSection(_Section):
     batch_size: Count = 64
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     """every: steps between checkpoints (the last step always has one). keep: how many of the newest stay."""
 
     every: Count = 200
     keep: Count = 2
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run. Build it with `load_recipe`, which also checks what one section cannot know of another."""
 
     name: str = "run"
@@ -473,7 +449,7 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
             yield f"{here}: {error}".rstrip(".")
         yield from tap_problems(spec, here)
         if needs.classes and recipe.task is None:
-            yield f"{here} learns classes and the recipe names none; add 'task', for instance task={{}} for those of the data"
+            yield f"{here} learns classes and the recipe has none; add 'task' (task={{}}: the labels of the data)"
         if needs.classes and spec.batch == "texts":
             yield f"{here} classifies pictures, which a text-only batch has not; use batch: pairs"
         if needs.masked_view and spec.batch == "texts":

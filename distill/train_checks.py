@@ -46,7 +46,7 @@ def _task(recipe: Recipe) -> Iterator[str]:
     if task is None:
         return
     if all(spec.name != "dho" for spec in recipe.objectives):
-        yield "the recipe has a task and no objective 'dho' that trains its heads; add it, or leave 'task' out"
+        yield "the recipe has a task and no objective 'dho' to train its heads; add it, or leave 'task' out"
     if len(task.classes) == 1 or len(set(task.classes)) < len(task.classes):
         yield (
             f"task.classes is {list(task.classes)}, and a classifier needs at least two classes, each named once; "
@@ -54,8 +54,8 @@ def _task(recipe: Recipe) -> Iterator[str]:
         )
     if task.mix == "logits" and task.temperature not in (None, 1):
         yield (
-            f"task.temperature is {task.temperature:g} but task.mix: logits mixes at 1, where one linear layer remains; "
-            "leave the temperature out, or mix probabilities"
+            f"task.temperature is {task.temperature:g} but task.mix: logits mixes at 1, where one linear layer "
+            "remains; leave the temperature out, or mix probabilities"
         )
 
 

@@ -207,7 +207,7 @@ class EdgeModel:
         *,
         batch_size: int = 32,
     ) -> list[Classification]:
-        """Zero-shot classification: softmax over `logit_scale * cosine(image, label)`; a classifier's own, without labels.
+        """Zero-shot classification: softmax over `logit_scale * cosine(image, label)`; or a classifier's own.
 
         Each label is put into each template; the prompts' normalised embeddings are averaged and normalised
         again. Label embeddings are remembered, so calling this once per camera frame is fine.
@@ -222,7 +222,8 @@ class EdgeModel:
             where none fits.
 
         Raises:
-            UsageError: see `embed_labels`; labels given to a classifier, or none to another model. BadSampleError: see `embed_image` and `embed_text`.
+            UsageError: see `embed_labels`; labels given to a classifier, or none to another model.
+            BadSampleError: see `embed_image` and `embed_text`.
         """
         if (self.contract.kind == "classifier") != (labels is None):
             wrong = "has no labels of its own" if labels is None else "was trained for its own labels"

@@ -56,7 +56,8 @@ class ClassHeads(nn.Module):
 
     def mixed(self, features: Tensor) -> Tensor:
         """Logits [B, K] whose softmax is p above: with mix "probabilities" they are log p."""
-        return mixed_logits(*self(features), float(self.share), float(self.temperature), self.classes.mix)
+        label, taught = self(features)
+        return mixed_logits(label, taught, float(self.share), float(self.temperature), self.classes.mix)
 
     def deployed(self) -> nn.Module:
         """What ships, [B, F] -> [B, K] logits as `mixed` gives: one linear layer wherever that is the same function.

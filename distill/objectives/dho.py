@@ -14,7 +14,7 @@ from pocketvlm.edge.errors import UsageError
 
 
 def label_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Mean cross-entropy of logits [B, K] with label int64 [B] over the rows with label >= 0; 0 with a graph if none."""
+    """Mean cross-entropy of logits [B, K] with label int64 [B] over rows with label >= 0; 0 with a graph if none."""
     known = label >= 0
     return F.cross_entropy(logits[known], label[known]) if bool(known.any()) else logits.reshape(-1)[:0].sum()
 

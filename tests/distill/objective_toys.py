@@ -8,8 +8,9 @@ import torch
 
 from pocketvlm.distill.objectives import Objective, Outputs, Widths, build_objective
 
-B, N, D, F = 6, 7, 5, 4
+B, N, D, F, K = 6, 7, 5, 4, 3
 HAS_TEXT = [True, True, False, True, True, True]
+LABEL = [2, -1, 0, 0, -1, 1]
 GROUP = [3, 1, -1, 3, 2, 0]  # rows 0 and 3 share a caption
 
 
@@ -43,6 +44,8 @@ def outputs(seed: int, *, dim: int = D, features: int = F, dtype: torch.dtype = 
     with torch.no_grad():
         words[3] = words[0]
     found.taps["text.tokens"] = words
+    found.class_logits, found.taught_logits = draw(B, K), draw(B, K)
+    found.label = torch.tensor(LABEL)
     found.text_mask = torch.tensor([[place < length for place in range(L)] for length in LENGTHS])
     return found
 

@@ -53,6 +53,8 @@ class Towers(nn.Module):
             },
             masked_image=torch.sin(pixels @ self.body.T) @ self.image.T,
             bank=torch.tanh(words @ self.body.T) @ self.text.T,
+            class_logits=features[:, :3] * 2,
+            taught_logits=features[:, 3:6] * 3,
             **labels,
         )
 
@@ -62,7 +64,7 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
     g = torch.Generator().manual_seed(1)
     draw = {k: torch.randn(n, w, generator=g, dtype=torch.float64) for k, n, w in (
         ("pixels", ROWS, 3), ("ids", ROWS, 3), ("words", N, 3), ("image", ROWS, 5), ("text", ROWS, 5),
-        ("features", ROWS, 6), ("bank", N, 5), ("tokens", ROWS, 8),
+        ("features", ROWS, 6), ("bank", N, 5), ("tokens", ROWS, 8), ("classes", ROWS, 3),
     )}  # fmt: skip
     has_text = torch.tensor([1, 1, 0, 1, 0, 1, 1, 0, 1], dtype=torch.bool)[start:stop]
     group = torch.tensor([0, 1, -3, 0, -5, 2, 1, -8, 3])[start:stop]
@@ -74,10 +76,13 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
         logit_scale=torch.tensor(8.0, dtype=torch.float64),
         image_features=draw["features"][start:stop],
         bank=draw["bank"],
+        class_logits=draw["classes"][start:stop],
         taps={"tokens": draw["tokens"][start:stop].reshape(-1, 4, 2)},
     )
     inputs = {"pixels": draw["pixels"][start:stop], "ids": draw["ids"][start:stop], "words": draw["words"]}
-    return {**inputs, "has_text": has_text, "group": group, "text_mask": text_mask[start:stop]}, teacher
+    label = torch.tensor([1, -1, 0, -1, 2, 2, -1, -1, 0])[start:stop]
+    labels = {"has_text": has_text, "group": group, "text_mask": text_mask[start:stop], "label": label}
+    return {**inputs, **labels}, teacher
 
 
 def objectives() -> list[tuple[str, dict[str, object]]]:

@@ -213,13 +213,15 @@ SYMMETRIC = {"feature", "rkd", "gradient"}
 RELATION = {"correlation-congruence", "matryoshka", "order", "rankclip", "token-gram"}
 # in test_objectives_tokens.py
 TOKENS = {"masked-feature", "token-alignment"}
+# in test_objectives_classes.py
+CLASSES = {"dho"}
 
 
 # ------------------------------------------------------------------------------------------------ values
 
 
 def test_every_objective_has_an_oracle():
-    assert {name for name, _, _ in CASES} | RELATION | TOKENS == set(list_objectives())
+    assert {name for name, _, _ in CASES} | RELATION | TOKENS | CLASSES == set(list_objectives())
 
 
 @every_case
@@ -395,7 +397,9 @@ def test_batch_of_one_is_refused_where_rows_are_compared():
             cut[key] = cut[key][:n]
         return Outputs(**cut)
 
-    least = dict.fromkeys((name for name in list_objectives() if name not in RELATION | TOKENS), 2) | {"rkd": 3}
+    least = dict.fromkeys((name for name in list_objectives() if name not in RELATION | TOKENS | CLASSES), 2) | {
+        "rkd": 3
+    }
     least |= dict.fromkeys(("feature", "hint", "bank", "siglip", "rafa", "vl2v"), 1)
     for name, enough in least.items():
         objective = build(name)
