@@ -1,5 +1,5 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text step-cost ablation test
+.PHONY: evidence readme demo protocols parity text step-cost ablation task test
 
 evidence: readme demo protocols parity text step-cost
 
@@ -24,6 +24,10 @@ text:
 # a thousand short runs: hours on two cores, so not part of `evidence`; it continues where it stopped
 ablation:
 	python -m benchmarks.ablation --stage all
+
+# pictures of another style: `assets` of the unpacked npm package @lobehub/fluent-emoji-3d
+task:
+	python -m benchmarks.task_student --other $(OTHER)
 
 step-cost:
 	python -m benchmarks.step_cost

@@ -393,7 +393,8 @@ def _teacher_outputs(
         return None, None, None
     section, views = recipe.teacher, recipe.views.count
     prompts = [text for row in task.prompts for text in row] if task is not None else []
-    captions = list(dict.fromkeys([*(c.text for s in samples for c in s.captions), *prompts]))
+    # prompts first: runs that differ in which pictures are labelled then share one cache
+    captions = list(dict.fromkeys([*prompts, *(c.text for s in samples for c in s.captions)]))
     root = Path(section.cache) if section.cache else cache_dir() / "teacher"
 
     tokens: dict[str, Any] = {}
