@@ -85,7 +85,10 @@ class Feed:
         return words.text([self.prepared.texts[i] for i in order[:count]]).to(self.device)
 
     def _teacher_classes(self) -> Tensor | None:
-        """[K, D] unit vectors by which the teacher classifies zero-shot: of each class, the mean over its prompts."""
+        """[K, D] unit vectors by which the teacher classifies zero-shot: of each class, the mean over its prompts.
+
+        What is classified by them are the targets of the views (`targets`), as in every other objective.
+        """
         task, cache = self.prepared.task, self.prepared.images
         if task is None or cache is None:
             return None

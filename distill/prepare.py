@@ -199,9 +199,8 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         if data is not None and data.report.counts:
             report.line(f"left out of the {what} data {data.name}: {dict(sorted(data.report.counts.items()))}")
     _check_captions(recipe, source)
-    task = None
-    if classes is not None and recipe.task is not None:
-        task = task_labels(classes, samples, recipe.task.validation)
+    section = recipe.task
+    task = task_labels(classes, samples, section.validation) if classes is not None and section is not None else None
     images, words, answers = _teacher_outputs(recipe, teacher, samples, texts, questions, policy, report, task)
     return Prepared(
         recipe=recipe,
@@ -233,6 +232,8 @@ def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, t
         # dims say how far embeddings may be cut afterwards and change no step
         "student": student.config.model_dump(mode="json", exclude={"dims"}),
     }
+    if student.heads is not None:
+        facts["classes"] = [list(student.heads.classes.labels), [sample.label for sample in samples]]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -278,9 +279,7 @@ def _check_captions(recipe: Recipe, source: DataSource) -> None:
         )
 
 
-def _text_pool(
-    recipe: Recipe, source: DataSource, held_out: DataSource | None, classes: Classes | None = None
-) -> list[str]:
+def _text_pool(recipe: Recipe, source: DataSource, held_out: DataSource | None, classes: Classes | None) -> list[str]:
     """Words without any caption that is scored or withheld, then the captions that the student may see, and classes."""
     captions = list(dict.fromkeys([*source.captions(), *(classes.labels if classes is not None else ())]))
     words = recipe.data.words
