@@ -104,7 +104,7 @@ def trained(recipe: Recipe, report: Reporter) -> Trainer:
 
 
 def batched(encode: Callable[[Any], torch.Tensor], samples: Sequence[Sample], spec: Any) -> torch.Tensor:
-    with torch.inference_mode():
+    with torch.no_grad():
         parts = [samples[at : at + 32] for at in range(0, len(samples), 32)]
         pixels = (torch.from_numpy(stack([load_image(s.image.read(), spec) for s in part])) for part in parts)
         return torch.cat([encode(part) for part in pixels])
@@ -123,7 +123,7 @@ def run_arm(
     began = time.process_time()
     trainer = trained(recipe, Reporter(False))
     spent, student, found = time.process_time() - began, trainer.student, {}
-    with trainer.averaged():
+    with trainer.averaged(), torch.no_grad():
         student.eval()
         if arm == "vl2v":
             encoder = StudentEncoder(student)
@@ -185,7 +185,11 @@ def fold_rows(fold: int, other: Path, rows: dict[str, Any], keep: Callable[[], N
         recipe = load_recipe("dho", changes(arm, fold, max(shots, 1)))
         name = f"{fold}/{shots}/{arm}"
         rows[name] = run_arm(recipe, arm, pictures, labels, texts) | {"recipe": digests[name]}
-        print(name, {key: round(value.count("1") / len(value), 3) for key, value in rows[name]["answers"].items()})
+        print(
+            name,
+            {key: round(value.count("1") / len(value), 3) for key, value in rows[name]["answers"].items()},
+            flush=True,
+        )
         keep()
 
 
@@ -221,6 +225,26 @@ def summary(rows: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def table(found: dict[str, Any]) -> str:
+    """The table of docs/recipes.md: per cent right, and paired differences."""
+    lines = [
+        "| pictures | labels of each class | "
+        + " | ".join(f"`{arm}`" for arm in SHOWN)
+        + " | dho − ce (95 %) | dho − vl2v (95 %) |"
+    ]
+    lines.append("|---|---:|" + "---:|" * (len(SHOWN) + 2))
+    for style in STYLES:
+        for shots in SHOTS:
+            key = f"{style}/{shots}"
+            cells = [f"{100 * found['top-1'][key][arm]:.1f}" for arm in SHOWN]
+            for pair in ("dho - ce", "dho - vl2v"):
+                gap = found["differences"][key][pair]
+                low, middle, high = (f"{100 * gap[name]:+.1f}" for name in ("low", "difference", "high"))
+                cells.append(f"{middle} ({low} to {high})")
+            lines.append(f"| {style} | {shots} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--other", type=Path, required=True, help="folder of the other style's pictures")
@@ -233,8 +257,7 @@ def main() -> None:
         fold_rows(fold, given.other, result["rows"], lambda: write(FILE, result) and None)
     result = {"machine": machine(), "summary": summary(result["rows"]), "rows": result["rows"]}
     write(FILE, result)
-    for key, shares in result["summary"]["top-1"].items():
-        print(key, shares)
+    print(table(result["summary"]))
 
 
 if __name__ == "__main__":

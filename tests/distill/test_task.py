@@ -258,3 +258,16 @@ def test_embeddings_on_disk_must_hold_the_class_prompts(
     changes = {"teacher": {"spec": f"embeddings:{tmp_path / 'disk'}"}, "views": {"count": 1}}
     with pytest.raises(UsageError, match=r"training texts \(first 'blue'\) are not among the embeddings on disk"):
         prepare(load_recipe(task_recipe(classes, tmp_path, **changes)), Reporter(False))
+
+
+# ------------------------------------------------------------------------------------------------ the committed result
+
+
+def test_the_table_of_the_docs_is_the_committed_result() -> None:
+    from benchmarks.task_student import summary, table
+
+    root = Path(__file__).resolve().parents[2]
+    result = json.loads((root / "benchmarks" / "results" / "task_student.json").read_text(encoding="utf-8"))
+    assert summary(result["rows"]) == result["summary"]
+    docs = (root / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert f"<!-- task:begin -->\n{table(result['summary'])}\n<!-- task:end -->" in docs
