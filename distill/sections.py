@@ -23,7 +23,8 @@ class TaskSection(Section):
     """A student that tells a fixed list of classes apart, by two heads (`students.task`), and ships as a classifier.
 
     classes: their names; empty: the labels of the training data. validation: the share of each class's labels, rounded
-    down, that trains no head and chooses `share` and `temperature`, which can also be given. mix: what is mixed, the
+    down, that no head learns and that chooses `share` and `temperature`, which can also be given; the pictures are
+    learned from as unlabelled ones. mix: what is mixed, the
     heads' "probabilities" or their "logits" (at temperature 1; one linear layer remains).
     """
 

@@ -107,7 +107,7 @@ def mixed_logits(label_logits: Tensor, taught_logits: Tensor, share: float, temp
 def choose_mixing(
     label_logits: Tensor, taught_logits: Tensor, label: Tensor, mix: Mix, shares: Sequence[float] = SHARES
 ) -> tuple[float, float]:
-    """(share, temperature) of the published grid that does best on labelled rows that no head was trained by.
+    """(share, temperature) of the published grid that does best on rows whose labels no head has learned.
 
     label_logits, taught_logits: [N, K], N at least 1. label: int64 [N]. Best: the most right answers; among equals,
     which are many on a few rows, the highest mean log-probability of the right class (ours), then the first.
