@@ -1,5 +1,5 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic test
+.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task test
 
 evidence: readme demo protocols parity text step-cost inherited
 
@@ -31,6 +31,10 @@ elastic:
 
 inherited:
 	python -m benchmarks.inherited
+
+# pictures of another style: `assets` of the unpacked npm package @lobehub/fluent-emoji-3d
+task:
+	python -m benchmarks.task_student --other $(OTHER)
 
 step-cost:
 	python -m benchmarks.step_cost

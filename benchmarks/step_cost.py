@@ -49,6 +49,7 @@ from pocketvlm.students import build_student, train_tokenizer
 from pocketvlm.teachers.precomputed import import_embeddings
 
 BATCH, DIM, FEATURES, TOKENS, PIECES, SIZE = 256, 384, 768, 16, 12, 128
+CLASSES = 16
 # shapes of the student's taps: channels, height and width of its last map; context and width of its words
 MAP, WORDS = (480, 4, 4), (24, 192)
 EXITS = ("text.exit.1", "text.exit.2")
@@ -99,6 +100,7 @@ def outputs(seed: int, *, grad: bool, rows: int = BATCH, bank: int = BATCH) -> O
         text_features=draw(rows, FEATURES),
         bank=draw(bank, DIM),
         group=torch.arange(rows),
+        class_logits=draw(rows, CLASSES),
     )
     if grad:
         found.taps = {"tokens": draw(rows, *MAP), "text.tokens": draw(rows, *WORDS)}
@@ -109,6 +111,7 @@ def outputs(seed: int, *, grad: bool, rows: int = BATCH, bank: int = BATCH) -> O
         found.region_mask = torch.ones(rows, CELLS, dtype=torch.bool)
         # two masked pieces in captions of twelve, in as many slots as the context could fill
         found.masked_pieces = torch.where(torch.arange(4) < 2, torch.randint(VOCABULARY, (rows, 4), generator=g), -1)
+        found.taught_logits, found.label = draw(rows, CLASSES), torch.arange(rows) % CLASSES
     else:
         found.taps = {"tokens": draw(rows, TOKENS, FEATURES)}
     return found

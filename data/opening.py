@@ -39,7 +39,7 @@ def open_data(
             `shards/{000..003}.tar`; or KIND:PATH with KIND one of manifest, folder (a folder per class), sidecar
             (pictures with .txt files), images (no captions), wds, or one of the field's own sets: imagenet, elevater,
             coco, karpathy, flickr30k, sugarcrepe. Options follow after "?": `pool`, `fold`, `folds`,
-            `captions`, `language`, `limit` for every kind, and those of its kind (docs/data.md).
+            `captions`, `shots`, `language`, `limit` for every kind, and those of its kind (docs/data.md).
         on_bad_sample: "skip" counts what cannot be used in `report`; "refuse" raises at the first.
         check_images: "quick" looks at the ends of every file, "full" (or True) decodes it, "none" (or False) trusts.
             The built-in set checks its own files. Overrules the option `check=` unless left at its default.
@@ -66,6 +66,7 @@ def open_data(
         fold=parsed.whole("fold", 0) or 0,
         folds=_or(parsed.whole("folds"), FOLDS),
         captions=parsed.share("captions"),
+        shots=parsed.whole("shots"),
         # openmoji has read only the languages that were asked for
         language=None if parsed.kind == "openmoji" else parsed.options.get("language"),
         limit=parsed.whole("limit"),
@@ -97,6 +98,7 @@ def _built_in(spec: DataSpec, report: BadSampleReport, progress: Progress | None
         languages=languages() if wanted == "all" else [tag.strip() for tag in wanted.split(",")],
         skin_tones=spec.flag("skin_tones"),
         flags=spec.options.get("flags", "include"),
+        labels=spec.options.get("labels", "name"),
         size=_or(spec.whole("size"), SIZE),
         progress=progress,
     )

@@ -5,11 +5,13 @@ Real pictures, real names and a licence that allows redistribution, all from two
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 from pocketvlm.data.openmoji_groups import base_concept
+from pocketvlm.data.openmoji_kinds import kind_of
 from pocketvlm.data.openmoji_render import Progress, render_set
 from pocketvlm.data.sample import Caption, ImageRef, Sample
 from pocketvlm.edge.errors import UsageError, require, unknown_name
@@ -25,6 +27,7 @@ _OTHER_FLAGS = frozenset(
     }
 )
 FLAG_CHOICES = ("include", "exclude", "only")
+LABEL_CHOICES = ("name", "kind")
 
 
 def languages() -> tuple[str, ...]:
@@ -41,6 +44,7 @@ def openmoji_samples(
     languages: Sequence[str] = ("en",),
     skin_tones: bool = False,
     flags: str = "include",
+    labels: str = "name",
     size: int = SIZE,
     progress: Progress | None = None,
 ) -> list[Sample]:
@@ -55,13 +59,15 @@ def openmoji_samples(
         languages: tags from `languages()`.
         skin_tones: add the pictures with a skin tone (each in the group of its untoned picture).
         flags: "include", "exclude" or "only".
+        labels: "name", or "kind" for one of `openmoji_kinds.KINDS`, which then is the only (English) caption too; a
+            picture of no kind has neither.
         size: pixels per side of the pictures, [size, size, 3] uint8 on white.
         progress: called as (done, total, what) while drawing.
 
     Raises:
         MissingExtraError: a package of the extra `demo` is not installed.
-        UnknownNameError: a language or a value of `flags` that does not exist.
-        UsageError: no language, or a cache folder that cannot be written.
+        UnknownNameError: a language or a value of `flags` or `labels` that does not exist.
+        UsageError: no language, kinds in another language than English, or a cache folder that cannot be written.
     """
     table = _names()
     known = require("emoji", "demo").LANGUAGES
@@ -72,6 +78,13 @@ def openmoji_samples(
         raise UsageError("openmoji without a language has no captions; name at least one, such as language=en")
     if flags not in FLAG_CHOICES:
         raise unknown_name("value of flags", flags, FLAG_CHOICES)
+    if labels not in LABEL_CHOICES:
+        raise unknown_name("value of labels", labels, LABEL_CHOICES)
+    if labels == "kind" and tuple(languages) != ("en",):
+        raise UsageError(
+            f"openmoji was asked for labels=kind in {', '.join(languages)} and kinds have English names only, so "
+            "nothing would be named; leave language out"
+        )
     parts = {"base": [stem for stem in table if not _tone(stem)]}
     if skin_tones:
         parts["tones"] = [stem for stem in table if _tone(stem)]
@@ -83,7 +96,8 @@ def openmoji_samples(
             is_flag = _is_flag(stem, names["en"])
             if (flags == "only" and not is_flag) or (flags == "exclude" and is_flag):
                 continue
-            samples.append(_sample(stem, names, languages, is_flag, ImageRef(path=folders[part] / f"{stem}.webp")))
+            sample = _sample(stem, names, languages, is_flag, ImageRef(path=folders[part] / f"{stem}.webp"))
+            samples.append(_of_kind(sample, kind_of(stem)) if labels == "kind" else sample)
     return samples
 
 
@@ -119,6 +133,10 @@ def _sample(stem: str, names: dict[str, str], wanted: Sequence[str], is_flag: bo
         group=base_concept(names["en"]),
         tags=tags,
     )
+
+
+def _of_kind(sample: Sample, kind: str | None) -> Sample:
+    return dataclasses.replace(sample, label=kind, captions=() if kind is None else (Caption(kind),))
 
 
 @functools.cache

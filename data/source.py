@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocketvlm.data.report import BadSampleReport
 from pocketvlm.data.sample import Caption, Sample
-from pocketvlm.data.splits import FOLDS, POOLS, group_of, has_caption, in_pool, pool_of
+from pocketvlm.data.splits import FOLDS, POOLS, few_shots, group_of, has_caption, in_pool, pool_of
 from pocketvlm.edge.errors import BadSampleError, UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class DataSource:
         fold: int = 0,
         folds: int = FOLDS,
         captions: float = 1.0,
+        shots: int | None = None,
         language: str | None = None,
         limit: int | None = None,
     ) -> DataSource:
@@ -57,6 +58,7 @@ class DataSource:
         Args:
             pool: "teacher", "student" or "test", in rotation `fold` of `folds`; None keeps everything.
             captions: share of the groups that keep captions and label (`has_caption`); the others stay, unlabelled.
+            shots: keep captions and label of so many samples of each label (`few_shots`); the others stay, unlabelled.
             language: keep the captions of these BCP-47 tags, separated by commas ("en" matches "en-GB"); "all" keeps
                 every one. A sample whose captions all go is left out; unlabelled samples stay.
             limit: the first so many samples.
@@ -69,6 +71,9 @@ class DataSource:
         if language is not None and language != "all":
             samples = self._in_languages(samples, [tag.strip() for tag in language.split(",")])
         samples = [sample if has_caption(group_of(sample), captions) else _unlabelled(sample) for sample in samples]
+        if shots is not None:
+            kept = few_shots(samples, shots)
+            samples = [sample if sample.uid in kept else _unlabelled(sample) for sample in samples]
         if limit is not None:
             if limit < 1:
                 raise UsageError(f"limit {limit} leaves no sample; use at least 1")

@@ -17,10 +17,10 @@ KINDS = (
     *("manifest", "folder", "sidecar", "images", "wds"),
     *("imagenet", "elevater", "coco", "karpathy", "flickr30k", "sugarcrepe"),
 )
-_COMMON = frozenset({"pool", "fold", "folds", "captions", "language", "limit"})
+_COMMON = frozenset({"pool", "fold", "folds", "captions", "shots", "language", "limit"})
 _FILES = _COMMON | {"check", "caption_language"}
 OPTIONS: dict[str, frozenset[str]] = {
-    "openmoji": _COMMON | {"skin_tones", "flags", "size"},
+    "openmoji": _COMMON | {"skin_tones", "flags", "labels", "size"},
     "manifest": _FILES | {"image", "caption", "label", "group", "uid", "language_column"},
     "folder": _FILES | {"label_captions"},
     "sidecar": _FILES,

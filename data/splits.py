@@ -62,6 +62,28 @@ def has_caption(group: str, fraction: float) -> bool:
     return stable_hash(f"caption:{group}") < fraction * 2.0**64
 
 
+def few_shots(samples: Iterable[Sample], shots: int) -> set[str]:
+    """The uids of the `shots` samples of each label that keep it, by a stable hash; fewer where a label has fewer.
+
+    Nested: a sample that keeps its label at 4 shots keeps it at 16.
+
+    Raises:
+        UsageError: no label at all, or shots below 1.
+    """
+    by_label: dict[str, list[str]] = {}
+    for sample in samples:
+        if sample.label is not None:
+            by_label.setdefault(sample.label, []).append(sample.uid)
+    if shots < 1 or not by_label:
+        raise UsageError(
+            f"shots={shots} was asked of data with {len(by_label)} labels, so no sample would keep one; use 1 or more "
+            "shots of data that has labels"
+        )
+    return {
+        uid for uids in by_label.values() for uid in sorted(uids, key=lambda u: (stable_hash(f"shot:{u}"), u))[:shots]
+    }
+
+
 def check_pool(name: str) -> Pool:
     """`name` as a pool.
 

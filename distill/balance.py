@@ -23,7 +23,8 @@ class GradientBalance:
         factor_k = n_1 / n_k,   n_k <- 0.9 n_k + 0.1 |d L_k / d E|   (the first measurement sets it),
     so that the weighted objective w_k factor_k L_k has a gradient of norm w_k n_1. Schedules of w_k stay as they are.
     A measurement of (nearly) 0, as of a term without captioned rows, is left out. What was never measured keeps
-    factor 1: objectives that read no embedding (`hint`, `masked-language`, `region-self`), and all until the first was.
+    factor 1: objectives that read no embedding (`hint`, `masked-language`, `region-self`, `dho`), and all until the
+    first was measured.
     Cost: at a measurement, each objective's backward once more, down to the embeddings and not into the towers.
     Ranks: each measures the same gathered batch and comes to the same factors without speaking to the others.
 

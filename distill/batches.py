@@ -40,7 +40,8 @@ class Order:
 
     An epoch is one permutation of the samples, drawn from (seed, epoch); a last incomplete batch is left out. A
     batch larger than the data set is the data set. With `captioned_fraction`, each batch is made of two
-    independent streams, captioned and not, so that few captions are seen often enough.
+    independent streams, captioned and not, so that few captions are seen often enough. `marked` says of each sample
+    whether it counts as captioned there, where that is not what decides (labels of a task).
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Order:
         captioned_fraction: float | None = None,
         text_pool: int = 0,
         text_batch: int = 0,
+        marked: Sequence[bool] | None = None,
     ) -> None:
         self.samples, self.views, self.seed = samples, views, seed
         self.text_pool, self.text_batch = text_pool, min(text_batch, text_pool)
         everyone = list(range(len(samples)))
-        with_caption = [i for i in everyone if samples[i].captions]
-        without = [i for i in everyone if not samples[i].captions]
+        chosen = [bool(sample.captions) for sample in samples] if marked is None else marked
+        with_caption = [i for i in everyone if chosen[i]]
+        without = [i for i in everyone if not chosen[i]]
         if captioned_fraction is None or not (with_caption and without):
             pool = everyone if captioned_fraction is None else (with_caption or without)
             self.streams = [(pool, min(batch_size, len(pool)))]

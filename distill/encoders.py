@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pocketvlm.data.hard_negatives import with_hard_negatives
 from pocketvlm.data.source import DataSource
 from pocketvlm.distill.evaluate import DEFAULT_METRICS, Encoder, Evaluation, check_metrics, evaluate_model
+from pocketvlm.distill.questions import ClassScores, only_labels
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.edge.preprocess import load_image, stack
 from pocketvlm.edge.tokenizer import Tokenizer
@@ -36,6 +37,18 @@ class StudentEncoder:
     def embed_text(self, x: Sequence[str], /) -> Array:
         return self._run(self.student.encode_text, torch.from_numpy(self._tokenizer.encode(list(x))))
 
+    def class_logits(self, x: Sequence[Any], /) -> Array:
+        """float32 [N, K] of a task student, whose softmax are the probabilities of its classes."""
+        student, training = self.student, self.student.training
+        pixels = torch.from_numpy(stack([load_image(image, student.image_spec) for image in x]))
+        student.eval()
+        try:
+            with torch.inference_mode(), full_float32():
+                features = student.encode_image(pixels.to(self.device)).features
+                return student.heads.mixed(features).float().cpu().numpy()
+        finally:
+            student.train(training)
+
     def _run(self, encode: Any, batch: torch.Tensor) -> Array:
         training = self.student.training
         self.student.eval()
@@ -45,6 +58,12 @@ class StudentEncoder:
                 return torch.nn.functional.normalize(output.float(), dim=-1).cpu().numpy()
         finally:
             self.student.train(training)
+
+
+def scored(student: Any, *, device: torch.device | str = "cpu") -> Encoder:
+    """What is scored of a student: its towers, or the classifier that a task student is."""
+    encoder = StudentEncoder(student, device=device)
+    return encoder if student.heads is None else ClassScores(encoder.class_logits, student.heads.classes.labels)
 
 
 class TeacherEncoder:
@@ -65,11 +84,14 @@ class TeacherEncoder:
 
 
 def read_by(encoder: Any, source: DataSource) -> DataSource:
-    """`source` without the captions that the encoder's text tower would cut; see `DataSource.within_context`.
+    """`source` without the captions that the encoder's text tower would cut (`DataSource.within_context`), or, for a
+    classifier, without any.
 
     encoder: an `EdgeModel`, a `StudentEncoder`, or a `TeacherEncoder` of a dual encoder whose tokenizer can be written
     as tokenizer.json; any other one keeps all captions.
     """
+    if isinstance(encoder, ClassScores):
+        return only_labels(source)
     student, tokenizer = getattr(encoder, "student", None), getattr(encoder, "tokenizer", None)
     teacher: Any = getattr(encoder, "teacher", None)
     if student is not None:
@@ -93,13 +115,14 @@ def open_encoder(
         from pocketvlm.edge.model import EdgeModel
 
         model = EdgeModel.load(path, backend=backend, precision=precision)  # type: ignore[arg-type]
-        return f"{model.contract.name} ({backend})", model
+        name, labels = f"{model.contract.name} ({backend})", model.contract.labels
+        return name, model if model.contract.kind != "classifier" else ClassScores(model.embed_image, labels)
     if (path / "student.json").is_file() or (path / "student" / "student.json").is_file():
         from pocketvlm.students import load_student
 
         target = pick_device(device)
         student = load_student(path).to(target)
-        return student.config.name, StudentEncoder(student, device=target)
+        return student.config.name, scored(student, device=target)
     raise UsageError(
         f"{path} holds neither bundle.json nor student.json, so there is no model to score; name a bundle, a student "
         "folder, or the folder of a finished run"

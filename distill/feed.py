@@ -38,6 +38,7 @@ class Step:
     masked: uint8 [B, S, S, 3], the same pictures with patches masked, where an objective asks for them.
     cells: of the pictures, where an objective asks for them.
     hidden: int64 [C, K], the places of each caption whose pieces are masked, -1 for none, where an objective asks.
+    label: int64 [B] of a task, -1 where the student has no label.
     """
 
     phase: str
@@ -57,6 +58,7 @@ class Step:
     masked: Tensor | None = None
     hidden: Tensor | None = None
     cells: Cells | None = None
+    label: Tensor | None = None
 
     def pictures_and_captions(self) -> Step:
         """The same step without its texts, masked pictures and teacher: what a model needs to embed its pairs."""
@@ -86,7 +88,7 @@ class Feed:
         self._ids: dict[str, np.ndarray[Any, Any]] = prepared.memo["ids"]
         ensemble = prepared.teacher
         self.joint = share_of(ensemble, prepared.images, prepared.words) if ensemble is not None else None
-        self.bank = self._fixed_bank()
+        self.bank, self.classes = self._fixed_bank(), self._teacher_classes()
         self.taps, self.masking = asked_taps(prepared.recipe), asked_masking(prepared.recipe)
         ratio = asked_pieces(prepared.recipe)
         self.pieces = None if ratio is None else PieceMasking(ratio, prepared.student)
@@ -103,6 +105,32 @@ class Feed:
             len(self.prepared.texts)
         )
         return words.text([self.prepared.texts[i] for i in order[:count]]).to(self.device)
+
+    def _teacher_classes(self) -> Tensor | None:
+        """[K, D] unit vectors by which the teacher classifies zero-shot: of each class, the mean over its prompts.
+
+        What is classified by them are the targets of the views (`targets`), as in every other objective.
+        """
+        task, cache, joint = self.prepared.task, self.prepared.images, self.joint
+        if task is None or cache is None or joint is None:
+            return None
+        each = [joint.embedding(cache.text(prompts)) for prompts in task.prompts]
+        rows = torch.stack([nn.functional.normalize(rows, dim=-1).mean(dim=0) for rows in each])
+        return nn.functional.normalize(rows, dim=-1).to(self.device)
+
+    def class_logits(self, student: Student, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What the two heads of a task student say to the plain view of these samples, [N, K] each, on the CPU."""
+        assert student.heads is not None, "only a recipe with a task comes here"
+        training, found = student.training, []
+        student.eval()
+        with torch.no_grad():
+            for start in range(0, len(rows), 64):
+                part = rows[start : start + 64]
+                features = self._image(student, self._below(part, [0] * len(part))).features
+                found.append(torch.stack(student.heads(features)).float().cpu())
+        student.train(training)
+        label, taught = torch.cat(found, dim=1)
+        return label, taught
 
     def make(self, step: int) -> Step:
         """The tensors of a 0-based step of the whole run; a pure function of the step."""
@@ -126,6 +154,8 @@ class Feed:
             seed = self.prepared.recipe.train.seed
             batch.cells = self.regions.batch(large, seed, step, uids, pictures.spec.size)
         batch.group = torch.from_numpy(plan.group)
+        if self.prepared.task is not None:
+            batch.label = torch.tensor([self.prepared.task.train[row] for row in plan.rows])
         batch.with_text = torch.tensor(
             [i for i, text in enumerate(plan.captions) if text is not None], dtype=torch.long
         )
@@ -324,6 +354,13 @@ class Feed:
             outputs.taps = own | self._caption_taps(taps, batch, captioned)
             if asked.text:
                 outputs.text_mask = self._caption_mask(batch, captioned, student.text_spec)
+            if student.heads is not None and batch.label is not None:
+                own, taught = student.heads(pictures.features)
+                outputs.class_logits, outputs.taught_logits = own.float(), taught.float()
+                outputs.label = batch.label.to(self.device)
+            if teacher is not None and self.classes is not None and self.joint is not None:
+                cosine = nn.functional.normalize(self.joint.embedding(teacher.image), dim=-1) @ self.classes.T
+                teacher.class_logits = teacher.logit_scale * cosine
             if batch.masked is not None:
                 outputs.masked_image = self._masked(student, batch.masked)
             if beside.fusion is not None:

@@ -19,16 +19,17 @@ from pocketvlm.distill.objectives.base import Outputs
 from pocketvlm.edge.errors import UsageError
 
 _ROWS: tuple[str, ...] = ("image", "text", "image_features", "text_features", "masked_image", "masked_words", "regions")
-_ROWS += ("region_targets",)
-_LABELS = ("has_text", "group", "text_mask", "masked_pieces", "region_mask")
+_ROWS += ("region_targets", "class_logits", "taught_logits")
+_LABELS = ("has_text", "group", "text_mask", "masked_pieces", "region_mask", "label")
 
 
 def gather_outputs(outputs: Outputs, group: Any = None) -> Outputs:
     """The outputs of all ranks' batches, concatenated in rank order; ranks may hold different numbers of rows.
 
-    Gathered: image, text, image_features, text_features, masked_image, masked_words, regions and their targets, taps
-    (with gradient), has_text, text_mask, masked_pieces, region_mask, group (group ids must be global). Not gathered,
-    because every rank holds the same: logit_scale, logit_bias, bank, token_table.
+    Gathered: image, text, image_features, text_features, masked_image, masked_words, regions and their targets,
+    class_logits, taught_logits, taps (with gradient), has_text, text_mask, masked_pieces, region_mask, label, group
+    (group ids must be global). Not gathered, because every rank holds the same: logit_scale, logit_bias, bank,
+    token_table.
     Without an initialised process group, or with one rank, `outputs` itself is returned.
 
     Args:

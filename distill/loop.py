@@ -23,7 +23,7 @@ from pocketvlm.distill import optim
 from pocketvlm.distill.balance import GradientBalance
 from pocketvlm.distill.batches import Order, prefetch
 from pocketvlm.distill.checkpoint import load_checkpoint, save_checkpoint, write_text_atomically
-from pocketvlm.distill.encoders import StudentEncoder
+from pocketvlm.distill.encoders import scored
 from pocketvlm.distill.environment import describe_environment
 from pocketvlm.distill.evaluate import Evaluation, embed_questions, score
 from pocketvlm.distill.feed import Beside, Feed, Step, build_objectives, build_shares
@@ -46,6 +46,7 @@ from pocketvlm.distill.run_folder import (
 )
 from pocketvlm.edge.errors import IntegrityError, PocketvlmError
 from pocketvlm.students import save_student
+from pocketvlm.students.task import SHARES, choose_mixing
 from pocketvlm.teachers.device import describe_device, full_float32, pick_device
 
 CHECKPOINT_SCHEMA = 2
@@ -115,6 +116,8 @@ def _run(recipe: Recipe, out: Path, checkpoint: Path | None, report: Reporter, r
     report.line(trainer.summary())
     seconds = trainer.train(out, report)
     with trainer.averaged():
+        if prepared.task is not None:
+            report.line(trainer.mix_heads())
         save_student(trainer.student, out / STUDENT, overwrite=True)
         evaluation = trainer.evaluate()
     if evaluation is not None:
@@ -169,6 +172,7 @@ class Trainer:
             captioned_fraction=self.config.captioned_fraction,
             text_pool=len(prepared.texts),
             text_batch=self.config.text_batch,
+            marked=None if prepared.task is None else [label >= 0 for label in prepared.task.train],
         )
         self.feed = Feed(prepared, self.order, device)
         self.shares = build_shares(prepared)
@@ -385,6 +389,25 @@ class Trainer:
             state = optim.interpolated(self.beginning, state, self.config.interpolate)
         return optim.replaced(self.student, state)
 
+    def mix_heads(self) -> str:
+        """Set how the student's two heads are mixed, by the recipe or by the held-out labels; says what was done."""
+        task, heads, section = self.prepared.task, self.student.heads, self.recipe.task
+        assert task is not None, "only a recipe with a task comes here"
+        assert heads is not None, "only a recipe with a task comes here"
+        assert section is not None, "only a recipe with a task comes here"
+        rows = [row for row, label in enumerate(task.held) if label >= 0]
+        share, temperature = float(heads.share), float(heads.temperature)
+        if rows and (section.share is None or section.temperature is None):
+            label = torch.tensor([task.held[row] for row in rows])
+            shares = SHARES if section.share is None else (section.share,)
+            share, temperature = choose_mixing(*self.feed.class_logits(self.student, rows), label, section.mix, shares)
+        heads.share.fill_(share if section.share is None else section.share)
+        heads.temperature.fill_(temperature if section.temperature is None else section.temperature)
+        return (
+            f"classifier: {float(heads.share):.2f} of the taught head at temperature {float(heads.temperature):g}, "
+            f"mixed by {section.mix}, {len(rows)} labels held out for the choice"
+        )
+
     def evaluate(self) -> Evaluation | None:
         """Score the student as it stands; None without evaluation data."""
         questions = self.prepared.questions
@@ -392,7 +415,7 @@ class Trainer:
             return None
         settings = self.recipe.eval
         own = embed_questions(
-            StudentEncoder(self.student, device=self.device),
+            scored(self.student, device=self.device),
             questions,
             name=self.student.config.name,
             batch_size=settings.batch_size,

@@ -19,8 +19,10 @@ from pocketvlm.distill.answers import joined_answers, slug, teacher_answers
 from pocketvlm.distill.axes import TurnedCache, axes_of, turned
 from pocketvlm.distill.batches import Pictures
 from pocketvlm.distill.evaluate import Embedded, Questions, questions_of
+from pocketvlm.distill.labels import TaskLabels, task_classes, task_labels
 from pocketvlm.distill.masking import asked_masking
 from pocketvlm.distill.progress import Reporter, Stages
+from pocketvlm.distill.questions import only_labels
 from pocketvlm.distill.recipe import AS_INIT, Recipe
 from pocketvlm.distill.regions import check_dense
 from pocketvlm.distill.shares import check_shares, student_dim
@@ -29,6 +31,7 @@ from pocketvlm.distill.taps import asked_taps, tap_widths
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.students import (
+    Classes,
     Student,
     build_student,
     check_widths,
@@ -53,6 +56,7 @@ class Prepared:
     images / words: the teachers' caches of pictures with captions, and of `texts`; None without a teacher.
     digest: over everything that decides the run's arithmetic besides the recipe; a resumed run must match it.
     pictures_digest: over uids and sources of the pictures. report: where progress is told.
+    task: classes and labels of a recipe with a task.
     memo: what runs over the same inputs share (token ids, outputs below the cut), filled by the first that needs it.
     """
 
@@ -72,6 +76,7 @@ class Prepared:
     digest: str
     pictures_digest: str
     report: Reporter
+    task: TaskLabels | None = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def with_recipe(self, recipe: Recipe, student: Student | None = None) -> Prepared:
@@ -84,7 +89,7 @@ class Prepared:
                 tokenizer or other questions).
         """
         own, other = self.recipe, recipe
-        differ = [part for part in ("data", "views") if getattr(own, part) != getattr(other, part)]
+        differ = [part for part in ("data", "views", "task") if getattr(own, part) != getattr(other, part)]
         if other.teacher is not None:
             kept = ("spec", "cache", "cache_dtype", "token_grid")
             if own.teacher is None or any(getattr(own.teacher, k) != getattr(other.teacher, k) for k in kept):
@@ -96,9 +101,10 @@ class Prepared:
         if student is None and _tokenizer_asked(own) != _tokenizer_asked(other):
             differ.append("tokenizer")
         if student is None and not differ:
+            classes = self.task.classes if self.task is not None else None
             taught = self.teacher if other.teacher is not None else None
             # made from texts of which those past the context are gone: made again it would be another one
-            student = _student(other, self.source, self.texts, taught, self.tokenizer_json)
+            student = _student(other, self.source, self.texts, taught, classes, self.tokenizer_json)
         if student is not None:
             differ += [
                 part for part in ("image_spec", "text_spec") if getattr(student, part) != getattr(self.student, part)
@@ -157,7 +163,10 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         held_out = open_data(recipe.data.eval, on_bad_sample=bad, progress=progress) if recipe.data.eval else None
     source = source.weighed(recipe.data.caption_weights)
     _check_captions(recipe, source)
-    texts = _text_pool(recipe, source, held_out)
+    classes = task_classes(recipe, source.samples, source.name, source.templates or recipe.eval.templates)
+    if classes is not None and held_out is not None:
+        held_out = only_labels(held_out)
+    texts = _text_pool(recipe, source, held_out, classes)
     teachers: list[Teacher] = []
     teacher: Ensemble | None = None
     if recipe.teacher is not None:
@@ -171,7 +180,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
                 progress=progress,
             )
         check_shares(recipe, teacher)
-    student = _student(recipe, source, texts, teacher)
+    student = _student(recipe, source, texts, teacher, classes)
     # before the teacher works for minutes on what the student cannot be compared with
     taps = asked_taps(recipe)
     tap_widths(student, taps, recipe.train.cut_after_block)
@@ -193,7 +202,9 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         if data is not None and data.report.counts:
             report.line(f"left out of the {what} data {data.name}: {dict(sorted(data.report.counts.items()))}")
     _check_captions(recipe, source)
-    outputs = [_teacher_outputs(recipe, one, samples, texts, questions, policy, report) for one in teachers]
+    section = recipe.task
+    task = task_labels(classes, samples, section.validation) if classes is not None and section is not None else None
+    outputs = [_teacher_outputs(recipe, one, samples, texts, questions, policy, report, task) for one in teachers]
     images, words, answers = _together(teacher, outputs)
     found = Prepared(
         recipe=recipe,
@@ -212,6 +223,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         digest=_digest(samples, texts, student, teacher),
         pictures_digest=pictures.digest(),
         report=report,
+        task=task,
     )
     principal = recipe.teacher is not None and recipe.teacher.axes == "principal"
     return turned(found, axes_of(found)) if principal else found
@@ -226,6 +238,8 @@ def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, t
         # they say what may be cut afterwards and change no step
         "student": student.config.model_dump(mode="json", exclude={"dims", "exits"}),
     }
+    if student.heads is not None:
+        facts["classes"] = [list(student.heads.classes.labels), [sample.label for sample in samples]]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -264,9 +278,9 @@ def _check_captions(recipe: Recipe, source: DataSource) -> None:
         )
 
 
-def _text_pool(recipe: Recipe, source: DataSource, held_out: DataSource | None) -> list[str]:
-    """Words without any caption that is scored or withheld, then the captions that the student may see."""
-    captions = source.captions()
+def _text_pool(recipe: Recipe, source: DataSource, held_out: DataSource | None, classes: Classes | None) -> list[str]:
+    """Words without any caption that is scored or withheld, then the captions that the student may see, and classes."""
+    captions = list(dict.fromkeys([*source.captions(), *(classes.labels if classes is not None else ())]))
     words = recipe.data.words
     if words is None:
         return captions
@@ -279,7 +293,12 @@ def _text_pool(recipe: Recipe, source: DataSource, held_out: DataSource | None) 
 
 
 def _student(
-    recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: Ensemble | None, known: bytes | None = None
+    recipe: Recipe,
+    source: DataSource,
+    texts: Sequence[str],
+    teacher: Ensemble | None,
+    classes: Classes | None = None,
+    known: bytes | None = None,
 ) -> Student:
     """The student that the recipe starts from. known: its tokenizer, where that was made before."""
     section = recipe.student
@@ -310,6 +329,7 @@ def _student(
         seed=recipe.train.seed,
         space_id=_shared_space(teacher, width),
         overrides=section.overrides,
+        classes=classes,
     )
     if section.init:
         _start_from(student, Path(section.init), section.init_parts)
@@ -389,11 +409,14 @@ def _teacher_outputs(
     questions: Questions | None,
     policy: AugmentPolicy,
     report: Reporter,
+    task: TaskLabels | None = None,
 ) -> tuple[TeacherCache | None, TeacherCache | None, Embedded | None]:
     """One teacher's caches of pictures with captions and of `texts`, and its answers to the evaluation."""
     assert recipe.teacher is not None, "only a run with a teacher asks for its outputs"
     section, views, blind = recipe.teacher, recipe.views.count, isinstance(teacher, TextTeacher)
-    captions = list(dict.fromkeys(c.text for s in samples for c in s.captions))
+    prompts = [text for row in task.prompts for text in row] if task is not None else []
+    # prompts first: runs that differ in which pictures are labelled then share one cache
+    captions = list(dict.fromkeys([*prompts, *(c.text for s in samples for c in s.captions)]))
     root = Path(section.cache) if section.cache else cache_dir() / "teacher"
 
     tokens: dict[str, Any] = {}
@@ -428,7 +451,7 @@ def _teacher_outputs(
         # precomputed embeddings are a cache already; there is no model that could fill another one
         images: TeacherCache | None = ready
         words_cache: TeacherCache | None = ready
-        _check_precomputed(recipe, ready, samples, texts if _wants_texts(recipe) else [])
+        _check_precomputed(recipe, ready, samples, [*(texts if _wants_texts(recipe) else []), *prompts])
     elif blind:
         images = cached("captions", (), captions) if captions else None
         words_cache = cached("texts", (), texts) if _wants_texts(recipe) and texts else None

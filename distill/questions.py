@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -72,6 +72,51 @@ class Questions:
         return cls(name, pictures, language, languages, labels, tuple(templates), tuple(texts), negatives)
 
 
+class ClassScores:
+    """A classifier behind the interface of an encoder, so that it is scored like a zero-shot one.
+
+    A picture's embedding is its logits, moved above 0, and a prompt's is 1 at its label's place: their cosine ranks the
+    labels as the logits do. It reads no other text, so captions are no question to it (`only_labels`).
+    logits: decoded pictures -> [N, K]. labels: the K names.
+    """
+
+    space_id = ""
+
+    def __init__(self, logits: Callable[[Any], Array], labels: Sequence[str]) -> None:
+        self.logits, self.labels = logits, tuple(labels)
+
+    def embed_image(self, x: Any, /) -> Array:
+        found = np.asarray(self.logits(x), np.float32)
+        return found - found.min(axis=1, keepdims=True) + 1
+
+    def embed_text(self, x: Any, /) -> Array:
+        raise UsageError("a classifier reads no text, so there is nothing to embed; score it on data with labels")
+
+    def prompts(self, questions: Questions) -> Array:
+        """float32 [M, K] for `questions.texts`; all 0 for what is no prompt.
+
+        Raises:
+            UsageError: a label that the classifier does not know.
+        """
+        strange = sorted(set(questions.labels) - set(self.labels))
+        if strange:
+            raise UsageError(
+                f"{questions.name} has pictures of {strange[0]!r} and the classifier knows {', '.join(self.labels)}, "
+                "so no answer to them could be right; leave these pictures out, or train with that class"
+            )
+        rows = np.zeros((len(questions.texts), len(self.labels)), np.float32)
+        place = {text: row for row, text in enumerate(questions.texts)}
+        for label in questions.labels if len(questions.labels) > 1 else ():
+            for template in questions.templates:
+                rows[place[prompt(template, label)], self.labels.index(label)] = 1
+        return rows
+
+
+def only_labels(source: Any) -> Any:
+    """A DataSource whose samples have neither captions nor hard negatives."""
+    return replace(source, samples=[replace(sample, captions=(), hard_negatives=()) for sample in source.samples])
+
+
 @dataclass
 class Embedded:
     """One model's answers. images: float32 [N, D] for `uids`. texts: float32 [M, D] for `Questions.texts`.
@@ -127,10 +172,13 @@ def embed_questions(encoder: Encoder, questions: Questions, *, name: str, batch_
             f"no picture of {questions.name} could be decoded ({len(bad)} tried), so there is nothing to score; "
             "check the image paths of the data"
         )
-    texts = [
-        np.asarray(encoder.embed_text(list(questions.texts[start : start + batch_size])), np.float32)
-        for start in range(0, len(questions.texts), batch_size)
-    ]
+    if isinstance(encoder, ClassScores):
+        texts = [encoder.prompts(questions)]
+    else:
+        texts = [
+            np.asarray(encoder.embed_text(list(questions.texts[start : start + batch_size])), np.float32)
+            for start in range(0, len(questions.texts), batch_size)
+        ]
     images = np.concatenate(rows)
     return Embedded(
         name=name,

@@ -14,23 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from pocketvlm.distill.overrides import Loader, apply_override
+from pocketvlm.distill.sections import Count, CountOrZero, Fraction, NonNegative, Positive, Section, TaskSection
 from pocketvlm.edge.errors import UsageError, unknown_name
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class WordsSection(_Section):
+class WordsSection(Section):
     """Generic texts for text distillation and for the tokenizer (`data.wordlist.word_list`).
 
     name: a word list. size: how many entries are asked for. exclude: data specs whose captions are removed
@@ -42,7 +33,7 @@ class WordsSection(_Section):
     exclude: tuple[str, ...] = ()
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """train / eval: data specs (`data.open_data`). words: generic texts, or null.
 
     on_bad_sample: "skip" counts and reports unreadable samples, "refuse" stops at the first.
@@ -61,7 +52,7 @@ class DataSection(_Section):
     ram_gb: NonNegative = 2.0
 
 
-class ViewsSection(_Section):
+class ViewsSection(Section):
     """Augmented views, the same for teacher and student and for every arm of a comparison.
 
     count: views per picture; view 0 is not augmented. seed: of the view parameters, apart from `train.seed`,
@@ -73,7 +64,7 @@ class ViewsSection(_Section):
     policy: dict[str, Any] = Field(default_factory=dict)
 
 
-class TeacherSection(_Section):
+class TeacherSection(Section):
     """spec: of `teachers.load_teacher`, or a list of several, each with its own cache; an objective learns from those
     with an image tower side by side, or from the one that it names. cache: folder of the outputs (null: the user's).
 
@@ -105,7 +96,7 @@ class TeacherSection(_Section):
 AS_INIT = "init"
 
 
-class StudentSection(_Section):
+class StudentSection(Section):
     """name: of `students.list_students`, or "init": the saved student of `init` as it is (a pruned one, for instance),
     with its own configuration, embedding width and tokenizer.
     embed_dim: null means the teacher's width (256 without a teacher).
@@ -130,7 +121,7 @@ class StudentSection(_Section):
     fit_text_projection: Positive | None = None
 
 
-class TokenizerSection(_Section):
+class TokenizerSection(Section):
     """source: "texts" trains a tokenizer on the training captions and words; "minilm-l6" prunes MiniLM's to the pieces
     that these use (for a student with text.weights minilm-l6); else a `tokenizer.json` file.
 
@@ -141,7 +132,7 @@ class TokenizerSection(_Section):
     vocab_size: Annotated[int, Field(ge=64)] | None = None
 
 
-class ObjectiveSection(_Section):
+class ObjectiveSection(Section):
     """One term of the loss.
 
     batch: "pairs" sees the batch of pictures (with captions where there are some); "texts" sees the text-only
@@ -161,7 +152,7 @@ class ObjectiveSection(_Section):
     schedule_steps: Count | None = None
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """steps: of the main phase. text_pretrain_steps: steps before it that train only on text-only batches.
 
     batch_size: pictures. captioned_fraction: share of each batch drawn from captioned pictures (null: as
@@ -214,7 +205,7 @@ class TrainSection(_Section):
     log_every: Count = 20
 
 
-class EvalSection(_Section):
+class EvalSection(Section):
     """every: steps between evaluations while training (0: only at the end). metrics: which parts to score
     (docs/evaluation.md), or "all".
 
@@ -228,14 +219,14 @@ class EvalSection(_Section):
     batch_size: Count = 64
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     """every: steps between checkpoints (the last step always has one). keep: how many of the newest stay."""
 
     every: Count = 200
     keep: Count = 2
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run. Build it with `load_recipe`, which also checks what one section cannot know of another."""
 
     name: str = "run"
@@ -244,6 +235,7 @@ class Recipe(_Section):
     views: ViewsSection = ViewsSection()
     teacher: TeacherSection | None = None
     student: StudentSection
+    task: TaskSection | None = None
     tokenizer: TokenizerSection = TokenizerSection()
     objectives: Annotated[tuple[ObjectiveSection, ...], Field(min_length=1)]
     train: TrainSection = TrainSection()
@@ -420,6 +412,12 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
         yield from tap_problems(spec, here)
         if problem := teacher_problem(spec, recipe, here, needs.teacher):
             yield problem
+        if needs.classes and recipe.task is None:
+            yield f"{here} learns classes and the recipe has none; add 'task' (task={{}}: the labels of the data)"
+        if needs.classes and spec.teacher is not None:
+            yield f"{here} classifies as all teachers together do; leave its 'teacher' out"
+        if needs.classes and spec.batch == "texts":
+            yield f"{here} classifies pictures, which a text-only batch has not; use batch: pairs"
         if needs.masked_view and spec.batch == "texts":
             yield f"{here} masks pictures, which a text-only batch has not; use batch: pairs"
         if needs.regions and spec.batch == "texts":

@@ -50,6 +50,7 @@ def train_problems(recipe: Recipe) -> Iterator[str]:
     yield from _averaging(recipe)
     yield from _texts(recipe)
     yield from _starts(recipe)
+    yield from _task(recipe)
     train = recipe.train
     if train.warmup_steps > train.steps:
         yield (
@@ -128,17 +129,29 @@ def _policy(recipe: Recipe) -> Iterator[str]:
 
 
 def _starts(recipe: Recipe) -> Iterator[str]:
-    student, specs = recipe.student, () if recipe.teacher is None else recipe.teacher.specs
+    specs = () if recipe.teacher is None else recipe.teacher.specs
     if recipe.teacher is not None and not specs:
         yield "teacher.spec is an empty list, so there is nobody to learn from; name a teacher, or set teacher to null"
     for spec in sorted({spec for spec in specs if specs.count(spec) > 1}):
         yield f"teacher.spec names {spec!r} twice, whose opinion would merely count double; name it once"
-    if student.fit_text_projection is not None and recipe.teacher is None:
-        yield "student.fit_text_projection regresses to a teacher's embeddings and the recipe has none; leave it out"
-    if student.fit_text_projection is not None and recipe.data.words is None:
-        yield "student.fit_text_projection regresses over generic texts; add data.words (name, size), or leave it out"
-    if student.fit_views > recipe.views.count:
-        yield f"student.fit_views is {student.fit_views} but views.count is {recipe.views.count}; lower it"
+
+
+def _task(recipe: Recipe) -> Iterator[str]:
+    task = recipe.task
+    if task is None:
+        return
+    if all(spec.name != "dho" for spec in recipe.objectives):
+        yield "the recipe has a task and no objective 'dho' to train its heads; add it, or leave 'task' out"
+    if len(task.classes) == 1 or len(set(task.classes)) < len(task.classes):
+        yield (
+            f"task.classes is {list(task.classes)}, and a classifier needs at least two classes, each named once; "
+            "correct the list, or leave it out for the labels of the data"
+        )
+    if task.mix == "logits" and task.temperature not in (None, 1):
+        yield (
+            f"task.temperature is {task.temperature:g} but task.mix: logits mixes at 1, where one linear layer "
+            "remains; leave the temperature out, or mix probabilities"
+        )
 
 
 def _weights(recipe: Recipe) -> Iterator[str]:

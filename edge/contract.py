@@ -105,6 +105,11 @@ class ModelContract:
             )
         if self.kind == "dual" and (self.image is None or self.text is None):
             raise UsageError("a 'dual' contract needs both an image and a text spec; use 'image-labels' otherwise")
+        if self.kind == "classifier" and (self.image is None or len(self.labels) != self.embed_dim):
+            raise UsageError(
+                f"a 'classifier' contract has {len(self.labels)} labels for {self.embed_dim} logits and an image spec "
+                f"of {self.image}; a logit would have no name, so give one label for each and an image spec"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, field for field."""

@@ -101,9 +101,9 @@ class EdgeModel:
             MissingExtraError: the runtime that was asked for is not installed.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle, verify=verify)
-        if opened.contract.kind not in ("dual", "image-labels"):
+        if opened.contract.kind not in ("dual", "image-labels", "classifier"):
             raise UsageError(
-                f"this bundle holds a {opened.contract.kind!r} model and this release runs image and text embeddings "
+                f"this bundle holds a {opened.contract.kind!r} model and this release runs embeddings and classifiers "
                 "only; its outputs would be misread, so use a release that knows this kind"
             )
         target = _pick_target(opened) if backend == "auto" else target_of(backend)
@@ -112,7 +112,7 @@ class EdgeModel:
         return cls(opened, variant, open_backend(target, opened.folder, variant, threads), dim)
 
     def embed_image(self, images: ImageSource | Iterable[ImageSource], *, batch_size: int = 32) -> NDArray[np.float32]:
-        """L2-normalised embeddings of images.
+        """L2-normalised embeddings of images; of a classifier, its logits over `contract.labels`, as they are.
 
         Args:
             images: one image (path, encoded bytes, PIL image, uint8 array [H, W], [H, W, 3] or [H, W, 4]), several of
@@ -202,19 +202,19 @@ class EdgeModel:
     def classify(
         self,
         images: ImageSource | Iterable[ImageSource],
-        labels: Sequence[str],
+        labels: Sequence[str] | None = None,
         templates: str | Sequence[str] = ("{}",),
         *,
         batch_size: int = 32,
     ) -> list[Classification]:
-        """Zero-shot classification: softmax over `logit_scale * cosine(image, label)`.
+        """Zero-shot classification: softmax over `logit_scale * cosine(image, label)`; or a classifier's own.
 
         Each label is put into each template; the prompts' normalised embeddings are averaged and normalised
         again. Label embeddings are remembered, so calling this once per camera frame is fine.
 
         Args:
             images: as for `embed_image`.
-            labels: at least one, all different.
+            labels: at least one, all different. None for a classifier, which has its own (`contract.labels`).
             templates: prompts with "{}" where the label goes; by default the bare label, as on the command line.
 
         Returns:
@@ -222,11 +222,21 @@ class EdgeModel:
             where none fits.
 
         Raises:
-            UsageError: see `embed_labels`. BadSampleError: see `embed_image` and `embed_text`.
+            UsageError: see `embed_labels`; labels given to a classifier, or none to another model.
+            BadSampleError: see `embed_image` and `embed_text`.
         """
-        label_embeddings = self.embed_labels(labels, templates)
-        cosine = self.similarity(self.embed_image(images, batch_size=batch_size), label_embeddings)
-        logits = self.contract.logit_scale * cosine.astype(np.float64)
+        if (self.contract.kind == "classifier") != (labels is None):
+            wrong = "has no labels of its own" if labels is None else "was trained for its own labels"
+            raise UsageError(
+                f"{self.contract.name!r} is a {self.contract.kind!r} model and {wrong}, so labels={labels!r} cannot be "
+                "classified by; give labels to a dual encoder and none to a classifier"
+            )
+        if labels is None:
+            labels, logits = self.contract.labels, self.embed_image(images, batch_size=batch_size).astype(np.float64)
+        else:
+            label_embeddings = self.embed_labels(labels, templates)
+            cosine = self.similarity(self.embed_image(images, batch_size=batch_size), label_embeddings)
+            logits = self.contract.logit_scale * cosine.astype(np.float64)
         shares = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
         shares /= shares.sum(axis=1, keepdims=True)
         verdicts = []
@@ -269,7 +279,8 @@ class EdgeModel:
             )
         if self.dim < self.graph_dim:
             return _normalize(embeddings[:, : self.dim])
-        return embeddings if self.contract.normalized else _normalize(embeddings)
+        as_they_are = self.contract.normalized or self.contract.kind == "classifier"
+        return embeddings if as_they_are else _normalize(embeddings)
 
 
 def _pick_target(bundle: Bundle) -> str:

@@ -95,10 +95,11 @@ def _from_student(student: Student, provenance: dict[str, Any], licences: Licenc
 
     contract = student.contract
     # graphs are float32 whatever the student was trained in; the contract names the trained weights
-    towers = Towers(deploy_image(student).float(), deploy_text(student).float(), contract)
+    text = None if contract.text is None else deploy_text(student).float()
+    towers = Towers(deploy_image(student).float(), text, contract)
     rows = tuple(dict.fromkeys((*student.licences, *licences)))
     facts = {"student": student.config.name} | provenance
-    return Exportable(towers, student.tokenizer_json, rows, facts)
+    return Exportable(towers, None if text is None else student.tokenizer_json, rows, facts)
 
 
 def _recipe_text(path: Path) -> str:

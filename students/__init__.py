@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pocketvlm.students.io import load_student, save_student
     from pocketvlm.students.ridge import fit_projection
     from pocketvlm.students.student import Student, TowerOutput, check_widths
+    from pocketvlm.students.task import Classes
     from pocketvlm.students.tokenizer import train_tokenizer
     from pocketvlm.students.truncate import truncated
 
@@ -46,10 +47,12 @@ _LAZY = {
     "Student": "student",
     "TowerOutput": "student",
     "check_widths": "student",
+    "Classes": "task",
     "train_tokenizer": "tokenizer",
     "truncated": "truncate",
 }
 __all__ = [
+    "Classes",
     "Student",
     "StudentConfig",
     "StudentInfo",

@@ -15,6 +15,7 @@ from pocketvlm.students.config import StudentConfig, load_config
 from pocketvlm.students.image import build_image_tower, image_spec
 from pocketvlm.students.inherit import inherit_weights
 from pocketvlm.students.student import Student
+from pocketvlm.students.task import Classes, ClassHeads
 from pocketvlm.students.text import TextTower
 from pocketvlm.students.tokenizer import read_tokenizer, text_spec
 
@@ -27,6 +28,7 @@ def build_student(
     seed: int = 0,
     space_id: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    classes: Classes | None = None,
 ) -> Student:
     """A new student in training mode, float32, on the CPU.
 
@@ -39,6 +41,7 @@ def build_student(
             has a stream of its own: changing the text tower leaves the image tower's start as it was.
         space_id: the teacher's, for a student trained to reproduce its embeddings; None = the student's own.
         overrides: values that replace the configuration's, dotted or nested.
+        classes: give it class heads for these, which makes it a task student; see `students.task`.
 
     Raises:
         UnknownNameError: unknown student or timm model. UsageError: a configuration that cannot work.
@@ -52,7 +55,7 @@ def build_student(
         config = name
     else:
         config = load_config(name, overrides)
-    return assemble(config, embed_dim, read_tokenizer(tokenizer_json), seed=seed, space_id=space_id)
+    return assemble(config, embed_dim, read_tokenizer(tokenizer_json), seed=seed, space_id=space_id, classes=classes)
 
 
 def assemble(
@@ -62,6 +65,7 @@ def assemble(
     *,
     seed: int,
     space_id: str | None,
+    classes: Classes | None = None,
     load_weights: bool = True,
 ) -> Student:
     """`build_student` after its inputs were read; load_weights=False when a state dict follows."""
@@ -99,6 +103,7 @@ def assemble(
         tokenizer_json=tokenizer_json,
         embed_dim=embed_dim,
         space_id=space_id,
+        heads=None if classes is None else ClassHeads(sum(image.widths), classes),
     )
 
 

@@ -25,14 +25,31 @@ class DeployTower(nn.Module):
         return F.normalize(embedding, dim=-1)
 
 
+class DeployClassifier(nn.Module):
+    """A task student's image tower and what remains of its heads: uint8 [B, S, S, 3] -> logits [B, K]."""
+
+    def __init__(self, tower: ImageTower, head: nn.Module) -> None:
+        super().__init__()
+        self.tower, self.head = tower, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.tower.features(x))
+
+
 def deploy_image(student: Student) -> nn.Module:
     """uint8 [B, S, S, 3] -> unit-length [B, D], on the CPU in the student's dtype, sharing no storage with the student.
+
+    Of a task student: logits [B, K] over its classes, through as few linear layers as give them (`students.task`).
 
     Branches that exist for training only (FastViT, RepViT, MobileOne, ...) are folded into one convolution each, which
     changes results by rounding alone: 1e-5 in float32 (tested).
     """
     tower = copy.deepcopy(student.image_tower).cpu()
     fuse_branches(tower)
+    if student.heads is not None:
+        tower.projection = nn.Identity()  # no part of the classifier
+        head = copy.deepcopy(student.heads.deployed()).cpu()
+        return DeployClassifier(tower, head).eval().requires_grad_(False)
     return _frozen(tower)
 
 

@@ -16,8 +16,9 @@ from pocketvlm.edge.errors import IntegrityError, UsageError, VersionError
 from pocketvlm.students.build import assemble
 from pocketvlm.students.config import StudentConfig, parse_config
 from pocketvlm.students.student import Student
+from pocketvlm.students.task import Classes
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 MANIFEST, WEIGHTS, TOKENIZER = "student.json", "weights.safetensors", "tokenizer.json"
 
 
@@ -46,6 +47,10 @@ def save_student(student: Student, folder: str | Path, *, overwrite: bool = Fals
         "own_space": student.space_id is None,
         "files": {name: {"sha256": _sha256(data), "bytes": len(data)} for name, data in contents.items()},
     }
+    if student.heads is not None:
+        # a classifier's contract says nothing of the embedding beneath it
+        beneath = {"embed_dim": student.embed_dim, "space_id": student.space_id}
+        manifest["task"] = student.heads.classes._asdict() | beneath
     # an old manifest must never stand beside new weights
     (folder / MANIFEST).unlink(missing_ok=True)
     for name, data in contents.items():
@@ -64,13 +69,14 @@ def load_student(folder: str | Path) -> Student:
     folder, manifest = _found(Path(folder))
     files = {name: _verified(folder, name, manifest) for name in (WEIGHTS, TOKENIZER)}
     config = parse_config(manifest["config"], source=f"saved student {str(folder)!r}")
-    stored = manifest["contract"]
+    stored, task = manifest["contract"], manifest.get("task")
     student = assemble(
         config,
-        stored["embed_dim"],
+        (task or stored)["embed_dim"],
         files[TOKENIZER],
         seed=0,
-        space_id=None if manifest["own_space"] else stored["space_id"],
+        space_id=None if manifest["own_space"] else (task or stored)["space_id"],
+        classes=None if task is None else Classes(tuple(task["labels"]), tuple(task["templates"]), task["mix"]),
         load_weights=False,
     )
     state = load_tensors(files[WEIGHTS])

@@ -17,6 +17,7 @@ from pocketvlm.students.config import StudentConfig
 from pocketvlm.students.image import ImageTower
 from pocketvlm.students.inherit import text_licences
 from pocketvlm.students.pretrained import weights_licences
+from pocketvlm.students.task import ClassHeads
 from pocketvlm.students.text import TextTower
 
 # the tap that every tower has: its last map or token sequence before pooling
@@ -40,6 +41,7 @@ class Student(nn.Module):
     config: what it was built from. image_spec, text_spec: its inputs. tokenizer_json: the tokenizer file's bytes.
     log_scale: logarithm of the cosine's multiplier (a trained parameter; `logit_scale` is its exponential).
     space_id: coordinate system of the embeddings; None means "its own", named after the weights.
+    heads: the class heads of a task student, which is deployed as a classifier; None for a dual encoder.
     """
 
     log_scale: nn.Parameter
@@ -55,6 +57,7 @@ class Student(nn.Module):
         tokenizer_json: bytes,
         embed_dim: int,
         space_id: str | None,
+        heads: ClassHeads | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -65,6 +68,7 @@ class Student(nn.Module):
         self.tokenizer_json = tokenizer_json
         self.embed_dim = embed_dim
         self.space_id = space_id
+        self.heads = heads
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)))
 
     @property
@@ -82,6 +86,21 @@ class Student(nn.Module):
         """Made afresh, because the weights' digest and the logit scale change with every optimizer step."""
         name = self.config.name
         model_id = identity(name, weights_digest(self))
+        if self.heads is not None:
+            labels = self.heads.classes.labels
+            return ModelContract(
+                kind="classifier",
+                name=name,
+                model_id=model_id,
+                space_id=model_id,
+                embed_dim=len(labels),
+                dims=(len(labels),),
+                image=self.image_spec,
+                text=None,
+                logit_scale=1.0,
+                normalized=False,
+                labels=labels,
+            )
         return ModelContract(
             kind="dual",
             name=name,

@@ -19,6 +19,7 @@ from pocketvlm.distill.objectives.correlation import CorrelationCongruence
 from pocketvlm.distill.objectives.crd import ContrastiveRelational
 from pocketvlm.distill.objectives.cross_kd import CrossDistributions
 from pocketvlm.distill.objectives.cwcl import ContinuouslyWeighted
+from pocketvlm.distill.objectives.dho import DualHead
 from pocketvlm.distill.objectives.feature import Feature
 from pocketvlm.distill.objectives.gradient import GradientDistillation
 from pocketvlm.distill.objectives.gram import Gram
@@ -69,6 +70,7 @@ _CLASSES: dict[str, type[BatchObjective]] = {
         CorrelationCongruence,
         CrossDistributions,
         DistributionMatching,
+        DualHead,
         Feature,
         GradientDistillation,
         Gram,

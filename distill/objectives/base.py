@@ -35,6 +35,9 @@ class Outputs:
     token_table: [V, E] the text tower's token embedding, or None.
     bank: [N, D] embeddings of a fixed list of texts (the same texts for student and teacher), or None.
     group: int64 [B]; equal values mean the same concept (duplicate captions), or None.
+    class_logits: [B, K] over the recipe's classes, of the teacher's zero-shot classifier, or of the student's head that
+    learns from labels; None without classes. taught_logits: [B, K] of the student's head that learns from the teacher.
+    label: int64 [B], index of the row's class, -1 where it is not known to the student; or None.
     """
 
     image: Tensor
@@ -55,6 +58,9 @@ class Outputs:
     regions: Tensor | None = None
     region_targets: Tensor | None = None
     region_mask: Tensor | None = None
+    class_logits: Tensor | None = None
+    taught_logits: Tensor | None = None
+    label: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Needs:
     masked_text: wants an extra forward of the text tower over masked captions, with its own fusion module in it.
     regions: wants the student's map over cells of the picture, and the untrained student's view of these, as its option
     `cells` says.
+    classes: reads the logits of a fixed list of classes (the recipe's `task`).
     """
 
     captions: bool = False
@@ -83,6 +90,7 @@ class Needs:
     regions: bool = False
     momentum: bool = False
     teacher_image: bool = True
+    classes: bool = False
 
     @property
     def targets(self) -> bool:

@@ -120,6 +120,7 @@ class BatchObjective(Objective):
         """Exactly 0, connected to everything that the objective could have trained, so that no parameter is unused."""
         parts = [student.image, student.text, student.bank, student.image_features, student.masked_image]
         parts += [student.logit_scale, student.logit_bias, student.masked_words, student.token_table, student.regions]
+        parts += [student.class_logits, student.taught_logits]
         tensors: Iterable[Tensor] = [part for part in (*parts, *self.parameters()) if part is not None]
         total = student.image.new_zeros(())
         for tensor in tensors:

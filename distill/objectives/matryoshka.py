@@ -138,7 +138,8 @@ def inner_of(inner: Any) -> tuple[str, dict[str, Any]]:
         )
     name, options = inner["name"], dict(given)
     cls = objective_class(name)
-    apart = cls.needs.features or cls.needs.taps or cls.needs.masked_text or cls.needs.regions
+    needs = cls.needs
+    apart = needs.features or needs.taps or needs.masked_text or needs.regions or needs.classes
     if cls.name in NESTS or apart:
         why = (
             "would nest prefixes twice"

@@ -372,7 +372,9 @@ def classify(
     bundle: Positional[BundlePath],
     images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE ...", help="Image files.")],
     *,
-    labels: Annotated[tuple[str, ...], arg(metavar="LABEL ...", help="Class names in your own words.")],
+    labels: Annotated[
+        tuple[str, ...], arg(metavar="LABEL ...", help="Class names in your own words; none for a classifier's bundle.")
+    ] = (),
     templates: Annotated[
         tuple[str, ...], arg(metavar="TEMPLATE ...", help="Prompts around a label, where {} stands for it.")
     ] = ("{}",),
@@ -380,13 +382,13 @@ def classify(
     precision: Precision = "auto",
     as_json: Json = False,
 ) -> None:
-    """Zero-shot classification of image files with your own labels; no torch needed."""
+    """Classification of image files, zero-shot with your own labels or by a classifier's; no torch needed."""
     from pocketvlm.edge.model import EdgeModel
 
     if not images:
         raise UsageError("classify was given no image; name image files after the bundle")
     model = EdgeModel.load(bundle, backend=backend, precision=precision)
-    results = model.classify(list(images), list(labels), templates=templates)
+    results = model.classify(list(images), list(labels) or None, templates=templates)
     rows = [
         {"image": name, "label": r.label, "probability": round(r.probability, 4)} for name, r in zip(images, results)
     ]

@@ -14,6 +14,7 @@ from PIL import Image
 from pocketvlm.data import DataSource, open_data, openmoji_render
 from pocketvlm.data.openmoji import _names, openmoji_samples
 from pocketvlm.data.openmoji_groups import base_concept
+from pocketvlm.data.openmoji_kinds import KINDS
 from pocketvlm.data.openmoji_render import render_set
 from pocketvlm.data.splits import pool_of
 from pocketvlm.edge.errors import MissingExtraError, UnknownNameError, UsageError
@@ -292,3 +293,27 @@ def test_few_captions_lose_captions_and_label(openmoji: DataSource) -> None:
     none = openmoji.select(pool="student", fold=1, captions=0.0)
     assert not none.captions()
     assert {pool_of(str(sample.group), 1) for sample in few} == {"student"}
+
+
+def test_kinds_are_labels_and_captions() -> None:
+    source = open_data("openmoji?labels=kind")
+    by_uid = {sample.uid: sample for sample in source}
+    for stem, kind in {
+        "1F42C": "animal", "1F697": "vehicle", "1F355": "food or drink", "1F600": "face", "1F468-200D-1F373": "person",
+        "0031-FE0F-20E3": "sign", "1F1E9-1F1EA": None, "1F9FF": None,
+    }.items():  # fmt: skip
+        sample = by_uid[f"openmoji/{stem}"]
+        assert sample.label == kind, stem
+        assert [caption.text for caption in sample.captions] == ([] if kind is None else [kind])
+    assert {sample.label for sample in source} - {None} == set(KINDS)
+    assert not any(sample.label for sample in source if "flag" in sample.tags)
+    # two pictures of one idea are never of two kinds
+    groups = defaultdict(set)
+    for sample in source:
+        groups[sample.group].add(sample.label)
+    # bare swatches of hair are no person
+    assert {group for group, labels in groups.items() if len(labels) > 1} == {"person"}
+    with pytest.raises(UnknownNameError, match="kind"):
+        open_data("openmoji?labels=kinds")
+    with pytest.raises(UsageError, match="kinds have English names only"):
+        open_data("openmoji?labels=kind&language=de")

@@ -6,7 +6,9 @@ import pytest
 
 from pocketvlm.data.openmoji import _names
 from pocketvlm.data.openmoji_groups import base_concept
-from pocketvlm.data.splits import FOLDS, check_pool, has_caption, pool_of, stable_hash
+from pocketvlm.data.sample import ImageRef, Sample
+from pocketvlm.data.source import DataSource
+from pocketvlm.data.splits import FOLDS, check_pool, few_shots, has_caption, pool_of, stable_hash
 from pocketvlm.edge.errors import UnknownNameError, UsageError
 
 
@@ -55,6 +57,21 @@ def test_few_captions_are_nested_and_near_their_share(groups: list[str]) -> None
     student = {group for group in groups if pool_of(group, 0) == "student"}
     # independent of the pools: the student's share is the same as everybody's
     assert len(kept[1] & student) / len(student) == pytest.approx(0.1, abs=0.035)
+
+
+def test_few_shots_are_nested_and_even() -> None:
+    samples = [Sample(f"{name}{i}", ImageRef(data=b""), label=name) for name in "ab" for i in range(9)]
+    samples.append(Sample("free", ImageRef(data=b"")))
+    one, four, all_of_them = (few_shots(samples, shots) for shots in (1, 4, 99))
+    assert one < four < all_of_them
+    assert [sum(uid[0] == name for uid in four) for name in "abf"] == [4, 4, 0]
+    assert few_shots(samples[::-1], 4) == four
+    kept = DataSource("x", samples).select(shots=4).samples
+    assert {sample.uid for sample in kept if sample.label is not None} == four
+    assert len(kept) == 19
+    for wrong in (samples[-1:], samples):
+        with pytest.raises(UsageError, match="no sample would keep one"):
+            few_shots(wrong, 0 if wrong is samples else 4)
 
 
 @pytest.mark.parametrize(("fold", "folds"), [(-1, 5), (5, 5), (0, 1)])

@@ -8,8 +8,9 @@ import torch
 
 from pocketvlm.distill.objectives import Objective, Outputs, Widths, build_objective
 
-B, N, D, F = 6, 7, 5, 4
+B, N, D, F, K = 6, 7, 5, 4, 3
 HAS_TEXT = [True, True, False, True, True, True]
+LABEL = [2, -1, 0, 0, -1, 1]
 GROUP = [3, 1, -1, 3, 2, 0]  # rows 0 and 3 share a caption
 
 
@@ -50,6 +51,8 @@ def outputs(seed: int, *, dim: int = D, features: int = F, dtype: torch.dtype = 
     found.masked_pieces = torch.tensor(PIECES)
     found.regions, found.region_targets = draw(B, 3, dim), draw(B, 3, dim)
     found.region_mask = torch.tensor([[place < count for place in range(3)] for count in CELLS])
+    found.class_logits, found.taught_logits = draw(B, K), draw(B, K)
+    found.label = torch.tensor(LABEL)
     found.text_mask = torch.tensor([[place < length for place in range(L)] for length in LENGTHS])
     return found
 

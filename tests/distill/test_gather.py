@@ -60,6 +60,8 @@ class Towers(nn.Module):
             regions=torch.stack([features, text_features], dim=1) @ self.image.T,
             region_targets=torch.stack([text_features, features.cos()], dim=1) @ self.text.T,
             bank=torch.tanh(words @ self.body.T) @ self.text.T,
+            class_logits=features[:, :3] * 2,
+            taught_logits=features[:, 3:6] * 3,
             **labels,
         )
 
@@ -69,7 +71,7 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
     g = torch.Generator().manual_seed(1)
     draw = {k: torch.randn(n, w, generator=g, dtype=torch.float64) for k, n, w in (
         ("pixels", ROWS, 3), ("ids", ROWS, 3), ("words", N, 3), ("image", ROWS, 5), ("text", ROWS, 5),
-        ("features", ROWS, 6), ("bank", N, 5), ("tokens", ROWS, 8),
+        ("features", ROWS, 6), ("bank", N, 5), ("tokens", ROWS, 8), ("classes", ROWS, 3),
     )}  # fmt: skip
     has_text = torch.tensor([1, 1, 0, 1, 0, 1, 1, 0, 1], dtype=torch.bool)[start:stop]
     group = torch.tensor([0, 1, -3, 0, -5, 2, 1, -8, 3])[start:stop]
@@ -81,6 +83,7 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
         logit_scale=torch.tensor(8.0, dtype=torch.float64),
         image_features=draw["features"][start:stop],
         bank=draw["bank"],
+        class_logits=draw["classes"][start:stop],
         taps={"tokens": draw["tokens"][start:stop].reshape(-1, 4, 2)},
     )
     inputs = {"pixels": draw["pixels"][start:stop], "ids": draw["ids"][start:stop], "words": draw["words"]}
@@ -88,6 +91,7 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
     labels = {"has_text": has_text, "group": group, "text_mask": text_mask[start:stop], "masked_pieces": pieces}
     cells = torch.tensor([2, 1, 2, 2, 0, 1, 2, 2, 1])[start:stop]
     labels["region_mask"] = torch.arange(2) < cells[:, None]
+    labels["label"] = torch.tensor([1, -1, 0, -1, 2, 2, -1, -1, 0])[start:stop]
     return {**inputs, **labels}, teacher
 
 

@@ -213,10 +213,10 @@ SYMMETRIC = {"feature", "rkd", "gradient"}
 RELATION = {"correlation-congruence", "matryoshka", "order", "rankclip", "token-gram"}
 # in test_objectives_tokens.py
 TOKENS = {"masked-feature", "token-alignment"}
-# in test_objectives_exits.py
-EXITS = {"matryoshka-2d"}
-# and those of EXITS; the others in test_masked_language.py and test_regions.py
-APART = EXITS | {"masked-language", "region-self"}
+# in test_objectives_exits.py and test_objectives_classes.py
+EXITS, CLASSES = {"matryoshka-2d"}, {"dho"}
+# with these; the others in test_masked_language.py and test_regions.py
+APART = EXITS | CLASSES | {"masked-language", "region-self"}
 
 
 # ------------------------------------------------------------------------------------------------ values

@@ -346,7 +346,7 @@ def test_range_of_half_precision_is_enough(name, options, dtype):
         student, teacher = outputs(1), outputs(1)
         with torch.no_grad():
             for side, factor in ((student, 200.0 * sign), (teacher, 200.0)):
-                for key in ("image", "text", "bank", "image_features", "text_features", "masked_image"):
+                for key in ("image", "text", "bank", "image_features", "text_features", "masked_image", "class_logits"):
                     setattr(side, key, (getattr(side, key) * factor).to(dtype))
                 side.taps = {key: (value * factor).to(dtype) for key, value in side.taps.items()}
                 side.logit_scale = torch.tensor(100.0, dtype=dtype)
@@ -541,7 +541,7 @@ def test_spatial_correlation_detaches_one_side():
 
 INNERS = sorted(
     name for name in list_objectives() if name not in ("hint", "token-gram", "matryoshka", "matryoshka-2d")
-    and not objective_needs(name).features and not objective_needs(name).taps
+    and not objective_needs(name).features and not objective_needs(name).taps and not objective_needs(name).classes
     and not objective_needs(name).masked_text and not objective_needs(name).regions
 )  # fmt: skip
 

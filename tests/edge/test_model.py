@@ -182,6 +182,25 @@ def test_models_without_a_tower(bundle_folder: Path, tools: Any) -> None:
         reload(bundle_folder, tools, contract=tools.make_contract(bundle_folder, kind="generative").to_dict())
 
 
+def test_a_classifier_has_its_own_labels(bundle_folder: Path, tools: Any, model: EdgeModel) -> None:
+    labels = ("red", "green", "blue", "none of these")
+    variant = {"target": "onnx", "precision": "fp32", "files": {"image": "onnx/image.onnx"}, "batch": "dynamic"}
+    contract = tools.make_contract(kind="classifier", text=None, labels=labels, normalized=False).to_dict()
+    classifier = reload(bundle_folder, tools, variants=[variant], contract=contract, tokenizer=None)
+    logits = classifier.backend.run_image(classifier_pixels := np.full((1, 8, 8, 3), (250, 10, 10), np.uint8))
+    classifier.backend.run_image = lambda pixels: 3 * logits  # type: ignore[method-assign]
+    assert np.array_equal(classifier.embed_pixels(classifier_pixels), 3 * logits), "logits stay as they are"
+    found = classifier.classify(RED)[0]
+    shares = np.exp(3 * logits[0].astype(np.float64))
+    shares /= shares.sum()
+    assert [found.scores[label] for label in labels] == pytest.approx(shares.tolist())
+    assert found.label == labels[int(shares.argmax())]
+    with pytest.raises(UsageError, match="was trained for its own labels"):
+        classifier.classify(RED, ["red", "blue"])
+    with pytest.raises(UsageError, match="has no labels of its own"):
+        model.classify(RED)
+
+
 def test_width_mismatch_and_unnormalised_graphs(bundle_folder: Path, tools: Any, model: EdgeModel) -> None:
     contract = tools.make_contract(bundle_folder, embed_dim=5, dims=(5,)).to_dict()
     with pytest.raises(IntegrityError, match="promises width 5"):
