@@ -97,7 +97,7 @@ class DataSource:
             BadSampleError: the first such caption, when the data set was opened with on_bad_sample="refuse".
         """
         negatives = dict.fromkeys(negative.text for sample in self.samples for negative in sample.hard_negatives)
-        unfit = _unfit(tokenizer, list(dict.fromkeys([*self.captions(), *negatives])))
+        unfit = unfit(tokenizer, list(dict.fromkeys([*self.captions(), *negatives])))
         report = BadSampleReport(self.report.on_bad_sample)
         report.merge(self.report)
         samples = []
@@ -152,14 +152,14 @@ class DataSource:
         return kept
 
 
-def _unfit(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, BadSampleError]:
+def unfit(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, BadSampleError]:
     """Why each text that the tokenizer's context cannot hold, or that has no tokens, cannot be used."""
     try:
         lengths = tokenizer.lengths(texts)
     except BadSampleError as error:
         if len(texts) == 1:
             return {texts[0]: error}
-        return {text: why for each in texts for text, why in _unfit(tokenizer, [each]).items()}
+        return {text: why for each in texts for text, why in unfit(tokenizer, [each]).items()}
     found, context = {}, tokenizer.spec.context_length
     for text, length in zip(texts, lengths):
         begin = f"{text[:40]}…" if len(text) > 40 else text

@@ -80,7 +80,7 @@ class Feed:
         order = np.random.Generator(np.random.PCG64(self.prepared.recipe.train.seed)).permutation(
             len(self.prepared.texts)
         )
-        return words.text([self.prepared.texts[i] for i in order[:count]]).to(self.device)
+        return words.text([self.prepared.english[i] for i in order[:count]]).to(self.device)
 
     def make(self, step: int) -> Step:
         """The tensors of a 0-based step of the whole run; a pure function of the step."""
@@ -114,9 +114,10 @@ class Feed:
             batch.ids = self._stacked([*captions, *texts])
         cache = self.prepared.words
         if texts and cache is not None:
-            batch.teacher_texts = finite(cache.text(texts), texts)
+            english = [self.prepared.english[i] for i in words]
+            batch.teacher_texts = finite(cache.text(english), english)
             if cache.info.text_feature_dim:
-                batch.teacher_text_features = cache.text_features(texts)
+                batch.teacher_text_features = cache.text_features(english)
 
     def _stacked(self, texts: Sequence[str]) -> Tensor:
         """int32 [N, L], cut to the longest of these texts: most are a fifth of the context, and padding costs alike."""
@@ -135,9 +136,10 @@ class Feed:
         if self.taps.teacher:
             batch.teacher_tokens = finite(cache.tokens(uids, plan.views), uids)
         if captions:
-            batch.teacher_captions = finite(cache.text(captions), captions)
+            english = self.prepared.read(captions)
+            batch.teacher_captions = finite(cache.text(english), english)
             if cache.info.text_feature_dim:
-                batch.teacher_caption_features = cache.text_features(captions)
+                batch.teacher_caption_features = cache.text_features(english)
 
     def targets(self, rows: Sequence[int], views: Sequence[int], captions: Sequence[str | None]) -> Tensor:
         """[B, D] unit vectors that the teacher wants for these views (`TeacherSection`: smooth, caption_mix)."""
@@ -152,7 +154,7 @@ class Feed:
             target = nn.functional.normalize((1 - section.smooth) * target + section.smooth * mean, dim=-1)
         if section.caption_mix and any(text is not None for text in captions):
             places = [place for place, text in enumerate(captions) if text is not None]
-            named = section.caption_mix * cache.text([text for text in captions if text is not None])
+            named = section.caption_mix * cache.text(self.prepared.read([c for c in captions if c is not None]))
             target[places] = nn.functional.normalize(target[places] + named, dim=-1)
         return target
 
@@ -200,7 +202,7 @@ class Feed:
             for start in range(0, len(texts), 256):
                 ids = self._stacked(texts[start : start + 256])
                 features.append(student.encode_text(ids.to(self.device)).features.cpu())
-        _fit(student.text_tower.projection, features, [words.text(texts)], strength, ())
+        _fit(student.text_tower.projection, features, [words.text(self.prepared.english)], strength, ())
 
     def _below(self, rows: Sequence[int], views: Sequence[int]) -> Tensor:
         """What the trained part of the image tower takes: pixels, or the outputs of the part below the cut."""

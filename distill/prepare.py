@@ -14,7 +14,7 @@ from pocketvlm.data import cache_dir, open_data
 from pocketvlm.data.augment import AugmentPolicy
 from pocketvlm.data.hard_negatives import with_hard_negatives
 from pocketvlm.data.sample import Sample
-from pocketvlm.data.source import DataSource
+from pocketvlm.data.source import DataSource, unfit
 from pocketvlm.distill.answers import slug, teacher_answers
 from pocketvlm.distill.batches import Pictures
 from pocketvlm.distill.evaluate import Embedded, Questions, questions_of
@@ -53,7 +53,8 @@ class TeacherFacts:
 
 @dataclass
 class Prepared:
-    """samples: those that train, every picture readable. texts: the pool of the text-only batch.
+    """samples: those that train, every picture readable. texts: the pool of the text-only batch. english: what the
+    teacher reads for each of `texts`: the text itself, or its English (`data.parallel`).
 
     source, held_out: training and evaluation data, without the captions that the student could not read whole.
     images / words: teacher caches of pictures with captions, and of `texts`; None without a teacher.
@@ -67,6 +68,7 @@ class Prepared:
     held_out: DataSource | None
     samples: list[Sample]
     texts: list[str]
+    english: list[str]
     tokenizer: Tokenizer
     student: Student
     pictures: Pictures
@@ -98,7 +100,8 @@ class Prepared:
             elif _wants_texts(other) and self.words is None and self.texts:
                 differ.append("texts of the teacher")
         if student is None and not differ:
-            student = _student(other, self.source, self.texts, self.teacher if other.teacher is not None else None)
+            teacher = self.teacher if other.teacher is not None else None
+            student = _student(other, self.source, self.texts, self.english, teacher)
         if student is not None:
             differ += [
                 part for part in ("image_spec", "text_spec") if getattr(student, part) != getattr(self.student, part)
@@ -122,8 +125,15 @@ class Prepared:
             images=None if alone else self.images,
             words=self.words if not alone and _wants_texts(other) else None,
             teacher_answers=None if alone else self.teacher_answers,
-            digest=_digest(self.samples, self.texts, student, None if alone else self.teacher),
+            digest=_digest(self.samples, self.texts, self.english, student, None if alone else self.teacher),
         )
+
+    def read(self, captions: Sequence[str]) -> list[str]:
+        """What the teacher reads for these captions: their English where `data.parallel` says that it knows no other."""
+        if "read" not in self.memo:
+            self.memo["read"] = _english_of(self.recipe, self.samples)
+        known: dict[str, str] = self.memo["read"]
+        return [known.get(caption, caption) for caption in captions]
 
     @property
     def tokenizer_json(self) -> bytes:
@@ -139,6 +149,10 @@ class Prepared:
             from pocketvlm.data.wordlist import word_list_licences
 
             rows += word_list_licences(words.name)
+        if self.recipe.data.parallel is not None:
+            from pocketvlm.data.parallel import parallel_licences
+
+            rows += parallel_licences(self.recipe.data.parallel.sources)
         return tuple(dict.fromkeys((what, licence, by) for what, licence, by in rows))
 
 
@@ -155,6 +169,9 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         held_out = open_data(recipe.data.eval, on_bad_sample=bad, progress=progress) if recipe.data.eval else None
     _check_captions(recipe, source)
     texts = _text_pool(recipe, source, held_out)
+    english = [*texts]
+    if recipe.data.parallel is not None:
+        texts, english = _with_parallel(recipe, source, held_out, texts)
     teacher = None
     if recipe.teacher is not None:
         from pocketvlm.teachers import load_teacher
@@ -168,7 +185,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
                 progress=progress,
             )
         check_width(recipe, teacher.dim, teacher.name)
-    student = _student(recipe, source, texts, teacher)
+    student = _student(recipe, source, texts, english, teacher)
     # before the teacher works for minutes on what the student cannot be compared with
     taps = asked_taps(recipe)
     tap_widths(student, taps, recipe.train.cut_after_block)
@@ -177,7 +194,11 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
     policy = AugmentPolicy.from_dict(recipe.views.policy)
     whole, source = source, source.within_context(tokenizer)
     gone = set(whole.captions()) - set(source.captions())
-    texts = [text for text in texts if text not in gone]
+    if recipe.data.parallel is not None:
+        # a half-read text would be taught the meaning of the whole
+        gone |= unfit(tokenizer, list(dict.fromkeys(texts))).keys()
+    kept = [place for place, text in enumerate(texts) if text not in gone]
+    texts, english = [texts[place] for place in kept], [english[place] for place in kept]
     questions = None
     if held_out is not None:
         if {"hard_negatives", "all"} & set(recipe.eval.metrics):
@@ -189,13 +210,14 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         if data is not None and data.report.counts:
             report.line(f"left out of the {what} data {data.name}: {dict(sorted(data.report.counts.items()))}")
     _check_captions(recipe, source)
-    images, words, answers = _teacher_outputs(recipe, teacher, samples, texts, questions, policy, report)
+    images, words, answers = _teacher_outputs(recipe, teacher, samples, english, questions, policy, report)
     return Prepared(
         recipe=recipe,
         source=source,
         held_out=held_out,
         samples=samples,
         texts=texts,
+        english=english,
         tokenizer=tokenizer,
         student=student,
         pictures=pictures,
@@ -204,13 +226,15 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         words=words,
         questions=questions,
         teacher_answers=answers,
-        digest=_digest(samples, texts, student, teacher),
+        digest=_digest(samples, texts, english, student, teacher),
         pictures_digest=pictures.digest(),
         report=report,
     )
 
 
-def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, teacher: Any) -> str:
+def _digest(
+    samples: Sequence[Sample], texts: Sequence[str], english: Sequence[str], student: Student, teacher: Any
+) -> str:
     facts = {
         "samples": digest_names([f"{s.uid} {[c.text for c in s.captions]}" for s in samples]),
         "texts": digest_names(texts),
@@ -219,6 +243,8 @@ def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, t
         # dims say how far embeddings may be cut afterwards and change no step
         "student": student.config.model_dump(mode="json", exclude={"dims"}),
     }
+    if english != texts:
+        facts["english"] = digest_names(english)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -278,7 +304,48 @@ def _text_pool(recipe: Recipe, source: DataSource, held_out: DataSource | None) 
     return list(dict.fromkeys([*word_list(words.name, size=words.size, exclude=withheld), *captions]))
 
 
-def _student(recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: Any) -> Student:
+def _with_parallel(
+    recipe: Recipe, source: DataSource, held_out: DataSource | None, texts: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The text pool with the parallel texts in front, and what the teacher reads for each."""
+    from pocketvlm.data.parallel import parallel_texts
+
+    section = recipe.data.parallel
+    assert section is not None, "only a recipe with parallel texts comes here"
+    withheld = set(held_out.captions()) if held_out is not None else set()
+    for spec in section.exclude:
+        withheld |= set(open_data(spec).captions())
+    pairs = parallel_texts(
+        section.sources,
+        languages=section.languages,
+        per_language=section.per_language,
+        withheld=withheld,
+        strict=section.strict,
+    )
+    known = _english_of(recipe, source.samples)
+    own = [(text, text) for text in texts if text not in known]
+    both = list(dict.fromkeys([*((pair.text, pair.english) for pair in pairs), *known.items(), *own]))
+    return [text for text, _ in both], [english for _, english in both]
+
+
+def _english_of(recipe: Recipe, samples: Sequence[Sample]) -> dict[str, str]:
+    """Captions in other languages -> the English caption of the first sample that has them, under `data.parallel`."""
+    if recipe.data.parallel is None:
+        return {}
+    found: dict[str, str] = {}
+    for sample in samples:
+        english = next((caption.text for caption in sample.captions if caption.language == "en"), None)
+        for caption in sample.captions if english is not None else ():
+            if caption.language != "en":
+                found.setdefault(caption.text, english)
+    for text in {c.text for s in samples for c in s.captions if c.language == "en"}:
+        found.pop(text, None)
+    return found
+
+
+def _student(
+    recipe: Recipe, source: DataSource, texts: Sequence[str], english: Sequence[str], teacher: Any
+) -> Student:
     section = recipe.student
     config = load_config(section.name, section.overrides)
     makers: dict[str, Callable[[Sequence[str], int], bytes]] = {
@@ -292,7 +359,7 @@ def _student(recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: 
                 "tokenizer.source to a tokenizer.json"
             )
         make = makers[recipe.tokenizer.source]
-        tokenizer: bytes | Path = make(texts, recipe.tokenizer.vocab_size or config.text.vocab_size)
+        tokenizer: bytes | Path = make(english, recipe.tokenizer.vocab_size or config.text.vocab_size)
     else:
         tokenizer = Path(recipe.tokenizer.source)
     student = build_student(
@@ -303,6 +370,11 @@ def _student(recipe: Recipe, source: DataSource, texts: Sequence[str], teacher: 
         space_id=teacher.space_id if teacher is not None else None,
         overrides=section.overrides,
     )
+    if recipe.tokenizer.added_pieces:
+        from pocketvlm.students.languages import add_languages
+
+        pairs = [(text, other) for text, other in zip(texts, english) if text != other]
+        student = add_languages(student, pairs, recipe.tokenizer.added_pieces, seed=recipe.train.seed)
     if section.init:
         _start_from(student, Path(section.init), section.init_parts)
     return student
@@ -372,7 +444,9 @@ def _teacher_outputs(
     if teacher is None or recipe.teacher is None:
         return None, None, None
     section, views = recipe.teacher, recipe.views.count
-    captions = list(dict.fromkeys(c.text for s in samples for c in s.captions))
+    known = _english_of(recipe, samples)
+    captions = list(dict.fromkeys(known.get(c.text, c.text) for s in samples for c in s.captions))
+    texts = list(dict.fromkeys(texts))
     root = Path(section.cache) if section.cache else cache_dir() / "teacher"
 
     tokens: dict[str, Any] = {}
@@ -407,7 +481,7 @@ def _teacher_outputs(
         # precomputed embeddings are a cache already; there is no model that could fill another one
         images: TeacherCache | None = ready
         words_cache: TeacherCache | None = ready
-        _check_precomputed(recipe, ready, samples, texts if _wants_texts(recipe) else [])
+        _check_precomputed(recipe, ready, samples, [*captions, *(texts if _wants_texts(recipe) else ())])
     else:
         images = cached(
             "views",
@@ -458,7 +532,7 @@ def _check_precomputed(recipe: Recipe, cache: TeacherCache, samples: Sequence[Sa
             "disk, so they would have no teacher; add them there, or leave them out of data.train"
         )
     known = set(cache.texts)
-    missing = [t for t in [*(c.text for s in samples for c in s.captions), *texts] if t not in known]
+    missing = [text for text in texts if text not in known]
     if missing:
         raise UsageError(
             f"{len(missing)} training texts (first {missing[0]!r}) are not among the embeddings on disk; add them "

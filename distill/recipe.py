@@ -42,8 +42,22 @@ class WordsSection(_Section):
     exclude: tuple[str, ...] = ()
 
 
+class ParallelSection(_Section):
+    """Texts in other languages beside their English (`data.parallel.parallel_texts`), for text-only batches.
+
+    sources, languages, per_language, strict: as there; captions of `data.eval` and of the data specs in `exclude` are
+    withheld. The teacher reads the English of each, also of captions in other languages.
+    """
+
+    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+    languages: tuple[str, ...] = ()
+    per_language: Count | None = 20_000
+    exclude: tuple[str, ...] = ()
+    strict: bool = True
+
+
 class DataSection(_Section):
-    """train / eval: data specs (`data.open_data`). words: generic texts, or null.
+    """train / eval: data specs (`data.open_data`). words: generic texts, or null. parallel: other languages, or null.
 
     on_bad_sample: "skip" counts and reports unreadable samples, "refuse" stops at the first.
     source_px: pictures are kept in memory with their shorter side at most this long (0: never reduced).
@@ -53,6 +67,7 @@ class DataSection(_Section):
     train: str
     eval: str | None = None
     words: WordsSection | None = None
+    parallel: ParallelSection | None = None
     on_bad_sample: Literal["skip", "refuse"] = "skip"
     source_px: CountOrZero = 256
     ram_gb: NonNegative = 2.0
@@ -119,10 +134,13 @@ class TokenizerSection(_Section):
     that these use (for a student with text.weights minilm-l6); else a `tokenizer.json` file.
 
     vocab_size: of a trained or pruned one; null takes the student's configuration.
+    added_pieces: learnt from the texts of `data.parallel` beside these, at most so many; their embeddings start from
+    aligned translations (`students.languages`).
     """
 
     source: str = "texts"
     vocab_size: Annotated[int, Field(ge=64)] | None = None
+    added_pieces: CountOrZero = 0
 
 
 class ObjectiveSection(_Section):
@@ -486,6 +504,10 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
         yield "student.fit_text_projection regresses to a teacher's embeddings and the recipe has none; leave it out"
     if recipe.student.fit_text_projection is not None and recipe.data.words is None:
         yield "student.fit_text_projection regresses over generic texts; add data.words (name, size), or leave it out"
+    if recipe.data.parallel is not None and recipe.teacher is None:
+        yield "data.parallel is taught by the teacher's embedding of the English and the recipe has none; add 'teacher'"
+    if recipe.tokenizer.added_pieces and recipe.data.parallel is None:
+        yield "tokenizer.added_pieces are learnt from data.parallel and the recipe has none; set it, or leave them out"
     if recipe.student.fit_views > recipe.views.count:
         yield f"student.fit_views is {recipe.student.fit_views} but views.count is {recipe.views.count}; lower it"
     yield from train_problems(recipe)
