@@ -97,16 +97,16 @@ class DataSource:
             BadSampleError: the first such caption, when the data set was opened with on_bad_sample="refuse".
         """
         negatives = dict.fromkeys(negative.text for sample in self.samples for negative in sample.hard_negatives)
-        unfit = unfit(tokenizer, list(dict.fromkeys([*self.captions(), *negatives])))
+        bad = unfit(tokenizer, list(dict.fromkeys([*self.captions(), *negatives])))
         report = BadSampleReport(self.report.on_bad_sample)
         report.merge(self.report)
         samples = []
         for sample in self.samples:
             for text in (*(c.text for c in sample.captions), *(n.text for n in sample.hard_negatives)):
-                if text in unfit:
-                    report.add_error(unfit[text], sample.uid)
-            kept = tuple(caption for caption in sample.captions if caption.text not in unfit)
-            told = tuple(negative for negative in sample.hard_negatives if negative.text not in unfit)
+                if text in bad:
+                    report.add_error(bad[text], sample.uid)
+            kept = tuple(caption for caption in sample.captions if caption.text not in bad)
+            told = tuple(negative for negative in sample.hard_negatives if negative.text not in bad)
             samples.append(_with_captions(dataclasses.replace(sample, hard_negatives=told), kept))
         return dataclasses.replace(self, samples=samples, report=report)
 
