@@ -5,24 +5,41 @@ A text tower learns a language from them: it embeds the text, and the teacher's 
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pocketvlm.data.opening import open_data
-from pocketvlm.data.readers.bilingual import dictd_languages, read_annotations, read_cedict, read_dictd, read_table
+from pocketvlm.data.readers.bilingual import (
+    dictd_languages,
+    read_annotations,
+    read_cedict,
+    read_dictd,
+    read_stamps,
+    read_table,
+)
 from pocketvlm.data.source import DataSource
 from pocketvlm.data.wordlist import comparison_key
 from pocketvlm.edge.errors import UsageError, require, unknown_name
 
-KINDS = ("captions", "dictd", "cedict", "annotations", "table")
+KINDS = ("captions", "dictd", "cedict", "annotations", "stamps", "table")
 _LICENCES = {
-    "dictd": ("bilingual dictionaries given by the user", "as its files say (FreeDict: GPL)", "see the dictionary's own notice"),
-    "cedict": ("CC-CEDICT, given by the user", "CC BY-SA 4.0", "CC-CEDICT by its editors, from CEDICT by Paul Denisowski"),
+    "dictd": (
+        "bilingual dictionaries given by the user",
+        "as their files say (FreeDict: GPL)",
+        "see each dictionary's own notice",
+    ),
+    "cedict": (
+        "CC-CEDICT, given by the user",
+        "CC BY-SA 4.0",
+        "CC-CEDICT by its editors, from Paul Denisowski's CEDICT",
+    ),
     "annotations": ("emoji keywords of Unicode CLDR", "Unicode License v3", "Copyright (c) 1991-2026 Unicode, Inc."),
+    "stamps": ("descriptions of Tux Paint's stamps, given by the user", "GPL", "the authors of Tux Paint's stamps"),
     "table": ("table of parallel texts given by the user", "as its author says", "see the table's own notice"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -49,10 +66,11 @@ def parallel_texts(
         sources: each `KIND:WHAT`. "captions:SPEC": samples of a data set (`open_data`) with captions in English and in
             other languages. "dictd:FILE.index" or "dictd:FOLDER": dictionaries of dictd, such as FreeDict's; of a
             folder, all that have English on one side. "cedict:FILE": CC-CEDICT. "annotations:FOLDER?SPEC": emoji
-            keywords of CLDR, for the emoji of a built-in data set. "table:FILE": a .tsv or .jsonl of pairs.
+            keywords of CLDR, for the emoji of a built-in data set. "stamps:FOLDER": Tux Paint's.
+            "table:FILE": a .tsv or .jsonl of pairs.
         languages: keep these; empty keeps all.
         per_language: at most so many dictionary pairs in each language, those with the most frequent English first
-            (package wordfreq; the rarest word counts); pairs from captions and annotations are not counted.
+            (package wordfreq; the rarest word counts); pairs from captions, annotations and stamps are not counted.
         withheld: captions that are scored. No text that equals one of them in its own language is kept from captions
             or annotations. strict: neither is any pair of any source whose English equals one (`english_key`).
 
@@ -121,6 +139,8 @@ def _entries(kind: str, what: str, languages: Sequence[str]) -> Iterator[tuple[s
         yield from caption_pairs(open_data(what))
     elif kind == "cedict":
         yield from read_cedict(Path(what))
+    elif kind == "stamps":
+        yield from read_stamps(Path(what))
     elif kind == "table":
         yield from read_table(Path(what))
     elif kind == "annotations":
@@ -153,10 +173,10 @@ def _annotations(folder: Path, spec: str, languages: Sequence[str]) -> Iterator[
 
 
 def _most_frequent(pairs: Sequence[Pair], limit: int) -> list[Pair]:
-    rank = require("wordfreq", "distill").zipf_frequency
+    rank = functools.cache(require("wordfreq", "distill").zipf_frequency)
     listed: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for place, pair in enumerate(pairs):
-        if pair.source not in ("captions", "annotations"):
+        if pair.source not in ("captions", "annotations", "stamps"):
             rarest = min(rank(word, "en") for word in pair.english.split())
             listed[pair.language].append((-rarest, place))
     gone = {place for rows in listed.values() for _, place in sorted(rows)[limit:]}

@@ -129,7 +129,7 @@ class Prepared:
         )
 
     def read(self, captions: Sequence[str]) -> list[str]:
-        """What the teacher reads for these captions: their English where `data.parallel` says that it knows no other."""
+        """What the teacher reads for these captions: with `data.parallel` their English."""
         if "read" not in self.memo:
             self.memo["read"] = _english_of(self.recipe, self.samples)
         known: dict[str, str] = self.memo["read"]
@@ -335,17 +335,16 @@ def _english_of(recipe: Recipe, samples: Sequence[Sample]) -> dict[str, str]:
     found: dict[str, str] = {}
     for sample in samples:
         english = next((caption.text for caption in sample.captions if caption.language == "en"), None)
-        for caption in sample.captions if english is not None else ():
-            if caption.language != "en":
-                found.setdefault(caption.text, english)
+        if english is not None:
+            for caption in sample.captions:
+                if caption.language != "en":
+                    found.setdefault(caption.text, english)
     for text in {c.text for s in samples for c in s.captions if c.language == "en"}:
         found.pop(text, None)
     return found
 
 
-def _student(
-    recipe: Recipe, source: DataSource, texts: Sequence[str], english: Sequence[str], teacher: Any
-) -> Student:
+def _student(recipe: Recipe, source: DataSource, texts: Sequence[str], english: Sequence[str], teacher: Any) -> Student:
     section = recipe.student
     config = load_config(section.name, section.overrides)
     makers: dict[str, Callable[[Sequence[str], int], bytes]] = {

@@ -61,7 +61,7 @@ def read_dictd(path: Path) -> Iterator[Entry]:
             "found; install the dictionary again"
         ) from error
     for headword, offset, length in places:
-        if headword.startswith("00database") or headword.startswith("00-database") or not headword.strip():
+        if headword.startswith(("00database", "00-database")) or not headword.strip():
             continue
         if offset + length > len(text):
             raise UsageError(
@@ -123,7 +123,8 @@ def read_cedict(path: Path) -> Iterator[Entry]:
     for line in _lines(path):
         if match := line_form.match(line):
             found = True
-            for gloss in glosses(match[2].split("/")):
+            # measure words are no translations
+            for gloss in glosses(part for part in match[2].split("/") if not part.startswith("CL:")):
                 yield match[1], gloss, "zh"
     if not found:
         raise UsageError(
@@ -133,7 +134,7 @@ def read_cedict(path: Path) -> Iterator[Entry]:
 
 
 def read_table(path: Path) -> Iterator[Entry]:
-    """Pairs, one a line: `.tsv` with text, English and language in this order, or `.jsonl` with "text", "en", "language".
+    """Pairs, one a line: `.tsv` with text, English and language in this order, `.jsonl` with "text", "en", "language".
 
     Raises:
         UsageError: the file cannot be read, or a line is not such a pair.
@@ -193,6 +194,27 @@ def associate(own: Mapping[str, set[str]], english: Mapping[str, set[str]]) -> d
         if partners and len(partners) <= 3:
             found[text] = partners
     return found
+
+
+def read_stamps(folder: Path) -> Iterator[Entry]:
+    """What the stamps of Tux Paint show: `**/*.txt`, English in the first line, then lines `LANGUAGE.utf8=TEXT`.
+
+    Raises:
+        UsageError: no such file in `folder`, or one cannot be read.
+    """
+    found = False
+    for path in sorted(folder.rglob("*.txt")):
+        lines = list(_lines(path))
+        for line in lines[1:]:
+            tag, sign, text = line.partition(".utf8=")
+            if sign and text.strip(" .") and lines[0].strip(" ."):
+                found = True
+                yield text.strip(" .。"), lines[0].strip(" ."), {"zh_CN": "zh"}.get(tag, tag.replace("_", "-"))
+    if not found:
+        raise UsageError(
+            f"{folder} holds no stamp of Tux Paint with a translation (.txt with lines such as fr.utf8=...), so there "
+            "is nothing to read; give the folder stamps of the package tuxpaint-stamps-default"
+        )
 
 
 def _keywords(folder: Path, language: str, characters: Mapping[str, str]) -> dict[str, set[str]]:
