@@ -31,7 +31,7 @@ import torch
 import tyro
 
 from benchmarks.ablation_runs import SILENT, _in_memory
-from benchmarks.results_folder import RESULTS, machine, write
+from benchmarks.results_folder import RESULTS, machine, write_text
 from pocketvlm.data import open_data
 from pocketvlm.data.parallel import Pair, english_key, parallel_texts
 from pocketvlm.data.source import DataSource
@@ -334,21 +334,20 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def load() -> dict[str, Any]:
-    path = RESULTS / NAME
+def load(path: Path) -> dict[str, Any]:
     if path.is_file():
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return value
     return {"recipe": RECIPE, "floors": FLOORS, "per_language": PER_LANGUAGE, "summary": [], "runs": []}
 
 
-def keep(row: dict[str, Any] | None) -> None:
-    value = load()
+def keep(path: Path, row: dict[str, Any] | None) -> None:
+    value = load(path)
     if row is not None:
         value["runs"] = [*(old for old in value["runs"] if old["digest"] != row["digest"]), row]
         value["machine"] = machine()
     value["summary"] = summary(value["runs"])
-    write(NAME, value)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def main(
@@ -363,6 +362,7 @@ def main(
     processes: int = 1,
     limit_seconds: float = float("inf"),
     work: Path = Path("runs/multilingual"),
+    out: Path = RESULTS,
 ) -> None:
     """Run what is missing of a stage."""
     began, work = time.monotonic(), work.resolve()
@@ -379,16 +379,16 @@ def main(
         for fold in folds:
             make_pack(work, fold, lists)
     if stage in ("run", "all"):
-        done = {row["digest"] for row in load()["runs"]}
+        done = {row["digest"] for row in load(out / NAME)["runs"]}
         waiting = [job for job in jobs(folds, seeds) if job.digest not in done]
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             futures = [pool.submit(_in_time, job, work, device, began + limit_seconds) for job in waiting]
             for future in as_completed(futures):
                 if (row := future.result()) is not None:
-                    keep(row)
+                    keep(out / NAME, row)
                     print(_told(row), flush=True)
     if stage in ("summary", "all"):
-        keep(None)
+        keep(out / NAME, None)
 
 
 def _in_time(job: Job, work: Path, device: str, deadline: float) -> dict[str, Any] | None:

@@ -27,6 +27,10 @@ def _small(name: str, world: Path, cache: Path) -> list[str]:
     found += [f"student.overrides.{part}={value}" for part, value in TINY_STUDENT.items()]
     if recipe.data.words is not None:
         found.append("data.words={name: wordfreq-en, size: 60}")
+    if recipe.data.parallel is not None:
+        table = cache.parent / "pairs.tsv"
+        table.write_text("rotes ding\tred thing\tde\nrouge\tred\tfr\n", encoding="utf-8")
+        found += [f"data.parallel.sources=['table:{table}']", "tokenizer.added_pieces=200"]
     if recipe.teacher is not None:
         found += ["teacher.spec=toy", f"teacher.cache={cache}"]
     if recipe.train.text_pretrain_steps:
