@@ -47,6 +47,7 @@ from pocketvlm.students.languages import add_languages
 from pocketvlm.teachers.device import describe_device, pick_device
 
 NAME = "multilingual.json"
+PAGE = RESULTS.parents[1] / "docs" / "multilingual.md"
 RECIPE = "dc-clip-style"
 FLOORS = {"mean": 80.0, "worst": 60.0}
 """Per cent of its English R@5 that the student shall keep."""
@@ -334,6 +335,22 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The summary as the page shows it."""
+    lines = [
+        "| sources | pairs | steps | runs | English R@5 | mean of 13 | kept | worst | kept |",
+        "|---|---:|---:|---:|---:|---:|---:|---|---:|",
+    ]
+    for row in sorted(rows, key=lambda r: (list(SOURCES).index(r["sources"]), not r["strict"], r["steps"], r["share"])):
+        dictionary = {True: ", strict", False: ", as they come"}[row["strict"]]
+        lines.append(
+            f"| {row['sources']}{dictionary} | {row['pairs']:,} | {row['steps']:,} + {row['align']:,} | "
+            f"{len(row['folds']) * len(row['seeds'])} | {row['english']:.1f} | {row['mean']:.1f} | "
+            f"{row['mean_kept']:.0f} % | {row['worst']} {row['worst_recall']:.1f} | {row['worst_kept']:.0f} % |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def load(path: Path) -> dict[str, Any]:
     if path.is_file():
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -389,6 +406,11 @@ def main(
                     print(_told(row), flush=True)
     if stage in ("summary", "all"):
         keep(out / NAME, None)
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- multilingual:begin -->\n")
+        after = rest.partition("<!-- multilingual:end -->")[2]
+        found = table(load(out / NAME)["summary"])
+        marked = f"<!-- multilingual:begin -->\n{found}<!-- multilingual:end -->"
+        write_text(PAGE, before + marked + after)
 
 
 def _in_time(job: Job, work: Path, device: str, deadline: float) -> dict[str, Any] | None:
