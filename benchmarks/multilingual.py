@@ -70,9 +70,9 @@ class Job:
     sources: str
     strict: bool
     share: float = 1.0
-    steps: int = 1500
-    align: int = 100
-    pieces: int = 20_000
+    steps: int = 150
+    align: int = 10
+    pieces: int = 60_000
 
     @property
     def digest(self) -> str:
@@ -82,19 +82,20 @@ class Job:
 
 
 def jobs(folds: Sequence[int], seeds: Sequence[int]) -> Iterator[Job]:
-    """The comparison of sources on all folds and seeds, then the curves on the first fold and seed."""
+    """Sources on all folds and seeds, then curves over pairs, steps and pieces on the first fold and seed."""
     for seed in seeds:
         for fold in folds:
+            yield Job(fold, seed, "dictionaries", True, steps=0, align=1)
             yield Job(fold, seed, "dictionaries", True)
             yield Job(fold, seed, "dictionaries", False)
-            yield Job(fold, seed, "keywords", True)
             yield Job(fold, seed, "names", True)
+            yield Job(fold, seed, "keywords", True)
     base = Job(folds[0], seeds[0], "dictionaries", True)
+    for steps in (50, 500, 1500):
+        yield dataclasses.replace(base, steps=steps)
     for share in (0.1, 0.3):
         yield dataclasses.replace(base, share=share)
-    for steps in (0, 150, 500, 5000):
-        yield dataclasses.replace(base, steps=steps)
-    yield dataclasses.replace(base, align=1)
+    yield dataclasses.replace(base, pieces=20_000)
 
 
 def recipe_of(job: Job) -> Recipe:
@@ -106,7 +107,7 @@ def recipe_of(job: Job) -> Recipe:
         f"teacher.spec=openmoji-lit?fold={job.fold}",
         f"tokenizer.added_pieces={job.pieces}", f"train.seed={job.seed}",
         f"train.text_pretrain_steps={job.steps}", f"train.steps={job.align}",
-        f"train.warmup_steps={min(50, job.steps + job.align - 1)}", "train.precision=fp32",
+        f"train.warmup_steps={min(10, job.align)}", "train.precision=fp32",
     ]  # fmt: skip
     return load_recipe(RECIPE, changes)
 
