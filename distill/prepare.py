@@ -22,6 +22,7 @@ from pocketvlm.distill.masking import asked_masking
 from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.recipe import Recipe
 from pocketvlm.distill.taps import asked_taps, tap_widths
+from pocketvlm.distill.text_pool import english_of, text_pool, with_parallel
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.students import (
@@ -131,7 +132,7 @@ class Prepared:
     def read(self, captions: Sequence[str]) -> list[str]:
         """What the teacher reads for these captions: with `data.parallel` their English."""
         if "read" not in self.memo:
-            self.memo["read"] = _english_of(self.recipe, self.samples)
+            self.memo["read"] = english_of(self.recipe, self.samples)
         known: dict[str, str] = self.memo["read"]
         return [known.get(caption, caption) for caption in captions]
 
@@ -168,10 +169,10 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         source = open_data(recipe.data.train, on_bad_sample=bad, progress=progress)
         held_out = open_data(recipe.data.eval, on_bad_sample=bad, progress=progress) if recipe.data.eval else None
     _check_captions(recipe, source)
-    texts = _text_pool(recipe, source, held_out)
+    texts = text_pool(recipe, source, held_out)
     english = [*texts]
     if recipe.data.parallel is not None:
-        texts, english = _with_parallel(recipe, source, held_out, texts)
+        texts, english = with_parallel(recipe, source, held_out, texts)
     teacher = None
     if recipe.teacher is not None:
         from pocketvlm.teachers import load_teacher
@@ -290,60 +291,6 @@ def _check_captions(recipe: Recipe, source: DataSource) -> None:
         )
 
 
-def _text_pool(recipe: Recipe, source: DataSource, held_out: DataSource | None) -> list[str]:
-    """Words without any caption that is scored or withheld, then the captions that the student may see."""
-    captions = source.captions()
-    words = recipe.data.words
-    if words is None:
-        return captions
-    from pocketvlm.data.wordlist import word_list
-
-    withheld = set(held_out.captions()) if held_out is not None else set()
-    for spec in words.exclude:
-        withheld |= set(open_data(spec).captions())
-    return list(dict.fromkeys([*word_list(words.name, size=words.size, exclude=withheld), *captions]))
-
-
-def _with_parallel(
-    recipe: Recipe, source: DataSource, held_out: DataSource | None, texts: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """The text pool with the parallel texts in front, and what the teacher reads for each."""
-    from pocketvlm.data.parallel import parallel_texts
-
-    section = recipe.data.parallel
-    assert section is not None, "only a recipe with parallel texts comes here"
-    withheld = set(held_out.captions()) if held_out is not None else set()
-    for spec in section.exclude:
-        withheld |= set(open_data(spec).captions())
-    pairs = parallel_texts(
-        section.sources,
-        languages=section.languages,
-        per_language=section.per_language,
-        withheld=withheld,
-        strict=section.strict,
-    )
-    known = _english_of(recipe, source.samples)
-    own = [(text, text) for text in texts if text not in known]
-    both = list(dict.fromkeys([*((pair.text, pair.english) for pair in pairs), *known.items(), *own]))
-    return [text for text, _ in both], [english for _, english in both]
-
-
-def _english_of(recipe: Recipe, samples: Sequence[Sample]) -> dict[str, str]:
-    """Captions in other languages -> the English caption of the first sample that has them, under `data.parallel`."""
-    if recipe.data.parallel is None:
-        return {}
-    found: dict[str, str] = {}
-    for sample in samples:
-        english = next((caption.text for caption in sample.captions if caption.language == "en"), None)
-        if english is not None:
-            for caption in sample.captions:
-                if caption.language != "en":
-                    found.setdefault(caption.text, english)
-    for text in {c.text for s in samples for c in s.captions if c.language == "en"}:
-        found.pop(text, None)
-    return found
-
-
 def _student(recipe: Recipe, source: DataSource, texts: Sequence[str], english: Sequence[str], teacher: Any) -> Student:
     section = recipe.student
     config = load_config(section.name, section.overrides)
@@ -443,7 +390,7 @@ def _teacher_outputs(
     if teacher is None or recipe.teacher is None:
         return None, None, None
     section, views = recipe.teacher, recipe.views.count
-    known = _english_of(recipe, samples)
+    known = english_of(recipe, samples)
     captions = list(dict.fromkeys(known.get(c.text, c.text) for s in samples for c in s.captions))
     texts = list(dict.fromkeys(texts))
     root = Path(section.cache) if section.cache else cache_dir() / "teacher"

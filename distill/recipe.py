@@ -15,45 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from pocketvlm.distill.recipe_texts import Count, CountOrZero, ParallelSection, TokenizerSection, WordsSection
+from pocketvlm.distill.recipe_texts import Section as _Section
 from pocketvlm.edge.errors import UsageError, unknown_name
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class WordsSection(_Section):
-    """Generic texts for text distillation and for the tokenizer (`data.wordlist.word_list`).
-
-    name: a word list. size: how many entries are asked for. exclude: data specs whose captions are removed
-    from the list; the captions of `data.eval` always are.
-    """
-
-    name: str = "wordfreq-en"
-    size: Count = 20_000
-    exclude: tuple[str, ...] = ()
-
-
-class ParallelSection(_Section):
-    """Texts in other languages beside their English (`data.parallel.parallel_texts`), for text-only batches.
-
-    sources, languages, per_language, strict: as there; captions of `data.eval` and of the data specs in `exclude` are
-    withheld. The teacher reads the English of each, also of captions in other languages.
-    """
-
-    sources: Annotated[tuple[str, ...], Field(min_length=1)]
-    languages: tuple[str, ...] = ()
-    per_language: Count | None = 20_000
-    exclude: tuple[str, ...] = ()
-    strict: bool = True
 
 
 class DataSection(_Section):
@@ -127,20 +97,6 @@ class StudentSection(_Section):
     fit_to: Literal["teacher", "captions"] = "teacher"
     fit_views: Count = 1
     fit_text_projection: Positive | None = None
-
-
-class TokenizerSection(_Section):
-    """source: "texts" trains a tokenizer on the training captions and words; "minilm-l6" prunes MiniLM's to the pieces
-    that these use (for a student with text.weights minilm-l6); else a `tokenizer.json` file.
-
-    vocab_size: of a trained or pruned one; null takes the student's configuration.
-    added_pieces: learnt from the texts of `data.parallel` beside these, at most so many; their embeddings start from
-    aligned translations (`students.languages`).
-    """
-
-    source: str = "texts"
-    vocab_size: Annotated[int, Field(ge=64)] | None = None
-    added_pieces: CountOrZero = 0
 
 
 class ObjectiveSection(_Section):
@@ -504,10 +460,6 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
         yield "student.fit_text_projection regresses to a teacher's embeddings and the recipe has none; leave it out"
     if recipe.student.fit_text_projection is not None and recipe.data.words is None:
         yield "student.fit_text_projection regresses over generic texts; add data.words (name, size), or leave it out"
-    if recipe.data.parallel is not None and recipe.teacher is None:
-        yield "data.parallel is taught by the teacher's embedding of the English and the recipe has none; add 'teacher'"
-    if recipe.tokenizer.added_pieces and recipe.data.parallel is None:
-        yield "tokenizer.added_pieces are learnt from data.parallel and the recipe has none; set it, or leave them out"
     if recipe.student.fit_views > recipe.views.count:
         yield f"student.fit_views is {recipe.student.fit_views} but views.count is {recipe.views.count}; lower it"
     yield from train_problems(recipe)
