@@ -103,16 +103,16 @@ class DataSource:
             BadSampleError: the first such caption, when the data set was opened with on_bad_sample="refuse".
         """
         negatives = dict.fromkeys(negative.text for sample in self.samples for negative in sample.hard_negatives)
-        unfit = _unfit(tokenizer, list(dict.fromkeys([*self.captions(), *negatives])))
+        bad = unfit(tokenizer, list(dict.fromkeys([*self.captions(), *negatives])))
         report = BadSampleReport(self.report.on_bad_sample)
         report.merge(self.report)
         samples = []
         for sample in self.samples:
             for text in (*(c.text for c in sample.captions), *(n.text for n in sample.hard_negatives)):
-                if text in unfit:
-                    report.add_error(unfit[text], sample.uid)
-            kept = tuple(caption for caption in sample.captions if caption.text not in unfit)
-            told = tuple(negative for negative in sample.hard_negatives if negative.text not in unfit)
+                if text in bad:
+                    report.add_error(bad[text], sample.uid)
+            kept = tuple(caption for caption in sample.captions if caption.text not in bad)
+            told = tuple(negative for negative in sample.hard_negatives if negative.text not in bad)
             samples.append(_with_captions(dataclasses.replace(sample, hard_negatives=told), kept))
         return dataclasses.replace(self, samples=samples, report=report)
 
@@ -184,14 +184,14 @@ class DataSource:
         return kept
 
 
-def _unfit(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, BadSampleError]:
+def unfit(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, BadSampleError]:
     """Why each text that the tokenizer's context cannot hold, or that has no tokens, cannot be used."""
     try:
         lengths = tokenizer.lengths(texts)
     except BadSampleError as error:
         if len(texts) == 1:
             return {texts[0]: error}
-        return {text: why for each in texts for text, why in _unfit(tokenizer, [each]).items()}
+        return {text: why for each in texts for text, why in unfit(tokenizer, [each]).items()}
     found, context = {}, tokenizer.spec.context_length
     for text, length in zip(texts, lengths):
         begin = f"{text[:40]}…" if len(text) > 40 else text

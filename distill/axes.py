@@ -62,8 +62,8 @@ def axes_of(prepared: Prepared) -> Tensor:
     uids = [sample.uid for sample in prepared.samples]
     pictures = torch.cat([images.image(uids, view) for view in range(prepared.recipe.views.count)])
     if prepared.words is not None:
-        return principal_axes(pictures, prepared.words.text(prepared.texts))
-    return principal_axes(pictures, images.text(list(dict.fromkeys(prepared.source.captions()))))
+        return principal_axes(pictures, prepared.words.text(prepared.english))
+    return principal_axes(pictures, images.text(prepared.read(list(dict.fromkeys(prepared.source.captions())))))
 
 
 def turned(prepared: Prepared, axes: Tensor) -> Prepared:

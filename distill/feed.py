@@ -104,7 +104,7 @@ class Feed:
         order = np.random.Generator(np.random.PCG64(self.prepared.recipe.train.seed)).permutation(
             len(self.prepared.texts)
         )
-        return words.text([self.prepared.texts[i] for i in order[:count]]).to(self.device)
+        return words.text([self.prepared.english[i] for i in order[:count]]).to(self.device)
 
     def _teacher_classes(self) -> Tensor | None:
         """[K, D] unit vectors by which the teacher classifies zero-shot: of each class, the mean over its prompts.
@@ -175,9 +175,10 @@ class Feed:
             batch.ids = self._stacked([*captions, *texts])
         cache = self.prepared.words
         if texts and cache is not None:
-            batch.teacher_texts = cache.text(texts)
+            english = [self.prepared.english[i] for i in words]
+            batch.teacher_texts = cache.text(english)
             if cache.info.text_feature_dim:
-                batch.teacher_text_features = cache.text_features(texts)
+                batch.teacher_text_features = cache.text_features(english)
 
     def _stacked(self, texts: Sequence[str]) -> Tensor:
         """int32 [N, L], cut to the longest of these texts: most are a fifth of the context, and padding costs alike."""
@@ -198,9 +199,10 @@ class Feed:
         if self.taps.teacher:
             batch.teacher_tokens = cache.tokens(uids, plan.views)
         if captions:
-            batch.teacher_captions = cache.text(captions)
+            english = self.prepared.read(captions)
+            batch.teacher_captions = cache.text(english)
             if cache.info.text_feature_dim:
-                batch.teacher_caption_features = cache.text_features(captions)
+                batch.teacher_caption_features = cache.text_features(english)
 
     def targets(self, rows: Sequence[int], views: Sequence[int], captions: Sequence[str | None]) -> Tensor:
         """[B, D] unit vectors that the teacher wants for these views (`TeacherSection`: smooth, caption_mix).
@@ -218,7 +220,7 @@ class Feed:
             target = self._units((1 - section.smooth) * target + section.smooth * mean)
         if section.caption_mix and any(text is not None for text in captions):
             places = [place for place, text in enumerate(captions) if text is not None]
-            named = section.caption_mix * cache.text([text for text in captions if text is not None])
+            named = section.caption_mix * cache.text(self.prepared.read([c for c in captions if c is not None]))
             target[places] = self._units(target[places] + named)
         return target
 
@@ -276,7 +278,8 @@ class Feed:
                 ids = self._stacked(texts[start : start + 256])
                 features.append(student.encode_text(ids.to(self.device)).features.cpu())
         assert self.joint is not None, "whoever answered is a teacher"
-        _fit(student.text_tower.projection, features, [self.joint.embedding(words.text(texts))], strength, ())
+        targets = self.joint.embedding(words.text(self.prepared.english))
+        _fit(student.text_tower.projection, features, [targets], strength, ())
 
     def _below(self, rows: Sequence[int], views: Sequence[int]) -> Tensor:
         """What the trained part of the image tower takes: pixels, or the outputs of the part below the cut."""

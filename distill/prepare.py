@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from pocketvlm.data import cache_dir, open_data
 from pocketvlm.data.augment import AugmentPolicy
 from pocketvlm.data.hard_negatives import with_hard_negatives
 from pocketvlm.data.sample import Sample
-from pocketvlm.data.source import DataSource
+from pocketvlm.data.source import DataSource, unfit
 from pocketvlm.distill.answers import joined_answers, slug, teacher_answers
 from pocketvlm.distill.axes import TurnedCache, axes_of, turned
 from pocketvlm.distill.batches import Pictures
@@ -23,34 +23,27 @@ from pocketvlm.distill.labels import TaskLabels, task_classes, task_labels
 from pocketvlm.distill.masking import asked_masking
 from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.questions import only_labels
-from pocketvlm.distill.recipe import AS_INIT, Recipe
+from pocketvlm.distill.recipe import Recipe
 from pocketvlm.distill.regions import check_dense
-from pocketvlm.distill.shares import check_shares, student_dim
+from pocketvlm.distill.shares import check_shares
+from pocketvlm.distill.start import start_student, tokenizer_asked
 from pocketvlm.distill.student_teacher import open_teacher
 from pocketvlm.distill.taps import asked_taps, tap_widths
+from pocketvlm.distill.text_pool import english_of, text_pool, with_parallel
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.tokenizer import Tokenizer
-from pocketvlm.students import (
-    Classes,
-    Student,
-    build_student,
-    check_widths,
-    inherit_tokenizer,
-    load_config,
-    load_student,
-    train_tokenizer,
-)
+from pocketvlm.students import Student
 from pocketvlm.teachers.base import Teacher, TextTeacher
 from pocketvlm.teachers.cache import TeacherCache, build_cache, digest_names
 from pocketvlm.teachers.ensemble import Ensemble, JoinedCache, joined, load_ensemble
 from pocketvlm.teachers.tokens import token_bytes, token_shape
 
-DEFAULT_DIM = 256
 
 
 @dataclass
 class Prepared:
-    """samples: those that train, every picture readable. texts: the pool of the text-only batch.
+    """samples: those that train, every picture readable. texts: the pool of the text-only batch. english: what the
+    teacher reads for each of `texts`: the text itself, or its English (`data.parallel`).
 
     source, held_out: training and evaluation data, without the captions that the student could not read whole.
     images / words: the teachers' caches of pictures with captions, and of `texts`; None without a teacher.
@@ -65,6 +58,7 @@ class Prepared:
     held_out: DataSource | None
     samples: list[Sample]
     texts: list[str]
+    english: list[str]
     tokenizer: Tokenizer
     student: Student
     pictures: Pictures
@@ -98,13 +92,14 @@ class Prepared:
                 differ.append("axes of the teacher")
             elif _wants_texts(other) and self.words is None and self.texts:
                 differ.append("texts of the teacher")
-        if student is None and _tokenizer_asked(own) != _tokenizer_asked(other):
+        if student is None and tokenizer_asked(own) != tokenizer_asked(other):
             differ.append("tokenizer")
         if student is None and not differ:
             classes = self.task.classes if self.task is not None else None
             taught = self.teacher if other.teacher is not None else None
             # made from texts of which those past the context are gone: made again it would be another one
-            student = _student(other, self.source, self.texts, taught, classes, self.tokenizer_json)
+            known = None if other.tokenizer.added_pieces else self.tokenizer_json
+            student = start_student(other, self.source, self.texts, self.english, taught, classes, known)
         if student is not None:
             differ += [
                 part for part in ("image_spec", "text_spec") if getattr(student, part) != getattr(self.student, part)
@@ -130,8 +125,15 @@ class Prepared:
             images=None if alone else self.images,
             words=self.words if not alone and _wants_texts(other) else None,
             teacher_answers=None if alone else self.teacher_answers,
-            digest=_digest(self.samples, self.texts, student, None if alone else self.teacher),
+            digest=_digest(self.samples, self.texts, self.english, student, None if alone else self.teacher),
         )
+
+    def read(self, captions: Sequence[str]) -> list[str]:
+        """What the teacher reads for these captions: with `data.parallel` their English."""
+        if "read" not in self.memo:
+            self.memo["read"] = english_of(self.recipe, self.samples)
+        known: dict[str, str] = self.memo["read"]
+        return [known.get(caption, caption) for caption in captions]
 
     @property
     def tokenizer_json(self) -> bytes:
@@ -147,6 +149,10 @@ class Prepared:
             from pocketvlm.data.wordlist import word_list_licences
 
             rows += word_list_licences(words.name)
+        if self.recipe.data.parallel is not None:
+            from pocketvlm.data.parallel import parallel_licences
+
+            rows += parallel_licences(self.recipe.data.parallel.sources)
         return tuple(dict.fromkeys((what, licence, by) for what, licence, by in rows))
 
 
@@ -166,7 +172,10 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
     classes = task_classes(recipe, source.samples, source.name, source.templates or recipe.eval.templates)
     if classes is not None and held_out is not None:
         held_out = only_labels(held_out)
-    texts = _text_pool(recipe, source, held_out, classes)
+    texts = text_pool(recipe, source, held_out, classes)
+    english = [*texts]
+    if recipe.data.parallel is not None:
+        texts, english = with_parallel(recipe, source, held_out, texts)
     teachers: list[Teacher] = []
     teacher: Ensemble | None = None
     if recipe.teacher is not None:
@@ -180,7 +189,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
                 progress=progress,
             )
         check_shares(recipe, teacher)
-    student = _student(recipe, source, texts, teacher, classes)
+    student = start_student(recipe, source, texts, english, teacher, classes)
     # before the teacher works for minutes on what the student cannot be compared with
     taps = asked_taps(recipe)
     tap_widths(student, taps, recipe.train.cut_after_block)
@@ -190,7 +199,11 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
     policy = AugmentPolicy.from_dict(recipe.views.policy)
     whole, source = source, source.within_context(tokenizer)
     gone = set(whole.captions()) - set(source.captions())
-    texts = [text for text in texts if text not in gone]
+    if recipe.data.parallel is not None:
+        # a half-read text would be taught the meaning of the whole
+        gone |= unfit(tokenizer, list(dict.fromkeys(texts))).keys()
+    kept = [place for place, text in enumerate(texts) if text not in gone]
+    texts, english = [texts[place] for place in kept], [english[place] for place in kept]
     questions = None
     if held_out is not None:
         if {"hard_negatives", "all"} & set(recipe.eval.metrics):
@@ -204,7 +217,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
     _check_captions(recipe, source)
     section = recipe.task
     task = task_labels(classes, samples, section.validation) if classes is not None and section is not None else None
-    outputs = [_teacher_outputs(recipe, one, samples, texts, questions, policy, report, task) for one in teachers]
+    outputs = [_teacher_outputs(recipe, one, samples, english, questions, policy, report, task) for one in teachers]
     images, words, answers = _together(teacher, outputs)
     found = Prepared(
         recipe=recipe,
@@ -212,6 +225,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         held_out=held_out,
         samples=samples,
         texts=texts,
+        english=english,
         tokenizer=tokenizer,
         student=student,
         pictures=pictures,
@@ -220,7 +234,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         words=words,
         questions=questions,
         teacher_answers=answers,
-        digest=_digest(samples, texts, student, teacher),
+        digest=_digest(samples, texts, english, student, teacher),
         pictures_digest=pictures.digest(),
         report=report,
         task=task,
@@ -229,7 +243,9 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
     return turned(found, axes_of(found)) if principal else found
 
 
-def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, teacher: Any) -> str:
+def _digest(
+    samples: Sequence[Sample], texts: Sequence[str], english: Sequence[str], student: Student, teacher: Any
+) -> str:
     facts = {
         "samples": digest_names([f"{s.uid} {_drawn(s)}" for s in samples]),
         "texts": digest_names(texts),
@@ -240,6 +256,8 @@ def _digest(samples: Sequence[Sample], texts: Sequence[str], student: Student, t
     }
     if student.heads is not None:
         facts["classes"] = [list(student.heads.classes.labels), [sample.label for sample in samples]]
+    if english != texts:
+        facts["english"] = digest_names(english)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -247,11 +265,6 @@ def _drawn(sample: Sample) -> list[Any]:
     """What decides which caption a step draws: texts, and their weights where these differ."""
     alike = len({caption.weight for caption in sample.captions}) < 2
     return [caption.text if alike else (caption.text, caption.weight) for caption in sample.captions]
-
-
-def _tokenizer_asked(recipe: Recipe) -> tuple[str, int]:
-    config = load_config(recipe.student.name, recipe.student.overrides)
-    return recipe.tokenizer.source, recipe.tokenizer.vocab_size or config.text.vocab_size
 
 
 def _asked(recipe: Recipe) -> tuple[Any, ...]:
@@ -276,100 +289,6 @@ def _check_captions(recipe: Recipe, source: DataSource) -> None:
             f"only one picture of {source.name} has a caption, so {', '.join(asking)} would have nothing to tell it "
             "from and a loss of 0; give at least two captioned pictures"
         )
-
-
-def _text_pool(recipe: Recipe, source: DataSource, held_out: DataSource | None, classes: Classes | None) -> list[str]:
-    """Words without any caption that is scored or withheld, then the captions that the student may see, and classes."""
-    captions = list(dict.fromkeys([*source.captions(), *(classes.labels if classes is not None else ())]))
-    words = recipe.data.words
-    if words is None:
-        return captions
-    from pocketvlm.data.wordlist import word_list
-
-    withheld = set(held_out.captions()) if held_out is not None else set()
-    for spec in words.exclude:
-        withheld |= set(open_data(spec).captions())
-    return list(dict.fromkeys([*word_list(words.name, size=words.size, exclude=withheld), *captions]))
-
-
-def _student(
-    recipe: Recipe,
-    source: DataSource,
-    texts: Sequence[str],
-    teacher: Ensemble | None,
-    classes: Classes | None = None,
-    known: bytes | None = None,
-) -> Student:
-    """The student that the recipe starts from. known: its tokenizer, where that was made before."""
-    section = recipe.student
-    if section.name == AS_INIT:
-        return _as_saved(recipe, teacher)
-    origin, size = _tokenizer_asked(recipe)
-    makers: dict[str, Callable[[Sequence[str], int], bytes]] = {
-        "texts": train_tokenizer,
-        "minilm-l6": inherit_tokenizer,
-    }
-    tokenizer: bytes | Path
-    if known is not None:
-        tokenizer = known
-    elif origin in makers:
-        if not texts:
-            raise UsageError(
-                f"{source.name} has no captions to make a tokenizer from; add data.words (name, size), or set "
-                "tokenizer.source to a tokenizer.json"
-            )
-        tokenizer = makers[origin](texts, size)
-    else:
-        tokenizer = Path(origin)
-    width = section.embed_dim or (DEFAULT_DIM if teacher is None else student_dim(teacher))
-    student = build_student(
-        section.name,
-        embed_dim=width,
-        tokenizer_json=tokenizer,
-        seed=recipe.train.seed,
-        space_id=_shared_space(teacher, width),
-        overrides=section.overrides,
-        classes=classes,
-    )
-    if section.init:
-        _start_from(student, Path(section.init), section.init_parts)
-    return student
-
-
-def _as_saved(recipe: Recipe, teacher: Ensemble | None) -> Student:
-    """The student of `student.init` itself, its tokenizer included, in the teacher's space."""
-    student = load_student(str(recipe.student.init)).train()
-    if teacher is not None and len(teacher.members) == 1:
-        check_widths(student.embed_dim, teacher.dim, student=str(recipe.student.init), teacher=teacher.name)
-    student.space_id = _shared_space(teacher, student.embed_dim)
-    return student
-
-
-def _shared_space(teacher: Ensemble | None, width: int) -> str | None:
-    return teacher.space_id if teacher is not None and teacher.pictures and teacher.dim == width else None
-
-
-def _start_from(student: Student, folder: Path, parts: Sequence[str]) -> None:
-    """Copy weights of a saved student, all of them or those under the prefixes `parts`."""
-    other = load_student(folder)
-    wanted = {
-        name: value
-        for name, value in other.state_dict().items()
-        if not parts or any(name == part or name.startswith(part + ".") for part in parts)
-    }
-    if any(name.startswith("text_tower.") for name in wanted) and other.tokenizer_json != student.tokenizer_json:
-        raise UsageError(
-            f"student.init {folder} reads its text through another tokenizer, so its token embeddings would mean other "
-            f"words; set tokenizer.source to {folder / 'tokenizer.json'}"
-        )
-    own = student.state_dict()
-    odd = [name for name, value in wanted.items() if name not in own or own[name].shape != value.shape]
-    if odd or not wanted:
-        raise UsageError(
-            f"student.init {folder} does not fit the student of this recipe (first at {odd[0] if odd else parts}); use "
-            "the same student, overrides and embedding width, or name fitting student.init_parts"
-        )
-    student.load_state_dict({**own, **wanted})
 
 
 def _readable(
@@ -415,8 +334,9 @@ def _teacher_outputs(
     assert recipe.teacher is not None, "only a run with a teacher asks for its outputs"
     section, views, blind = recipe.teacher, recipe.views.count, isinstance(teacher, TextTeacher)
     prompts = [text for row in task.prompts for text in row] if task is not None else []
+    known, texts = english_of(recipe, samples), list(dict.fromkeys(texts))
     # prompts first: runs that differ in which pictures are labelled then share one cache
-    captions = list(dict.fromkeys([*prompts, *(c.text for s in samples for c in s.captions)]))
+    captions = list(dict.fromkeys([*prompts, *(known.get(c.text, c.text) for s in samples for c in s.captions)]))
     root = Path(section.cache) if section.cache else cache_dir() / "teacher"
 
     tokens: dict[str, Any] = {}
@@ -451,7 +371,7 @@ def _teacher_outputs(
         # precomputed embeddings are a cache already; there is no model that could fill another one
         images: TeacherCache | None = ready
         words_cache: TeacherCache | None = ready
-        _check_precomputed(recipe, ready, samples, [*(texts if _wants_texts(recipe) else []), *prompts])
+        _check_precomputed(recipe, ready, samples, [*captions, *(texts if _wants_texts(recipe) else ())])
     elif blind:
         images = cached("captions", (), captions) if captions else None
         words_cache = cached("texts", (), texts) if _wants_texts(recipe) and texts else None
@@ -516,7 +436,7 @@ def _check_precomputed(recipe: Recipe, cache: TeacherCache, samples: Sequence[Sa
             f"disk of {cache.info.name!r}, so they would have no teacher; add them, or leave them out of data.train"
         )
     known = set(cache.texts)
-    missing = [t for t in [*(c.text for s in samples for c in s.captions), *texts] if t not in known]
+    missing = [text for text in texts if text not in known]
     if missing:
         raise UsageError(
             f"{len(missing)} training texts (first {missing[0]!r}) are not among the embeddings on disk of "

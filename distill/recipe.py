@@ -17,24 +17,23 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from pocketvlm.distill.overrides import Loader, apply_override
-from pocketvlm.distill.sections import Count, CountOrZero, Fraction, NonNegative, Positive, Section, TaskSection
+from pocketvlm.distill.sections import (
+    Count,
+    CountOrZero,
+    Fraction,
+    NonNegative,
+    ParallelSection,
+    Positive,
+    Section,
+    TaskSection,
+    TokenizerSection,
+    WordsSection,
+)
 from pocketvlm.edge.errors import UsageError, unknown_name
 
 
-class WordsSection(Section):
-    """Generic texts for text distillation and for the tokenizer (`data.wordlist.word_list`).
-
-    name: a word list. size: how many entries are asked for. exclude: data specs whose captions are removed
-    from the list; the captions of `data.eval` always are.
-    """
-
-    name: str = "wordfreq-en"
-    size: Count = 20_000
-    exclude: tuple[str, ...] = ()
-
-
 class DataSection(Section):
-    """train / eval: data specs (`data.open_data`). words: generic texts, or null.
+    """train / eval: data specs (`data.open_data`). words: generic texts, or null. parallel: other languages, or null.
 
     on_bad_sample: "skip" counts and reports unreadable samples, "refuse" stops at the first.
     caption_weights: source of a caption ("original", "rewrite") -> factor on its weight among a picture's captions, of
@@ -47,6 +46,7 @@ class DataSection(Section):
     eval: str | None = None
     words: WordsSection | None = None
     caption_weights: dict[str, NonNegative] = Field(default_factory=dict)
+    parallel: ParallelSection | None = None
     on_bad_sample: Literal["skip", "refuse"] = "skip"
     source_px: CountOrZero = 256
     ram_gb: NonNegative = 2.0
@@ -119,17 +119,6 @@ class StudentSection(Section):
     fit_to: Literal["teacher", "captions"] = "teacher"
     fit_views: Count = 1
     fit_text_projection: Positive | None = None
-
-
-class TokenizerSection(Section):
-    """source: "texts" trains a tokenizer on the training captions and words; "minilm-l6" prunes MiniLM's to the pieces
-    that these use (for a student with text.weights minilm-l6); else a `tokenizer.json` file.
-
-    vocab_size: of a trained or pruned one; null takes the student's configuration.
-    """
-
-    source: str = "texts"
-    vocab_size: Annotated[int, Field(ge=64)] | None = None
 
 
 class ObjectiveSection(Section):

@@ -1,4 +1,4 @@
-"""What the sections of a recipe are made of, and the section of a task."""
+"""What the sections of a recipe are made of, and those of a task, of texts and of the tokenizer."""
 
 from __future__ import annotations
 
@@ -33,3 +33,43 @@ class TaskSection(Section):
     share: Fraction | None = None
     temperature: Positive | None = None
     validation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
+
+
+class WordsSection(Section):
+    """Generic texts for text distillation and for the tokenizer (`data.wordlist.word_list`).
+
+    name: a word list. size: how many entries are asked for. exclude: data specs whose captions are removed
+    from the list; the captions of `data.eval` always are.
+    """
+
+    name: str = "wordfreq-en"
+    size: Count = 20_000
+    exclude: tuple[str, ...] = ()
+
+
+class ParallelSection(Section):
+    """Texts in other languages beside their English (`data.parallel.parallel_texts`), for text-only batches.
+
+    sources, languages, per_language, strict: as there; captions of `data.eval` and of the data specs in `exclude` are
+    withheld. The teacher reads the English of each, also of captions in other languages.
+    """
+
+    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+    languages: tuple[str, ...] = ()
+    per_language: Count | None = 20_000
+    exclude: tuple[str, ...] = ()
+    strict: bool = True
+
+
+class TokenizerSection(Section):
+    """source: "texts" trains a tokenizer on the training captions and words; "minilm-l6" prunes MiniLM's to the pieces
+    that these use (for a student with text.weights minilm-l6); else a `tokenizer.json` file.
+
+    vocab_size: of a trained or pruned one; null takes the student's configuration.
+    added_pieces: learnt from the texts of `data.parallel` beside these, at most so many; their embeddings start from
+    aligned translations (`students.languages`).
+    """
+
+    source: str = "texts"
+    vocab_size: Annotated[int, Field(ge=64)] | None = None
+    added_pieces: CountOrZero = 0

@@ -115,6 +115,10 @@ def _texts(recipe: Recipe) -> Iterator[str]:
         yield "train.text_pretrain_steps has no objective with batch: texts to train by; add one, or set it to 0"
     if isinstance(train.bank, int) and recipe.teacher is None:
         yield "train.bank asks for texts in the teacher's embedding and the recipe has no teacher; use 'student'"
+    if recipe.data.parallel is not None and recipe.teacher is None:
+        yield "data.parallel is taught by the teacher's embedding of the English and the recipe has none; add 'teacher'"
+    if recipe.tokenizer.added_pieces and recipe.data.parallel is None:
+        yield "tokenizer.added_pieces are learnt from data.parallel and the recipe has none; set it, or leave them out"
     if train.text_batch and recipe.data.words is None:
         yield "train.text_batch draws from data.words, which is not given; add data.words (name, size)"
 

@@ -30,6 +30,10 @@ def _small(name: str, world: Path, cache: Path, start: Path) -> list[str]:
         found.append("student.init=null")  # a folder of the user's; test_pruning.py trains one
     if recipe.data.words is not None:
         found.append("data.words={name: wordfreq-en, size: 60}")
+    if recipe.data.parallel is not None:
+        table = cache.parent / "pairs.tsv"
+        table.write_text("rotes ding\tred thing\tde\nrouge\tred\tfr\n", encoding="utf-8")
+        found += [f"data.parallel.sources=['table:{table}']", "tokenizer.added_pieces=200"]
     if recipe.teacher is not None:
         # as many as the recipe has, and of texts alone where it has one of these
         toys = iter(("toy", "toy-other"))

@@ -1,0 +1,63 @@
+"""benchmarks.multilingual: which pairs an arm learns from, what is kept of English, and its table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.multilingual import Job, _narrow, chosen, jobs, kept_of_english, recipe_of, summary, table
+from pocketvlm.data.parallel import Pair
+
+PAIRS = [
+    Pair("poisson rouge", "goldfish", "fr", "captions"),
+    Pair("carpe", "fish", "fr", "annotations"),
+    Pair("poisson", "fish", "fr", "dictd"),
+    *(Pair(f"mot{i}", f"word {i}", "fr", "dictd") for i in range(200)),
+]
+
+
+def test_an_arm_learns_from_its_sources_alone() -> None:
+    names = chosen(PAIRS, {"fish"}, Job(0, 0, "names", True))
+    assert [pair.source for pair in names] == ["captions"]
+    strict = chosen(PAIRS, {"fish"}, Job(0, 0, "dictionaries", True))
+    loose = chosen(PAIRS, {"fish"}, Job(0, 0, "dictionaries", False))
+    assert len(loose) == len(PAIRS)
+    assert {pair.english for pair in loose} - {pair.english for pair in strict} == {"fish"}
+    few = chosen(PAIRS, set(), Job(0, 0, "dictionaries", True, share=0.1))
+    more = chosen(PAIRS, set(), Job(0, 0, "dictionaries", True, share=0.3))
+    assert PAIRS[0] in few
+    assert set(few) < set(more)
+    assert 5 < len(few) < 40 < len(more) < 90
+
+
+def test_jobs_are_different_runs() -> None:
+    found = [job.digest for job in jobs((0, 1), (0, 1))]
+    assert len(found) == len(set(found))
+    recipe = recipe_of(Job(3, 2, "dictionaries", True, steps=7, align=2))
+    assert "fold=3" in recipe.data.train
+    assert (recipe.train.text_pretrain_steps, recipe.train.steps, recipe.train.seed) == (7, 2, 2)
+
+
+def test_what_is_kept_is_a_share_of_the_same_students_english() -> None:
+    kept = kept_of_english({"en": 40.0, "de": 30.0, "fr": 36.0})
+    assert kept["mean_kept"] == pytest.approx(82.5)
+    assert (kept["worst"], kept["worst_kept"]) == ("de", 75.0)
+    row = {"sources": "names", "strict": True, "share": 1.0, "steps": 7, "align": 2, "pieces": 9, "pairs": 10}
+    rows = [
+        row | {"fold": fold, "seed": 0, "queries": queries, "recall": {"en": 40.0, "de": de, "fr": 40.0}}
+        for fold, queries, de in ((0, 300, 40.0), (1, 100, 0.0))
+    ]
+    (pooled,) = summary(rows)
+    # folds count by their queries
+    assert pooled["recall"]["de"] == 30.0
+    assert pooled["folds"] == [0, 1]
+    assert pooled["floors_met"] == {"mean": True, "worst": True}
+    assert "| names, strict | 10 | 7 + 2 | 2 | 40.0 | 35.0 | 88 % | de 30.0 | 75 % |" in table([pooled])
+
+
+def test_packed_embeddings_are_those_of_the_teacher() -> None:
+    rows = torch.nn.functional.normalize(torch.randn(20, 384, generator=torch.Generator().manual_seed(0)), dim=-1)
+    narrow, scale = _narrow(rows)
+    back = torch.nn.functional.normalize(narrow.float() * scale.float(), dim=-1)
+    assert narrow.dtype == torch.int8
+    assert float((back * rows).sum(dim=1).min()) > 0.9998
