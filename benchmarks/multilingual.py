@@ -253,7 +253,10 @@ def run(job: Job, work: Path, device: str) -> dict[str, Any]:
     student = add_languages(start, [(p.text, p.english) for p in pairs], job.pieces)
     stored: Any = Stored(content, content["info"])
     own = [text for text, english in zip(found.texts, found.english) if text == english]
-    both = list(dict.fromkeys([*((p.text, p.english) for p in pairs), *((text, text) for text in own)]))
+    # the pack has the teacher's answers for texts that fit the context alone
+    fitting = set(zip(found.texts, found.english))
+    learnt = [pair for p in pairs if (pair := (p.text, p.english)) in fitting]
+    both = list(dict.fromkeys([*learnt, *((text, text) for text in own)]))
     pictures = Pictures(
         found.samples, student.image_spec, policy=content["policy"], seed=recipe.views.seed,
         source_px=recipe.data.source_px,

@@ -14,12 +14,12 @@ from pocketvlm.distill.batches import Order, Plan
 from pocketvlm.distill.fusion import PieceMasking, asked_pieces, masked_words
 from pocketvlm.distill.lower import lower_outputs
 from pocketvlm.distill.masking import asked_masking, statistics_kept
-from pocketvlm.distill.objectives import Outputs, Widths, build_objective
+from pocketvlm.distill.objectives import Outputs
 from pocketvlm.distill.objectives.masked_language import MaskedLanguage
 from pocketvlm.distill.prepare import Prepared
 from pocketvlm.distill.regions import FINER, Cells, asked_regions, dense_map, map_taps, pooled, said_of
-from pocketvlm.distill.shares import Share, share_of
-from pocketvlm.distill.taps import Taps, asked_taps, encode_image, gray, tap_widths, text_taps
+from pocketvlm.distill.shares import share_of
+from pocketvlm.distill.taps import Taps, asked_taps, encode_image, text_taps
 from pocketvlm.edge.contract import TextSpec
 from pocketvlm.students import Student, TowerOutput, fit_projection
 from pocketvlm.students.student import TOKENS
@@ -459,51 +459,3 @@ def _fit(head: Any, features: list[Tensor], targets: list[Tensor], strength: flo
     device = next(head.parameters()).device
     fit_projection(head.cpu(), torch.cat(features), torch.cat(targets), ridge=strength, widths=widths)
     head.to(device)
-
-
-def build_shares(prepared: Prepared) -> list[Share | None]:
-    """What each of the recipe's objectives sees of the teachers; None where there is nothing for its batch."""
-    ensemble, caches = prepared.teacher, {"pairs": prepared.images, "texts": prepared.words}
-    return [
-        share_of(ensemble, prepared.images, prepared.words, spec.batch, spec.teacher)
-        if ensemble is not None and caches[spec.batch] is not None
-        else None
-        for spec in prepared.recipe.objectives
-    ]
-
-
-def build_objectives(prepared: Prepared, shares: Sequence[Share | None]) -> nn.ModuleList:
-    """The recipe's objectives in order, projectors included, seeded by the run's seed and their place.
-
-    shares: see `build_shares`.
-    """
-    student, (pictures, texts) = prepared.student, _feature_widths(prepared)
-    taps = tap_widths(student, asked_taps(prepared.recipe), prepared.recipe.train.cut_after_block)
-    built = []
-    for place, spec in enumerate(prepared.recipe.objectives):
-        teacher = None
-        if spec.batch == "pairs":
-            tower = student.text_tower
-            table, blocks = tower.token.embedding_dim, len(tower.blocks)
-            own = Widths(student.embed_dim, pictures, texts, taps, token_table=table, text_blocks=blocks)
-        else:
-            # texts take the place of pictures in the text-only batch
-            own = Widths(student.embed_dim, texts)
-        if (share := shares[place]) is not None:
-            teacher = share.widths()
-        seed = prepared.recipe.train.seed + 1000 * place
-        built.append(build_objective(spec.name, student=own, teacher=teacher, seed=seed, **spec.options))
-    return nn.ModuleList(built)
-
-
-def _feature_widths(prepared: Prepared) -> tuple[int, int]:
-    """(image, text) widths of the student's pooled features, asked of the student itself."""
-    student = prepared.student
-    training = student.training
-    student.eval()
-    with torch.no_grad():
-        device = student.log_scale.device
-        pictures = student.encode_image(gray(student))
-        texts = student.encode_text(torch.ones(1, student.text_spec.context_length, dtype=torch.int32, device=device))
-    student.train(training)
-    return pictures.features.shape[-1], texts.features.shape[-1]

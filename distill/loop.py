@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from pocketvlm.distill import optim
 from pocketvlm.distill.balance import GradientBalance
 from pocketvlm.distill.batches import Order, prefetch
+from pocketvlm.distill.building import build_objectives, build_shares
 from pocketvlm.distill.checkpoint import load_checkpoint, save_checkpoint, write_text_atomically
 from pocketvlm.distill.encoders import scored
 from pocketvlm.distill.environment import describe_environment
 from pocketvlm.distill.evaluate import Evaluation, embed_questions, score
-from pocketvlm.distill.feed import Beside, Feed, Step, build_objectives, build_shares
+from pocketvlm.distill.feed import Beside, Feed, Step
 from pocketvlm.distill.fusion import fusion_of
 from pocketvlm.distill.gather import gather_outputs
 from pocketvlm.distill.objectives import Objective, Outputs

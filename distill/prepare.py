@@ -39,7 +39,6 @@ from pocketvlm.teachers.ensemble import Ensemble, JoinedCache, joined, load_ense
 from pocketvlm.teachers.tokens import token_bytes, token_shape
 
 
-
 @dataclass
 class Prepared:
     """samples: those that train, every picture readable. texts: the pool of the text-only batch. english: what the

@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
+from pocketvlm.table import emit
 
 ABOUT = "Distil vision-language knowledge into small dual encoders, export them, prove parity, run them on devices."
 
@@ -70,7 +71,7 @@ def list_names(what: Annotated[Positional[Names], arg(help="What to list.")], as
     from pocketvlm.listing import listing
 
     rows = listing(what)
-    _emit(rows, as_json, title=what)
+    emit(rows, as_json, title=what)
 
 
 @teacher_app.command(name="check")
@@ -392,7 +393,7 @@ def classify(
     rows = [
         {"image": name, "label": r.label, "probability": round(r.probability, 4)} for name, r in zip(images, results)
     ]
-    _emit(rows, as_json, title="classification")
+    emit(rows, as_json, title="classification")
 
 
 @app.command
@@ -400,7 +401,7 @@ def doctor(as_json: Json = False) -> None:
     """Say what this installation can do, and which extra brings what is missing."""
     from pocketvlm.listing import doctor_rows
 
-    _emit(doctor_rows(), as_json, title="doctor")
+    emit(doctor_rows(), as_json, title="doctor")
 
 
 def _one_source(command: str, source: str | None, from_: str | None) -> str:
@@ -417,37 +418,6 @@ def _one_source(command: str, source: str | None, from_: str | None) -> str:
     if kind not in KINDS:
         raise unknown_name("source of an existing model", kind, KINDS)
     return from_
-
-
-def _emit(rows: Sequence[dict[str, Any]], as_json: bool, *, title: str) -> None:
-    """Print rows of equal keys as JSON or as a table."""
-    if as_json:
-        print(json.dumps(list(rows), indent=2))
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for position, (key, value) in enumerate(rows[0].items() if rows else ()):
-        number = isinstance(value, int | float)
-        # names and numbers stay whole, so that they can be copied; the rest is folded, never cut
-        table.add_column(
-            key.replace("_", " "),
-            justify="right" if number else "left",
-            no_wrap=number or position == 0,
-            overflow="fold",
-        )
-    for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row.values()))
-    Console().print(table)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, int) and value >= 100_000:
-        return f"{value / 1e6:,.1f} M"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _open(spec: str, on_bad_sample: str) -> Any:
