@@ -101,7 +101,7 @@ def test_other_inputs_are_refused(toy: Any, change: str, named: str) -> None:
 
 def test_the_tokenizer_is_made_once(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = prepare(toy("train.seed=5"), SILENT)
-    monkeypatch.setattr("pocketvlm.distill.prepare.train_tokenizer", None)
+    monkeypatch.setattr("pocketvlm.distill.start.train_tokenizer", None)
     assert shared.with_recipe(toy("train.seed=1")).student.tokenizer_json == shared.tokenizer_json
 
 
@@ -159,9 +159,9 @@ def test_a_loss_that_reaches_nothing_that_trains_has_no_gradient(toy: Any) -> No
 def test_every_objective_that_a_recipe_can_use_is_in_an_arm() -> None:
     used = {spec["name"] for arm in ARMS for spec in arm.objectives} | {"clip"}
     # these read token maps, of which a pack of all pictures and views would hold a gigabyte
-    # `matryoshka-2d` makes a smaller student, not a better one; the last two need a forward of their own, over masked
-    # captions and over crops
-    apart = {"matryoshka-2d", "masked-language", "region-self"}
+    # `matryoshka-2d` makes a smaller student, not a better one, `dho` a classifier; the last two need a forward of
+    # their own, over masked captions and over crops
+    apart = {"matryoshka-2d", "dho", "masked-language", "region-self"}
     assert set(list_objectives()) - used == {"token-gram", "token-alignment"} | apart
     assert len({arm.name for arm in ARMS}) == len(ARMS)
 
