@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -400,6 +401,45 @@ def test_the_page_is_the_committed_result() -> None:
         hits = np.concatenate([np.array(row["ranks"]["image_to_text"]) <= 5 for row in base])
         assert part["arms"][BASE.name]["image_to_text"]["R@5"] == round(100 * float(hits.mean()), 2)
         assert protocol in PROTOCOLS
+
+
+def test_the_recipe_that_was_found_holds_its_floors() -> None:
+    """Against the student without a teacher, over pooled folds and three seeds, in both directions."""
+    found = json.loads((RESULTS / "summary.json").read_text(encoding="utf-8"))["protocols"]
+    for protocol, points in (("few", 12), ("all", 3)):
+        best = found[protocol]["arms"][BEST]
+        assert best["runs"] >= 12
+        for direction in ablation_runs.DIRECTIONS:
+            row = best[direction]
+            assert row["difference"] >= points
+            assert row["low"] > 0
+            assert row["kept"] >= 80
+            assert row["R@5"] >= 22
+
+
+def test_the_recipe_best_is_the_one_that_was_found() -> None:
+    shipped, found = load_recipe("best"), recipe_of(arm_named(BEST), "few", 0, 0)
+    apart = {"text_pretrain_steps", "precision", "threads", "seed"}
+    assert shipped.train.model_dump(exclude=apart) == found.train.model_dump(exclude=apart)
+    key = lambda spec: (spec["batch"], spec["name"])  # noqa: E731
+    ours, theirs = ([spec.model_dump() for spec in recipe.objectives] for recipe in (shipped, found))
+    assert sorted(ours, key=key) == sorted(theirs, key=key)
+    assert (shipped.views, shipped.student.name) == (found.views, found.student.name)
+
+
+def test_the_readme_has_the_committed_numbers() -> None:
+    found = json.loads((RESULTS / "summary.json").read_text(encoding="utf-8"))["protocols"]
+    readme = (ablation_summary.ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("<!-- ablation:begin -->")[2].partition("<!-- ablation:end -->")[0]
+    rows = re.findall(r"^\| `([\w-]+)`[^|]*\| ([\d.]+) \((\d+) %\) \| ([\d.]+) \((\d+) %\) \|$", table, re.M)
+    assert len(rows) == 7
+    for name, *shown in rows:
+        wanted = []
+        for protocol in ("few", "all"):
+            row = found[protocol]["arms"][BEST if name == "best" else name]
+            for key, digits in (("R@5", 1), ("kept", 0)):
+                wanted.append(f"{np.mean([row[d][key] for d in ablation_runs.DIRECTIONS]):.{digits}f}")
+        assert shown == wanted, name
 
 
 def test_an_unknown_arm_is_answered_with_the_nearest() -> None:
