@@ -38,6 +38,8 @@ class AugmentedFeature(BatchObjective):
     """
 
     name = "afd"
+    formula = "InfoNCE of projected [student ; teacher] pairs, own learned scale"
+    paper = "CLIP-KD (AFD)"
     needs = Needs(captions=True)
     minimum_rows = 2
 

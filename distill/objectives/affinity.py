@@ -25,6 +25,8 @@ class AffinityMimicking(BatchObjective):
     """
 
     name = "affinity"
+    formula = "cross-entropy of the image-text softmax, both logit scales 50"
+    paper = "TinyCLIP, 2309.12314"
     needs = Needs(captions=True)
     minimum_rows = 2
 

@@ -36,6 +36,8 @@ class Bank(BatchObjective):
     """
 
     name = "bank"
+    formula = "KL(T ‖ S) of each picture's distribution over a bank of texts"
+    paper = "our construction, a cross-modal relative of SEED, 2101.04731"
     needs = Needs(bank=True)
 
     def __init__(

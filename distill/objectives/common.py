@@ -72,11 +72,14 @@ class BatchObjective(Objective):
     tensors become float32 and autocast is switched off, because similarities times a logit scale of 100 lose their
     order in bfloat16.
 
-    name: as registered. minimum_rows: with fewer rows the value and the gradient are identically zero.
+    name: as registered. formula, paper: the loss and its source in a line, as docs/objectives.md has them.
+    minimum_rows: with fewer rows the value and the gradient are identically zero.
     coordinates: whether equally wide embeddings of student and teacher are compared number by number.
     """
 
     name: ClassVar[str]
+    formula: ClassVar[str]
+    paper: ClassVar[str]
     coordinates: ClassVar[bool] = False
     minimum_rows: int = 1
 

@@ -52,6 +52,8 @@ class Contrastive(BatchObjective):
     """
 
     name = "clip"
+    formula = "InfoNCE of v·s both ways, at the student's logit scale"
+    paper = "CLIP, 2103.00020"
     needs = Needs(captions=True, teacher=False)
     minimum_rows = 2
 

@@ -44,6 +44,8 @@ class CorrelationCongruence(WithinModality):
     """
 
     name = "correlation-congruence"
+    formula = "squared difference of Taylor-kernel matrices"
+    paper = "CCKD, 1904.01802"
 
     def __init__(
         self,

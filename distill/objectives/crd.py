@@ -46,6 +46,8 @@ class ContrastiveRelational(BatchObjective):
     """
 
     name = "crd"
+    formula = "KL(p^T ‖ p^S) of the image-text softmax, half each way"
+    paper = "CLIP-KD, 2307.12732"
     needs = Needs(captions=True)
     minimum_rows = 2
 

@@ -37,6 +37,8 @@ class CrossDistributions(BatchObjective):
     """
 
     name = "cross-kd"
+    formula = "KL(p^T ‖ student queries over teacher keys), half each way"
+    paper = "CLIP-KD's released code"
     needs = Needs(captions=True)
     minimum_rows = 2
 

@@ -39,6 +39,10 @@ class ContinuouslyWeighted(BatchObjective):
     """
 
     name = "cwcl"
+    formula = (
+        "one direction: cross-entropy with the teacher's cosines within one modality as weights; the other: InfoNCE"
+    )
+    paper = "CWCL, 2309.14580, adapted"
     needs = Needs(captions=True)
     minimum_rows = 2
 

@@ -51,6 +51,11 @@ class DualHead(BatchObjective):
     """
 
     name = "dho"
+    formula = (
+        "½ CE(g_c, label) + ½ T² KL(p^T ‖ softmax(g_k / T)), the teacher's zero-shot classifier p^T, over labelled "
+        "rows and over the others, added; two heads"
+    )
+    paper = "DHO, 2505.07675"
     needs = Needs(classes=True)
 
     def __init__(

@@ -52,6 +52,8 @@ class Feature(BatchObjective):
     """
 
     name = "feature"
+    formula = "distance of each embedding to the teacher's (`l2`, `cosine`, `smooth-l1`)"
+    paper = "CLIP-KD (FD); cosine, smooth-l1 ours"
     needs = Needs()
     coordinates = True
 

@@ -52,6 +52,8 @@ class GradientDistillation(BatchObjective):
     """
 
     name = "gradient"
+    formula = "MSE of the gradients that the contrastive loss has at each embedding"
+    paper = "CLIP-KD (GD)"
     needs = Needs(captions=True)
     minimum_rows = 2
 

@@ -46,6 +46,8 @@ class Gram(WithinModality):
     """
 
     name = "gram"
+    formula = "similarity matrices: `cosine` (ours), `spkd`, `softmax` (ours)"
+    paper = "SPKD, 1907.09682"
 
     def __init__(
         self,

@@ -68,6 +68,8 @@ class Hint(BatchObjective):
     """
 
     name = "hint"
+    formula = "projected features regress the teacher's: pooled, or token maps place by place"
+    paper = "FitNets, 1412.6550; row standardisation, pooling ours"
     needs = Needs(features=True)
 
     def __init__(

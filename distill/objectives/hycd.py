@@ -38,6 +38,8 @@ class HybridContrastive(BatchObjective):
     """
 
     name = "hycd"
+    formula = "KL(Q ‖ p^S)·T², Q half the truth and half p^T"
+    paper = "CLIP-Refine; `normalize` ours"
     needs = Needs(captions=True)
     minimum_rows = 2
 

@@ -35,6 +35,8 @@ class Interactive(BatchObjective):
     """
 
     name = "icl"
+    formula = "InfoNCE of student queries against teacher keys, own learned scale"
+    paper = "CLIP-KD"
     needs = Needs(captions=True)
     minimum_rows = 2
 

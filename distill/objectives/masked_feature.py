@@ -47,6 +47,8 @@ class MaskedFeature(BatchObjective):
     """
 
     name = "masked-feature"
+    formula = "`feature` of a partly masked picture against the teacher's of the whole one"
+    paper = "CLIP-KD (MFD); painted patches ours"
     needs = Needs(masked_view=True)
     coordinates = True
 

@@ -77,6 +77,11 @@ class MaskedLanguage(BatchObjective):
     """
 
     name = "masked-language"
+    formula = (
+        "cross-entropy of masked pieces of the caption, which the text tower guesses while a train-only module shows "
+        "it the picture"
+    )
+    paper = "our construction, LightCLIP-style (2312.00674)"
     needs = Needs(captions=True, teacher=False, masked_text=True)
 
     def __init__(

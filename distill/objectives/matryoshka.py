@@ -63,6 +63,8 @@ class Matryoshka(BatchObjective):
     """
 
     name = "matryoshka"
+    formula = "sum of c_m × an inner objective on the first m numbers, m in `dims`"
+    paper = "MRL, 2205.13147; inner losses ours"
     needs = Needs(captions=True)
 
     def __init__(

@@ -57,6 +57,11 @@ class Matryoshka2D(BatchObjective):
     """
 
     name = "matryoshka-2d"
+    formula = (
+        "an inner objective on the whole, and on the text tower left after l layers, first m numbers, (l, m) in "
+        "`pairs`; + 0.3 KL(whole ‖ exit) over coordinates"
+    )
+    paper = "Starbucks, 2410.13230; inner losses, exits in the text tower alone ours"
     needs = Needs(captions=True)
 
     def __init__(

@@ -35,6 +35,8 @@ class MomentumDistillation(BatchObjective):
     """
 
     name = "momentum"
+    formula = "`clip` against the keys of the student's own moving average, whose softmax is 40 % of the target"
+    paper = "ALBEF, 2107.07651 (no queue)"
     needs = Needs(captions=True, teacher=False, momentum=True)
     coordinates = True
     minimum_rows = 2

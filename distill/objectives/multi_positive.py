@@ -36,6 +36,8 @@ class DistributionMatching(BatchObjective):
     """
 
     name = "multi-positive"
+    formula = "KL(p^S ‖ match + ε): all rows of one `group` are right; both ways, summed"
+    paper = "SDM of IRRA, 2303.12501"
     needs = Needs(captions=True, teacher=False)
     minimum_rows = 2
 

@@ -36,6 +36,8 @@ class MultiTeacher(BatchObjective):
     """
 
     name = "multi-teacher"
+    formula = "mean over K teachers of `crd`, each at its own scale"
+    paper = "MobileCLIP-style, 2311.17049"
     needs = Needs(captions=True)
     minimum_rows = 2
 

@@ -57,6 +57,8 @@ class NeighbourOrder(BatchObjective):
     """
 
     name = "order"
+    formula = "likelihood of the teacher's first k neighbours, in order, under the student"
+    paper = "our construction on ListMLE, Xia et al. 2008"
     needs = Needs()
     minimum_rows = 3
 

@@ -45,6 +45,8 @@ class RandomFeatureAlignment(BatchObjective):
     """
 
     name = "rafa"
+    formula = "½(|v − z|² + |s − z|²), a random z ~ N(0, I) for each pair"
+    paper = "CLIP-Refine, 2504.12717"
     needs = Needs(captions=True, teacher=False)
 
     def __init__(

@@ -48,6 +48,8 @@ class RankConsistency(BatchObjective):
     """
 
     name = "rankclip"
+    formula = "ListMLE of the student's own similarity lists, across and inside modalities"
+    paper = "RankCLIP, 2404.09387 (its code)"
     needs = Needs(captions=True, teacher=False)
     minimum_rows = 2
 

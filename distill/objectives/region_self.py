@@ -51,6 +51,8 @@ class RegionSelf(BatchObjective):
     """
 
     name = "region-self"
+    formula = "1 − cosine of the map, pooled over a cell, and the untrained student's embedding of that cell cut out"
+    paper = "CLIPSelf, 2310.01403, on convolutional maps"
     needs = Needs(teacher=False, regions=True)
 
     def __init__(self, *, student: Widths, teacher: Widths | None = None, seed: int = 0, cells: int = 4) -> None:

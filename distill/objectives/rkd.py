@@ -151,6 +151,8 @@ class RelationalKD(WithinModality):
     """
 
     name = "rkd"
+    formula = "Huber of scaled distances (weight 1) and of triplet angles (weight 2)"
+    paper = "RKD, 1904.05068"
     minimum_rows = 3
 
     def __init__(

@@ -41,6 +41,8 @@ class PairwiseSigmoid(BatchObjective):
     """
 
     name = "siglip"
+    formula = "−log sigmoid of ±(c v·s + b), summed over all pairs, divided by rows; b its own, from −10"
+    paper = "SigLIP, 2303.15343"
     needs = Needs(captions=True, teacher=False)
 
     def __init__(

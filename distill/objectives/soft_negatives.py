@@ -44,6 +44,8 @@ class SoftNegatives(BatchObjective):
     """
 
     name = "soft-negatives"
+    formula = "`clip` with mass e(t) on the negatives, by the student's own similarity"
+    paper = "our construction, LightCLIP-style (2312.00674)"
     needs = Needs(captions=True, teacher=False)
     minimum_rows = 2
 

@@ -64,6 +64,8 @@ class TokenAlignment(BatchObjective):
     """
 
     name = "token-alignment"
+    formula = "InfoNCE of scores made of each token's best match: `filip`, `words`"
+    paper = "FILIP, 2111.07783; `words` ours, LightCLIP-style"
     needs = Needs(captions=True, teacher=False, taps=("student_tap", "text_tap"))
     minimum_rows = 2
 

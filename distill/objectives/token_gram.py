@@ -120,6 +120,8 @@ class TokenGram(BatchObjective):
     """
 
     name = "token-gram"
+    formula = "Gram matrices of token maps: `rdist`, `scd`"
+    paper = "LLaVA-KD, 2410.16236; SCD-style, 2504.02328"
     needs = Needs(taps=("student_tap", "teacher_tap"))
 
     def __init__(

@@ -34,6 +34,8 @@ class VisionLanguageToVision(BatchObjective):
     """
 
     name = "vl2v"
+    formula = "−½cos(v^S, v^T) − ½cos(v^S, s^T): a picture between the teacher's picture and caption"
+    paper = "VL2V-ADiP, 2310.08255"
     needs = Needs(captions=True)
     coordinates = True
 

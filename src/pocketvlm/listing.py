@@ -36,12 +36,9 @@ def listing(what: str) -> list[dict[str, Any]]:
             for s in list_students()
         ]
     if what == "objectives":
-        from pocketvlm.distill.objectives import list_objectives, objective_class
+        from pocketvlm.distill.objectives.table import objective_rows
 
-        return [
-            {"name": name, "description": _first_line(objective_class(name)).removeprefix(f"{name}: ")}
-            for name in list_objectives()
-        ]
+        return objective_rows()
     if what == "recipes":
         from pocketvlm.distill.recipe import list_recipes
 
@@ -49,10 +46,6 @@ def listing(what: str) -> list[dict[str, Any]]:
     from pocketvlm.export.targets import get_target, list_targets
 
     return [{"name": name, "precisions": ", ".join(get_target(name).precisions)} for name in list_targets()]
-
-
-def _first_line(documented: object) -> str:
-    return (documented.__doc__ or "").strip().split("\n")[0]
 
 
 # of distill.student_teacher, which imports torch; listing teachers does not

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ from pocketvlm.distill.objectives import (
     objective_options,
 )
 from pocketvlm.distill.objectives.rkd import AngleLoss, lopsided, squared_distances
+from pocketvlm.distill.objectives.table import markdown, objective_rows
 from pocketvlm.edge.errors import UnknownNameError, UsageError
 
 
@@ -636,3 +638,13 @@ def test_numpy_is_not_needed_for_inputs():
     student = outputs(1)
     student.has_text = torch.from_numpy(np.array(HAS_TEXT))
     assert math.isfinite(float(total(build("crd"), student, outputs(2))))
+
+
+def test_the_table_in_the_docs_is_made_from_the_code() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    assert markdown() in page, "put the output of python -m pocketvlm.distill.objectives.table there"
+    rows = {row["name"]: row for row in objective_rows()}
+    assert all(row["formula"] and row["paper"] for row in rows.values())
+    assert rows["crd"]["needs"] == "captions"
+    assert rows["clip"]["needs"] == "captions, no teacher"
+    assert rows["token-gram"]["needs"] == "token maps of the teacher, token maps of the student"
