@@ -105,8 +105,9 @@ def masked_words(
 
     ids: int32 [C, L]. places: int64 [C, K], -1 for none. image: [C, D], the student's own, raw.
     """
-    longest = max(1, int((ids != student.text_spec.pad_id).sum(dim=1).max()))
-    ids, at = ids[:, :longest], places.clamp(min=0)
+    # cut where no masked place is lost: CLIP's padding is also the token of "!", inside a text
+    real = (ids != student.text_spec.pad_id) * torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    ids, at = ids[:, : max(1, int(real.max()))], places.clamp(min=0)
     none = places < 0
     counts = torch.zeros(ids.shape, dtype=torch.int64, device=ids.device).scatter_add(1, at, (~none).long())
     with fused(student.text_tower, fusion, counts > 0, image):

@@ -99,6 +99,7 @@ class Prepared:
             # made from texts of which those past the context are gone: made again it would be another one
             known = None if other.tokenizer.added_pieces else self.tokenizer_json
             student = start_student(other, self.source, self.texts, self.english, taught, classes, known)
+            check_dense(other, student)
         if student is not None:
             differ += [
                 part for part in ("image_spec", "text_spec") if getattr(student, part) != getattr(self.student, part)

@@ -119,6 +119,11 @@ def check_shares(recipe: Recipe, ensemble: Ensemble) -> None:
                     "batch: texts or of: text, or set its 'teacher' to one with an image tower"
                 )
     seeing = [member.name for member in ensemble.members if member.pictures]
+    if recipe.teacher is not None and recipe.teacher.axes == "principal" and not seeing:
+        raise UsageError(
+            f"teacher.axes is 'principal' and {ensemble.name!r} reads texts only, so there are no pictures to find "
+            "axes of; leave axes out, or name a teacher with an image tower"
+        )
     if asked_taps(recipe).teacher and len(seeing) > 1:
         raise UsageError(
             f"objectives on token maps were asked of {len(seeing)} teachers at once ({', '.join(seeing)}), whose grids "

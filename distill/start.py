@@ -36,8 +36,8 @@ def start_student(
     """The student that the recipe starts from. known: its tokenizer, where that was made before."""
     section = recipe.student
     if section.name == AS_INIT:
-        return _as_saved(recipe, teacher)
-    origin, size = tokenizer_asked(recipe)
+        return _as_saved(recipe, teacher, classes)
+    origin, size, _ = tokenizer_asked(recipe)
     makers: dict[str, Callable[[Sequence[str], int], bytes]] = {
         "texts": train_tokenizer,
         "minilm-l6": inherit_tokenizer,
@@ -74,9 +74,16 @@ def start_student(
     return student
 
 
-def _as_saved(recipe: Recipe, teacher: Ensemble | None) -> Student:
+def _as_saved(recipe: Recipe, teacher: Ensemble | None, classes: Classes | None) -> Student:
     """The student of `student.init` itself, its tokenizer included, in the teacher's space."""
     student = load_student(str(recipe.student.init)).train()
+    saved = None if student.heads is None else student.heads.classes.labels
+    if classes is not None and saved != classes.labels:
+        raise UsageError(
+            f"student.init {recipe.student.init} has {'no classes' if saved is None else f'the classes {list(saved)}'} "
+            f"and the task asks for {list(classes.labels)}, so its heads would name pictures wrongly; start from a "
+            "student of the same task, or name the student to build"
+        )
     if teacher is not None and len(teacher.members) == 1:
         check_widths(student.embed_dim, teacher.dim, student=str(recipe.student.init), teacher=teacher.name)
     student.space_id = _shared_space(teacher, student.embed_dim)
@@ -110,7 +117,10 @@ def _start_from(student: Student, folder: Path, parts: Sequence[str]) -> None:
     student.load_state_dict({**own, **wanted})
 
 
-def tokenizer_asked(recipe: Recipe) -> tuple[str, int]:
-    """Where a recipe's tokenizer comes from, and how many pieces it has."""
+def tokenizer_asked(recipe: Recipe) -> tuple[str, int, int]:
+    """Where a recipe's tokenizer comes from, how many pieces it has, and how many are added."""
+    if recipe.student.name == AS_INIT:
+        return str(recipe.student.init), 0, 0
     config = load_config(recipe.student.name, recipe.student.overrides)
-    return recipe.tokenizer.source, recipe.tokenizer.vocab_size or config.text.vocab_size
+    asked = recipe.tokenizer
+    return asked.source, asked.vocab_size or config.text.vocab_size, asked.added_pieces

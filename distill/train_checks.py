@@ -10,7 +10,6 @@ from pocketvlm.distill.objectives.matryoshka_2d import listed_pairs
 from pocketvlm.distill.optim import objective_weight
 from pocketvlm.distill.recipe import AS_INIT, ObjectiveSection, Recipe, StudentSection
 from pocketvlm.edge.errors import UsageError
-from pocketvlm.students import load_config
 
 
 def start_problems(recipe: Recipe) -> Iterator[str]:
@@ -18,7 +17,7 @@ def start_problems(recipe: Recipe) -> Iterator[str]:
     section, teacher = recipe.student, recipe.teacher
     nested = [listed_pairs(spec.options) for spec in recipe.objectives if spec.name == "matryoshka-2d"]
     with suppress(UsageError):  # said of the student itself
-        exits = load_config(section.name, section.overrides).exits
+        _, exits = _promised(section)
         if untrained := [list(pair) for pair in exits if pair not in {one for pairs in nested for one in pairs}]:
             yield (
                 f"the student promises the smaller students {untrained} (exits) and no matryoshka-2d objective trains "
@@ -74,7 +73,7 @@ def student_problems(recipe: Recipe) -> Iterator[str]:
     yield from _saved_student(recipe)
     trained = {m for spec in recipe.objectives if spec.name == "matryoshka" for m in listed_dims(spec.options)}
     try:
-        promised = _promised_dims(recipe.student)
+        promised, _ = _promised(recipe.student)
         if untrained := sorted(set(promised) - trained):
             yield (
                 f"the student promises embeddings cut to {untrained} (dims) and no matryoshka objective trains these "
@@ -84,14 +83,19 @@ def student_problems(recipe: Recipe) -> Iterator[str]:
         yield str(error).rstrip(".")
 
 
-def _promised_dims(section: StudentSection) -> tuple[int, ...]:
-    """`dims` of the student; a saved one that is not there (yet) promises nothing, and is missed when it is opened."""
+def _promised(section: StudentSection) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """`dims` and `exits` of the student; a saved one that is not there (yet) promises nothing, and is missed when it is
+    opened."""
     from pocketvlm.students.config import load_config
     from pocketvlm.students.io import saved_config
 
     if section.name != AS_INIT:
-        return load_config(section.name, section.overrides).dims
-    return saved_config(section.init).dims if section.init and Path(section.init).is_dir() else ()
+        config = load_config(section.name, section.overrides)
+    elif section.init and Path(section.init).is_dir():
+        config = saved_config(section.init)
+    else:
+        return (), ()
+    return config.dims, config.exits
 
 
 def _saved_student(recipe: Recipe) -> Iterator[str]:

@@ -113,3 +113,10 @@ def test_a_start_from_other_coordinates_is_refused(recipe: Make) -> None:
 def test_axes_of_several_teachers_are_refused(recipe: Make) -> None:
     with pytest.raises(UsageError, match=r"there are 2 teachers, whose spaces have axes of their own"):
         recipe("teacher.axes=principal", "teacher.spec=[toy, minilm]")
+
+
+def test_axes_of_a_teacher_without_pictures_are_refused(recipe: Make) -> None:
+    gram = {"name": "gram", "options": {"of": ["text"]}}
+    wanted = recipe("teacher.axes=principal", "teacher.spec=toy-text", "student.embed_dim=6", objectives=[gram])
+    with pytest.raises(UsageError, match="reads texts only, so there are no pictures to find axes of"):
+        prepare(wanted, SILENT)

@@ -239,6 +239,12 @@ def test_masked_pieces_are_not_read_and_the_picture_is(recipe: Make) -> None:
     read[0, 2] = 10
     assert not torch.allclose(masked_words(student, fusion, read, places, image)[0][0], words[0])
     assert not torch.allclose(masked_words(student, fusion, ids, places, image.flip(0))[0], words)
+    # padding may stand inside a text, as the token of "!" does in CLIP's: nothing after it is lost
+    inside = torch.tensor([[2, 5, 0, 7, 3, 0], [2, 8, 9, 3, 0, 0]], dtype=torch.int32)
+    assert masked_words(student, fusion, inside, torch.tensor([[4, -1], [2, -1]]), image)[1].tolist() == [
+        [3, -1],
+        [9, -1],
+    ]
     # against the tower run by hand
     tower, x = student.text_tower, None
     x = tower.widen(tower.token(ids[:, :5]))

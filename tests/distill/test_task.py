@@ -244,6 +244,22 @@ def test_labels_are_not_needed_where_none_are_learned(
     assert set(prepared.task.train) == {-1}
 
 
+def test_a_saved_student_of_other_classes_is_refused(
+    run: Path, classes: dict[str, str], toy_teacher: None, tmp_path: Path
+) -> None:
+    """Its heads would name pictures by the wrong class; the same classes are taken."""
+    saved = {"student": {"name": "init", "init": str(run / "student")}, "tokenizer": {}}
+
+    def recipe(*labels: str) -> Any:
+        return load_recipe(task_recipe(classes, tmp_path, task={"classes": labels}, **saved))
+
+    with pytest.raises(UsageError, match="its heads would name pictures wrongly"):
+        prepare(recipe(*reversed(COLOURS)), Reporter(False))
+    ready = prepare(recipe(*COLOURS), Reporter(False))
+    # runs over the same inputs find the saved tokenizer again
+    assert ready.with_recipe(recipe(*COLOURS)).student.tokenizer_json == ready.tokenizer_json
+
+
 def test_embeddings_on_disk_must_hold_the_class_prompts(
     classes: dict[str, str], toy_teacher: None, tmp_path: Path
 ) -> None:
