@@ -42,7 +42,16 @@ def test_what_is_kept_is_a_share_of_the_same_students_english() -> None:
     kept = kept_of_english({"en": 40.0, "de": 30.0, "fr": 36.0})
     assert kept["mean_kept"] == pytest.approx(82.5)
     assert (kept["worst"], kept["worst_kept"]) == ("de", 75.0)
-    row = {"sources": "names", "strict": True, "share": 1.0, "steps": 7, "align": 2, "pieces": 9, "pairs": 10}
+    row = {
+        "sources": "names",
+        "strict": True,
+        "share": 1.0,
+        "steps": 7,
+        "align": 2,
+        "pieces": 9,
+        "per_language": 5,
+        "pairs": 10,
+    }
     rows = [
         row | {"fold": fold, "seed": 0, "queries": queries, "recall": {"en": 40.0, "de": de, "fr": 40.0}}
         for fold, queries, de in ((0, 300, 40.0), (1, 100, 0.0))
@@ -52,7 +61,7 @@ def test_what_is_kept_is_a_share_of_the_same_students_english() -> None:
     assert pooled["recall"]["de"] == 30.0
     assert pooled["folds"] == [0, 1]
     assert pooled["floors_met"] == {"mean": True, "worst": True}
-    assert "| names, strict | 10 | 7 + 2 | 2 | 40.0 | 35.0 | 88 % | de 30.0 | 75 % |" in table([pooled])
+    assert "| names, strict | 10 | 9 | 7 + 2 | 2 | 40.0 | 35.0 | 88 % | de 30.0 | 75 % |" in table([pooled])
 
 
 def test_packed_embeddings_are_those_of_the_teacher() -> None:
