@@ -70,9 +70,9 @@ class Job:
     sources: str
     strict: bool
     share: float = 1.0
-    steps: int = 150
+    steps: int = 500
     align: int = 10
-    pieces: int = 60_000
+    pieces: int = 120_000
     per_language: int = PER_LANGUAGE[0]
 
     @property
@@ -83,25 +83,28 @@ class Job:
 
 
 def jobs(folds: Sequence[int], seeds: Sequence[int]) -> Iterator[Job]:
-    """Sources on all folds and seeds, then curves over pairs, steps and pieces on the first fold and seed."""
+    """Sources on all folds and seeds, then curves over steps, pairs and pieces on the first fold and seed; each as it
+    starts (one step of stage 2) and as it is trained."""
+    start = {"steps": 0, "align": 1}
     for seed in seeds:
         for fold in folds:
-            yield Job(fold, seed, "dictionaries", True, steps=0, align=1)
-            yield Job(fold, seed, "dictionaries", True)
-            yield Job(fold, seed, "dictionaries", False)
-            yield Job(fold, seed, "names", True)
-            yield Job(fold, seed, "keywords", True)
+            for sources, strict in (
+                ("dictionaries", True),
+                ("dictionaries", False),
+                ("keywords", True),
+                ("names", True),
+            ):
+                yield Job(fold, seed, sources, strict, **start)
+                yield Job(fold, seed, sources, strict)
     base = Job(folds[0], seeds[0], "dictionaries", True)
-    for steps in (50, 500, 1500):
+    for steps in (100, 900):
         yield dataclasses.replace(base, steps=steps)
-    for share in (0.1, 0.3):
-        yield dataclasses.replace(base, share=share)
-    yield dataclasses.replace(base, pieces=20_000)
-    for steps, align in ((0, 1), (150, 10)):
-        yield dataclasses.replace(base, per_language=PER_LANGUAGE[1], steps=steps, align=align)
-        yield dataclasses.replace(base, per_language=PER_LANGUAGE[1], steps=steps, align=align, pieces=120_000)
-    for share in (0.1, 0.3):
-        yield dataclasses.replace(base, share=share, steps=0, align=1)
+    changes: tuple[dict[str, Any], ...] = (
+        {"share": 0.1}, {"share": 0.3}, {"pieces": 20_000}, {"pieces": 60_000}, {"per_language": PER_LANGUAGE[1]},
+    )  # fmt: skip
+    for change in changes:
+        yield dataclasses.replace(base, **start, **change)
+        yield dataclasses.replace(base, **change)
 
 
 def recipe_of(job: Job) -> Recipe:
