@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from benchmarks.multilingual import Job, _narrow, chosen, jobs, kept_of_english, recipe_of, summary, table
+from benchmarks.multilingual import (
+    NAME,
+    PAGE,
+    RESULTS,
+    Job,
+    _narrow,
+    chosen,
+    jobs,
+    kept_of_english,
+    recipe_of,
+    summary,
+    table,
+)
 from pocketvlm.data.parallel import Pair
 
 PAIRS = [
@@ -42,7 +56,16 @@ def test_what_is_kept_is_a_share_of_the_same_students_english() -> None:
     kept = kept_of_english({"en": 40.0, "de": 30.0, "fr": 36.0})
     assert kept["mean_kept"] == pytest.approx(82.5)
     assert (kept["worst"], kept["worst_kept"]) == ("de", 75.0)
-    row = {"sources": "names", "strict": True, "share": 1.0, "steps": 7, "align": 2, "pieces": 9, "pairs": 10}
+    row = {
+        "sources": "names",
+        "strict": True,
+        "share": 1.0,
+        "steps": 7,
+        "align": 2,
+        "pieces": 9,
+        "per_language": 5,
+        "pairs": 10,
+    }
     rows = [
         row | {"fold": fold, "seed": 0, "queries": queries, "recall": {"en": 40.0, "de": de, "fr": 40.0}}
         for fold, queries, de in ((0, 300, 40.0), (1, 100, 0.0))
@@ -52,7 +75,7 @@ def test_what_is_kept_is_a_share_of_the_same_students_english() -> None:
     assert pooled["recall"]["de"] == 30.0
     assert pooled["folds"] == [0, 1]
     assert pooled["floors_met"] == {"mean": True, "worst": True}
-    assert "| names, strict | 10 | 7 + 2 | 2 | 40.0 | 35.0 | 88 % | de 30.0 | 75 % |" in table([pooled])
+    assert "| names, strict | 10 | 9 | 7 + 2 | 2 | 40.0 | 35.0 | 88 % | de 30.0 | 75 % |" in table([pooled])
 
 
 def test_packed_embeddings_are_those_of_the_teacher() -> None:
@@ -61,3 +84,14 @@ def test_packed_embeddings_are_those_of_the_teacher() -> None:
     back = torch.nn.functional.normalize(narrow.float() * scale.float(), dim=-1)
     assert narrow.dtype == torch.int8
     assert float((back * rows).sum(dim=1).min()) > 0.9998
+
+
+def test_the_page_and_its_floors_are_the_committed_result() -> None:
+    result = json.loads((RESULTS / NAME).read_text(encoding="utf-8"))
+    assert summary(result["runs"]) == result["summary"]
+    assert table(result["summary"]) in PAGE.read_text(encoding="utf-8")
+    trained = [
+        row for row in result["summary"] if row["strict"] and row["steps"] == Job(0, 0, "dictionaries", True).steps
+    ]
+    assert trained
+    assert all(row["floors_met"] == {"mean": True, "worst": True} for row in trained)
