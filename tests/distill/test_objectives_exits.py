@@ -189,6 +189,10 @@ def test_a_run_trains_its_exits_and_resumes(recipe: Make, tmp_path: Path) -> Non
     assert {"loss/crd", "loss/crd_1x4", "loss/kl_1x4", "loss/crd_2x8", "loss/kl_2x8"} <= row.keys()
     assert row["loss/kl_1x4"] > 0
     assert row["loss/kl_2x8"] == pytest.approx(0, abs=1e-6)  # two layers are all there are
+    # the saved student's promise binds who trains it on, too
+    on = ("student.name=init", f"student.init={result.student}", "student.overrides={}")
+    with pytest.raises(UsageError, match=r"promises the smaller students \[\[2, 8\]\]"):
+        recipe(*on, pairs=[[1, 4]])
     for path in (tmp_path / "run" / "checkpoints").glob("step-00000008*"):
         path.unlink()
     assert distill_run(wanted, tmp_path / "run", resume=True, progress=False).final_loss == result.final_loss
