@@ -99,6 +99,9 @@ def jobs(folds: Sequence[int], seeds: Sequence[int]) -> Iterator[Job]:
     base = Job(folds[0], seeds[0], "dictionaries", True)
     for steps in (100, 900):
         yield dataclasses.replace(base, steps=steps)
+    for fold in folds:
+        for align in (100, 350):
+            yield Job(fold, seeds[0], "dictionaries", True, align=align)
     changes: tuple[dict[str, Any], ...] = (
         {"share": 0.1}, {"share": 0.3}, {"pieces": 20_000}, {"pieces": 60_000}, {"per_language": PER_LANGUAGE[1]},
     )  # fmt: skip
@@ -351,7 +354,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| fold | sources | pairs | pieces | steps | seeds | English R@5 | mean of 13 | kept | worst | kept |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
-    order = ("fold", "steps", "pairs", "pieces")
+    order = ("fold", "steps", "align", "pairs", "pieces")
     for row in sorted(rows, key=lambda r: (list(SOURCES).index(r["sources"]), not r["strict"], *(r[k] for k in order))):
         dictionary = {True: ", strict", False: ", as they come"}[row["strict"]]
         what = (
