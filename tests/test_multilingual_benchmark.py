@@ -91,3 +91,6 @@ def test_the_page_is_the_committed_result() -> None:
     result = json.loads((RESULTS / NAME).read_text(encoding="utf-8"))
     assert summary(result["runs"]) == result["summary"]
     assert table(result["summary"]) in PAGE.read_text(encoding="utf-8")
+    longest = [row for row in result["summary"] if row["strict"] and row["align"] == 350]
+    assert {row["fold"] for row in longest} == {0, 1}
+    assert all(row["floors_met"] == {"mean": True, "worst": True} for row in longest)
