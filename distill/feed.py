@@ -19,7 +19,7 @@ from pocketvlm.distill.objectives.masked_language import MaskedLanguage
 from pocketvlm.distill.prepare import Prepared
 from pocketvlm.distill.regions import FINER, Cells, asked_regions, dense_map, map_taps, pooled, said_of
 from pocketvlm.distill.shares import share_of
-from pocketvlm.distill.taps import Taps, asked_taps, encode_image, text_taps
+from pocketvlm.distill.taps import Taps, asked_taps, encode_image, text_length, text_taps
 from pocketvlm.edge.contract import TextSpec
 from pocketvlm.students import Student, TowerOutput, fit_projection
 from pocketvlm.students.student import TOKENS
@@ -182,11 +182,8 @@ class Feed:
 
     def _stacked(self, texts: Sequence[str]) -> Tensor:
         """int32 [N, L], cut to the longest of these texts: most are a fifth of the context, and padding costs alike."""
-        ids = np.stack([self._ids[text] for text in texts])
-        # up to the last token that is no padding: CLIP's padding is also the token of "!", inside a text
-        places = np.arange(1, ids.shape[1] + 1)
-        longest = int(((ids != self.prepared.student.text_spec.pad_id) * places).max())
-        return torch.from_numpy(ids[:, : max(longest, 1)])
+        ids = torch.from_numpy(np.stack([self._ids[text] for text in texts]))
+        return ids[:, : text_length(ids, self.prepared.student.text_spec.pad_id)]
 
     def _add_teacher(self, batch: Step, plan: Plan, captions: list[str]) -> None:
         cache = self.prepared.images

@@ -16,6 +16,7 @@ from pocketvlm.data.splits import stable_hash
 from pocketvlm.distill.objectives import objective_options
 from pocketvlm.distill.objectives.masked_language import MaskedLanguage, checked_stages, masked_count
 from pocketvlm.distill.recipe import Recipe
+from pocketvlm.distill.taps import text_length
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.students import Student
 from pocketvlm.students.student import TOKENS
@@ -105,9 +106,7 @@ def masked_words(
 
     ids: int32 [C, L]. places: int64 [C, K], -1 for none. image: [C, D], the student's own, raw.
     """
-    # cut where no masked place is lost: CLIP's padding is also the token of "!", inside a text
-    real = (ids != student.text_spec.pad_id) * torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    ids, at = ids[:, : max(1, int(real.max()))], places.clamp(min=0)
+    ids, at = ids[:, : text_length(ids, student.text_spec.pad_id)], places.clamp(min=0)
     none = places < 0
     counts = torch.zeros(ids.shape, dtype=torch.int64, device=ids.device).scatter_add(1, at, (~none).long())
     with fused(student.text_tower, fusion, counts > 0, image):

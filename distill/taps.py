@@ -122,6 +122,13 @@ def tap_widths(student: Student, taps: Taps, cut: int | None) -> dict[str, int]:
     return {name: value.shape[2] if value.ndim == 3 else value.shape[1] for name, value in seen.items()}
 
 
+def text_length(ids: Tensor, pad_id: int) -> int:
+    """Places that hold every token of ids [N, L], at least 1: up to the last that is no padding, because CLIP's padding
+    is also the token of "!", inside a text."""
+    places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    return max(1, int(((ids != pad_id) * places).max()))
+
+
 def text_taps(seen: dict[str, Tensor], length: int) -> dict[str, Tensor]:
     """Token sequences of the text tower under their names in `Outputs.taps`, padded with zeros to `length`.
 

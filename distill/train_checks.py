@@ -48,7 +48,7 @@ def train_problems(recipe: Recipe) -> Iterator[str]:
     yield from _weights(recipe)
     yield from _averaging(recipe)
     yield from _texts(recipe)
-    yield from _starts(recipe)
+    yield from _teachers(recipe)
     yield from _task(recipe)
     train = recipe.train
     if train.warmup_steps > train.steps:
@@ -136,7 +136,7 @@ def _policy(recipe: Recipe) -> Iterator[str]:
         yield f"views.policy: {error}".rstrip(".")
 
 
-def _starts(recipe: Recipe) -> Iterator[str]:
+def _teachers(recipe: Recipe) -> Iterator[str]:
     specs = () if recipe.teacher is None else recipe.teacher.specs
     if recipe.teacher is not None and not specs:
         yield "teacher.spec is an empty list, so there is nobody to learn from; name a teacher, or set teacher to null"
