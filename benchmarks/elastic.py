@@ -188,7 +188,9 @@ class Bench:
             student = change_axes(student, axes[:, : arm.width])
         if arm.layers != LAYERS:
             student = left_early(student, arm.layers)
-        found = self.prepared.with_recipe(recipe, student)
+        # the pack's teacher is FULL wide until it is turned and cut
+        found = self.prepared.with_recipe(recipe.updated(["student.embed_dim=null"]), student)
+        found = dataclasses.replace(found, recipe=recipe)
         return found if (arm.axes, arm.teacher) == ("own", FULL) else turned(found, axes[:, : arm.teacher])
 
     def run(self, job: Job) -> Row:

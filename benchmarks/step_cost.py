@@ -318,6 +318,7 @@ def main() -> None:
             refused[name] = str(error)
         if name == "hint":
             jobs["hint on maps"] = heads_of(("clip", {}), (name, MAPS))
+            jobs["hint on all places"] = heads_of(("clip", {}), (name, {**MAPS, "places": 1}))
     objectives = shares(jobs, step)
     apart = {
         "another_forward": round(whole["momentum_forward"]["cpu_s"] / step, 4),
@@ -347,7 +348,7 @@ def main() -> None:
         if any(need.regions for need in needs):
             found["regions"] = apart["regions"]
     others = ("momentum", "masked-feature", "masked-language", "region-self")
-    others += ("matryoshka", "matryoshka-2d", "hint on maps")
+    others += ("matryoshka", "matryoshka-2d", "hint on maps", "hint on all places")
     timed = [name for name in objectives if name not in others]
     dearest = max(timed, key=lambda name: objectives[name]["share"])
     checks = {}

@@ -6,11 +6,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
-from pocketvlm.distill.objectives.common import BatchObjective, Projector, Widths, choice, tap_of, unit
+from pocketvlm.distill.objectives.common import (
+    BatchObjective,
+    Projector,
+    Widths,
+    choice,
+    seeded_generator,
+    tap_of,
+    unit,
+)
 from pocketvlm.distill.objectives.feature import row_distance
 from pocketvlm.edge.errors import UsageError
 
@@ -32,8 +41,9 @@ def as_map(tokens: Tensor) -> Tensor:
     return tokens
 
 
-def projected_to(tokens: Tensor, side: int, projector: nn.Module) -> Tensor:
-    """A student's map on the teacher's grid and in its width: [B, C, H, W] or square [B, N, W] -> [B, side^2, W_T].
+def projected_to(tokens: Tensor, side: int, projector: nn.Module, places: Tensor | slice = slice(None)) -> Tensor:
+    """A student's map on the teacher's grid and in its width: [B, C, H, W] or square [B, N, W] -> [B, P, W_T], P the
+    side^2 places or those named by `places`.
 
     Towards fewer places in both directions by adaptive average pooling, otherwise bilinearly (half-pixel centres); the
     projector, which works on each place alone, sees whichever of the two grids has fewer places. For a linear one the
@@ -41,9 +51,11 @@ def projected_to(tokens: Tensor, side: int, projector: nn.Module) -> Tensor:
     """
     chart = as_map(tokens)
     if min(chart.shape[2:]) >= side:
-        return projector(F.adaptive_avg_pool2d(chart, (side, side)).flatten(2).transpose(1, 2))
+        return projector(F.adaptive_avg_pool2d(chart, (side, side)).flatten(2).transpose(1, 2)[:, places])
     chart = projector(chart.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    return F.interpolate(chart, (side, side), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    return (
+        F.interpolate(chart, (side, side), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)[:, places]
+    )
 
 
 class Hint(BatchObjective):
@@ -55,7 +67,9 @@ class Hint(BatchObjective):
     alone, the mean of that tap over its places against the teacher's pooled feature. With `student_tap` and
     `teacher_tap`, both maps place by place (i runs over pictures and places): the student's is resampled to the
     teacher's grid (averaged where it is finer, bilinear where it is coarser) and projected by a 1 x 1 convolution,
-    which is the projector at every place.
+    which is the projector at every place. Of the places of the teacher's grid a step compares the share `places`
+    (default 0.4, at least one place; 1: all of them, as FitNets does), the same in every picture and drawn anew in each
+    step from its number, so the mean over steps is the mean over all places.
     standardize: "row" (default) gives each row mean 0 and variance 1 over its channels, on both sides, so that feature
     scales of different teachers do not change the weight; "unit" L2-normalises each row; "none" does nothing.
     Inputs: image_features [B, F_S] and [B, F_T], or the taps: student [B, C, H, W] or [B, N, W] (square grid; pooled
@@ -63,8 +77,10 @@ class Hint(BatchObjective):
     ("unit": sum over channels, as in `feature`). The projector ("linear" or "mlp") always exists, also between equal
     widths. Captions are not used; no temperature; a batch of one is fine.
     Paper: Romero et al. 2015 (FitNets, 1412.6550), equation 3, there on maps with a convolutional regressor.
-    Ours: pooled features, the row standardisation, the mean over channels and places (FitNets sums), the resampling.
-    Cost: maps: B N W_S W_T multiplications, N the places of the coarser grid; and the teacher's maps in its cache.
+    Ours: pooled features, the row standardisation, the mean over channels and places (FitNets sums), the resampling,
+    the drawn places.
+    Cost: maps: B N W_S W_T multiplications and twice as many backward, N the compared places (all of the student's
+    where its grid is the coarser one); and the teacher's maps in its cache.
     """
 
     name = "hint"
@@ -83,8 +99,14 @@ class Hint(BatchObjective):
         distance: str = "l2",
         standardize: str = "row",
         projector: str = "linear",
+        places: float = 0.4,
     ) -> None:
         super().__init__()
+        if not 0 < places <= 1:
+            raise UsageError(
+                f"objective 'hint' was given places {places} but takes a share of the grid in (0, 1]; no place would "
+                "be compared, so give for instance 0.4, or 1 for all"
+            )
         self.needs = self.needs_with({"student_tap": student_tap, "teacher_tap": teacher_tap})
         self.student_tap, self.teacher_tap = student_tap, teacher_tap
         ours = student.image_features if student_tap is None else student.tap(self.name, "student", student_tap)
@@ -99,6 +121,7 @@ class Hint(BatchObjective):
         self.distance = choice("distance", distance, ("l2", "smooth-l1"))
         self.standardize = choice("standardize", standardize, ("row", "unit", "none"))
         self.projector = Projector(ours, theirs, seed=seed, tag="hint", kind=projector)
+        self.places, self.step = places, 0
 
     @classmethod
     def needs_with(cls, options: Mapping[str, Any]) -> Needs:
@@ -113,6 +136,16 @@ class Hint(BatchObjective):
         if theirs is None:
             return Needs(features=True, taps=("student_tap",))
         return Needs(taps=("student_tap", "teacher_tap"))
+
+    def at(self, step: int, progress: float) -> None:
+        self.step = step
+
+    def chosen(self, places: int) -> Tensor | slice:
+        """Which of so many places this step compares: int64 indices, or all."""
+        if self.places == 1:
+            return slice(None)
+        generator = seeded_generator(0, f"hint places {self.step}")
+        return torch.randperm(places, generator=generator)[: max(1, round(self.places * places))]
 
     def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         ours, theirs = self._compared(student, teacher)
@@ -142,7 +175,8 @@ class Hint(BatchObjective):
                     f"objective 'hint' was given a teacher map of shape {list(theirs.shape)} but takes [B, N, W] of a "
                     "square grid; places could not be matched, so tap the teacher's tokens"
                 )
-            return projected_to(ours, side, self.projector), theirs
+            places = self.chosen(theirs.shape[1])
+            return projected_to(ours, side, self.projector, places), theirs[:, places]
         if self.student_tap is not None and ours.ndim > 2:
             ours = ours.mean(dim=(2, 3)) if ours.ndim == 4 else ours.mean(dim=1)
         return self.projector(ours), theirs

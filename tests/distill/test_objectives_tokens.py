@@ -17,7 +17,9 @@ from objective_toys import (
     HAS_TEXT,
     LENGTHS,
     OTHER,
+    PROGRESS,
     SEED,
+    STEP,
     WIDTHS,
     B,
     F,
@@ -91,6 +93,9 @@ def map_hint_oracle(o, s, t):
     for ours, theirs in zip(tokens, targets):
         if not o.teacher_tap:
             ours = [[mean(column) for column in zip(*ours)]]
+        if o.teacher_tap and o.places < 1:
+            places = o.chosen(len(theirs)).tolist()
+            ours, theirs = [ours[k] for k in places], [theirs[k] for k in places]
         for x, y in zip(project(o.projector, ours), theirs):
             gaps = [a - b for a, b in zip(standard(x, o.standardize), standard(y, o.standardize))]
             row = math.fsum(d * d if o.distance == "l2" else huber(d) for d in gaps)
@@ -105,7 +110,8 @@ def standard(v: list[float], how: str) -> list[float]:
     return unit(v) if how == "unit" else v
 
 
-BOTH = {"student_tap": "tokens", "teacher_tap": "tokens"}
+TAPS = {"student_tap": "tokens", "teacher_tap": "tokens"}
+BOTH = {**TAPS, "places": 1}
 CASES = [
     ("masked-feature", masked_oracle, {}),
     ("masked-feature", masked_oracle, {"distance": "cosine"}),
@@ -115,6 +121,7 @@ CASES = [
     ("token-alignment", alignment_oracle, {"duplicates": "positives", "width": 3}),
     ("token-alignment", alignment_oracle, {"variant": "words", "duplicates": "negatives"}),
     ("hint", map_hint_oracle, BOTH),
+    ("hint", map_hint_oracle, TAPS),
     ("hint", map_hint_oracle, {**BOTH, "standardize": "unit", "projector": "mlp"}),
     ("hint", map_hint_oracle, {**BOTH, "standardize": "none", "distance": "smooth-l1"}),
     ("hint", map_hint_oracle, {"student_tap": "tokens"}),
@@ -266,6 +273,7 @@ def test_projectors_are_seeded_saved_and_restored(name, oracle, options):
     first, second = build(name, OTHER, **options), build(name, OTHER, **options)
     assert torch.equal(torch.get_rng_state(), before)
     other = build_objective(name, student=WIDTHS, teacher=OTHER, seed=SEED + 1, **options)
+    other.at(STEP, PROGRESS)
     assert any("projector" in key for key in first.state_dict())
     assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
     assert any(not torch.equal(value, other.state_dict()[key]) for key, value in first.state_dict().items())
@@ -378,6 +386,24 @@ def test_a_map_hint_knows_where_things_are():
     assert float(total(pooled, moved, teacher)) == pytest.approx(float(total(pooled, student, teacher)), rel=1e-10)
 
 
+def test_drawn_places_change_with_the_step_alone_and_average_to_all_of_them():
+    student, teacher = outputs(1), outputs(2)
+    drawn, whole = build("hint", **TAPS), build("hint", **BOTH)
+    places = student.taps["tokens"].shape[1]
+    values, seen = [], torch.zeros(places)
+    for step in range(400):
+        drawn.at(step, 0.0)
+        assert len(set(drawn.chosen(places).tolist())) == round(0.4 * places)
+        values.append(float(total(drawn, student, teacher)))
+        seen[drawn.chosen(places)] += 1
+    assert torch.allclose(seen / 400, torch.tensor(round(0.4 * places) / places), atol=0.1)
+    assert mean(values) == pytest.approx(float(total(whole, student, teacher)), rel=0.02)
+    again = build("hint", **TAPS)
+    again.at(7, 0.0)
+    assert float(total(again, student, teacher)) == values[7]
+    assert len(build("hint", **TAPS, places=0.01).chosen(places)) == 1
+
+
 # ------------------------------------------------------------------------------------------------ needs and mistakes
 
 
@@ -398,6 +424,8 @@ BARE = Widths(embedding=5, image_features=F, text_features=F)
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
+        (lambda: build("hint", **TAPS, places=0), UsageError, "share of the grid"),
+        (lambda: build("hint", **TAPS, places=9), UsageError, "share of the grid"),
         (lambda: build("masked-feature", ratio=0.0), UsageError, "some must be masked|some patches must be masked"),
         (lambda: build("masked-feature", ratio=1), UsageError, "some patches must be masked"),
         (lambda: build("masked-feature", cells=1), UsageError, "whole number of cells from 2"),
