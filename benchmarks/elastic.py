@@ -62,7 +62,8 @@ Stage = Literal["prepare", "run", "summary", "all"]
 DIMS = (32, 64, 96, 128, 192, 256, 384)
 FULL = DIMS[-1]
 FEATURE = {"few": 13.0, "all": 12.1}
-"""Weight of `feature` beside `clip`: chosen by benchmarks.ablation on fold 0 (r = 3 in both protocols)."""
+"""Weight of `feature` beside `clip`, r = 3: benchmarks.ablation chose it on fold 0 with few captions; with all of them
+it chose r = 0.3 (1.21) after these runs had begun."""
 REDUCTIONS = ("prefix", "principal", "projector")
 LAYERS = 2
 """Of the text tower of every start."""
