@@ -31,7 +31,7 @@ import tyro
 from benchmarks.ablation_arms import BASE, CANDIDATES, PROTOCOLS, TUNING, chosen
 from benchmarks.results_folder import RESULTS, machine
 
-Stage = Literal["prepare", "tune", "screen", "search", "final", "summary", "all"]
+Stage = Literal["prepare", "tune", "screen", "search", "final", "moving", "summary", "all"]
 Row = dict[str, Any]
 FOLDS, SEEDS = (1, 2, 3, 4), (0, 1, 2)
 TUNED_ON = 0
@@ -243,10 +243,17 @@ def _tell(row: Row, done: int, left: int, seconds: float) -> None:
 
 
 def prepare_all(
-    work: Path, folds: Sequence[int], seeds: Sequence[int], protocols: Sequence[str], processes: int
+    work: Path,
+    folds: Sequence[int],
+    seeds: Sequence[int],
+    protocols: Sequence[str],
+    processes: int,
+    moving: bool = False,
 ) -> None:
-    """Starts of all seeds, then packs of all folds and protocols."""
-    from benchmarks.ablation_runs import make_pack, make_start
+    """Starts of all seeds, then packs of all folds and protocols; moving: those with token maps."""
+    from benchmarks.ablation_runs import SUPERSET, SUPERSET_MOVING, make_pack, make_start
+
+    reads = SUPERSET_MOVING if moving else SUPERSET
 
     work.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -254,7 +261,7 @@ def prepare_all(
         for future in first:
             future.result()
         # protocols of one fold share its teacher, so folds are neighbours in this order
-        packs = [pool.submit(make_pack, work, fold, protocol) for protocol in protocols for fold in folds]
+        packs = [pool.submit(make_pack, work, fold, protocol, reads) for protocol in protocols for fold in folds]
         for future in packs:
             future.result()
 
@@ -300,6 +307,11 @@ def main(
     if stage in ("final", "all"):
         jobs = [*final_jobs(wanted, protocols, folds, seeds, screened)]
         run_all(jobs, Results(out, "final"), work, device, processes, deadline)
+    if stage in ("moving", "all"):
+        from benchmarks.ablation_moving import moving_jobs
+
+        prepare_all(work, (TUNED_ON,), seeds, protocols, processes, moving=True)
+        run_all([*moving_jobs(protocols, seeds)], Results(out, "moving"), work, device, processes, deadline)
     if stage in ("summary", "all"):
         from benchmarks.ablation_summary import summarise
 
