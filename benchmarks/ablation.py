@@ -8,8 +8,9 @@ alone (`--stage tune`: base on fold 0). An objective beside the base has the wei
 base's at the first step; r is chosen on fold 0, seed 0 (`--stage screen`), and what is reported comes from the other
 folds, whose test concepts are others, and three seeds (`--stage final`).
 
-Stages: prepare (starts and packs under --work; needs the extra `demo`), tune, screen, final, summary (the table, the
-plot and docs/ablation.md, from the result files alone), all (everything but tune). Each finished run is a line of
+Stages: prepare (starts and packs under --work; needs the extra `demo`), tune, screen, final, moving (losses
+that have no arm there, with a trunk that moves: `ablation_moving`), summary (the table, the plot and docs/ablation.md,
+from the result files alone), all (everything but tune). Each finished run is a line of
 benchmarks/results/ablation/STAGE.jsonl with the digest of what it does; a run whose digest is there is not repeated, so
 the command continues where it stopped. A second machine needs the tree, torch, timm, pydantic, tyro, and --work.
 """

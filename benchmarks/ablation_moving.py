@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.ablation import SEEDS, TUNED_ON
+from benchmarks.ablation import TUNED_ON
 from benchmarks.ablation_arms import BASE, MOVING, PROTOCOLS
 from benchmarks.ablation_runs import Job, job_of
 from benchmarks.ablation_summary import (
@@ -56,13 +56,13 @@ def moving_jobs(protocols: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]
 
 def moving_of(rows: list[Row]) -> dict[str, Any]:
     """By protocol: every arm against the base, pooled over the seeds that it has."""
-    asked = {job.digest for job in moving_jobs(tuple(PROTOCOLS), SEEDS)}
     concepts = {row["id"]: row["concepts"] for row in rows if "concepts" in row}
     found: dict[str, Any] = {}
     for protocol in PROTOCOLS:
         runs: dict[str, dict[tuple[int, int], Row]] = {arm.name: {} for arm in MOVING}
         for row in rows:
-            if row.get("digest") in asked and row["protocol"] == protocol:
+            # of one run made twice under two definitions, the later line is the one that was asked for last
+            if row.get("protocol") == protocol and row["tuned"] == MOVED and row["arm"] in runs:
                 runs[row["arm"]][row["fold"], row["seed"]] = row
         base = runs[BASE.name]
         arms = {
