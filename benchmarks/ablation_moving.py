@@ -41,10 +41,11 @@ METHOD = f"""
     teacher's maps are those of its image network's last layer, 5 × 5 places. Options are the defaults, and r is 1 in
     every arm: at the first step its gradient is as large as the base's. Nothing was chosen by these queries, but an r
     of 1 need not be an arm's best. Fold {TUNED_ON} alone, whose test concepts neither teacher nor student has seen;
-    the intervals resample concepts, and cover neither another fold nor the choice of r and of the settings."""
+    the intervals resample concepts, and cover neither another fold or seed nor the choice of r and of the settings."""
 READ = """
-    Of {compared} comparisons at 95 %, about {chance:.1g} would leave 0 aside by chance. Above the base beyond their
-    interval: {above}. Below it: {below}. The others are within noise."""
+    Above the base, 0 outside the interval: {above}. Below it: {below}. The others are within noise. Of {compared}
+    comparisons without any difference about {chance:.1g} would stand there too, so that an interval whose end is close
+    to 0 decides nothing."""
 
 
 def moving_jobs(protocols: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
@@ -89,7 +90,7 @@ def moving_section(found: dict[str, Any]) -> list[str]:
         lines += [f"### {_title(protocol)}, trunk moving", "", *_screening_table(part), ""]
         most = part["arms"][BASE.name]["runs"]
         fewer = [f"`{name}` {row['runs']}" for name, row in part["arms"].items() if row["runs"] < most]
-        told = f"Seeds {_listed(part['seeds'])}, {' and '.join(map(str, part['queries']))} queries in the directions."
+        told = f"Runs of seed {_listed(part['seeds'])}; {' and '.join(map(str, part['queries']))} queries a direction."
         told += f" Of the first seeds alone: {', '.join(fewer)} runs." if fewer else ""
         told += f" Not run: {', '.join(f'`{name}`' for name in part['missing'])}." if part["missing"] else ""
         lines += _wrapped(told)

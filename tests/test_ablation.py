@@ -222,8 +222,8 @@ def test_the_section_of_the_moving_trunk_pools_seeds_and_says_what_is_apart(tmp_
     text = " ".join("\n".join(moving_section(found)).split())
     assert "| `token-gram` | relations of places (`rdist`) | 1 | 90.0 | 90.0 | +40.0 (" in text
     assert "Of the first seeds alone: `region-self` 1 runs. Not run: `feature`" in text
+    assert "outside the interval: `token-gram` (few). Below it: `hint` (few). The others" in text
     assert "Of 3 comparisons" in text
-    assert "interval: `token-gram` (few). Below it: `hint` (few)." in text
 
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
