@@ -5,7 +5,7 @@
 `hint` compares what lies before the projection, and so teaches nothing while the trunk stands still; `token-gram` and
 `hint` on maps read the teacher's token maps, `token-alignment` the student's, `masked-language` and `region-self` run a
 forward of their own. All have the settings of `MOVED` here, the base and `feature` too, and one weight: that at which
-their gradient is the base's at the first step. Nothing is chosen by the queries that are shown.
+their gradient is the base's at the first step. Of these arms nothing is chosen by the queries that are shown.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ METHOD = f"""
     the image projection starts at its ridge solution towards the captions (strength {MOVED["fit_projection"]:g}), so
     that `region-self` has a start to learn from; {MOVED["steps"]} steps of {MOVED["batch_size"]} pictures. The
     teacher's maps are those of its image network's last layer, 5 × 5 places. Options are the defaults, and r is 1 in
-    every arm: at the first step its gradient is as large as the base's. Nothing was chosen by these queries, but an r
-    of 1 need not be an arm's best. Fold {TUNED_ON} alone, whose test concepts neither teacher nor student has seen;
-    the intervals resample concepts, and cover neither another fold or seed nor the choice of r and of the settings."""
+    every arm: at the first step its gradient is as large as the base's. That need not be an arm's best; nothing was
+    chosen by these queries but the learning rate (for the base) and the trunk's (for `best`). Fold {TUNED_ON} alone,
+    whose test concepts neither teacher nor student has seen; the intervals resample concepts, and cover neither another fold or seed nor the choice of r and of the settings."""
 READ = """
     Above the base, 0 outside the interval: {above}. Below it: {below}. The others are within noise. Of {compared}
     comparisons without any difference about {chance:.1g} would stand there too, so that an interval whose end is close
