@@ -41,7 +41,8 @@ METHOD = f"""
     teacher's maps are those of its image network's last layer, 5 × 5 places. Options are the defaults, and r is 1 in
     every arm: at the first step its gradient is as large as the base's. That need not be an arm's best; nothing was
     chosen by these queries but the learning rate (for the base) and the trunk's (for `best`). Fold {TUNED_ON} alone,
-    whose test concepts neither teacher nor student has seen; the intervals resample concepts, and cover neither another fold or seed nor the choice of r and of the settings."""
+    whose test concepts neither teacher nor student has seen; the intervals resample concepts, and cover
+    neither another fold or seed nor the choice of r and of the settings."""
 READ = """
     Above the base, 0 outside the interval: {above}. Below it: {below}. The others are within noise. Of {compared}
     comparisons without any difference about {chance:.1g} would stand there too, so that an interval whose end is close
