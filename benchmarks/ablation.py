@@ -8,8 +8,9 @@ alone (`--stage tune`: base on fold 0). An objective beside the base has the wei
 base's at the first step; r is chosen on fold 0, seed 0 (`--stage screen`), and what is reported comes from the other
 folds, whose test concepts are others, and three seeds (`--stage final`).
 
-Stages: prepare (starts and packs under --work; needs the extra `demo`), tune, screen, final, summary (the table, the
-plot and docs/ablation.md, from the result files alone), all (everything but tune). Each finished run is a line of
+Stages: prepare (starts and packs under --work; needs the extra `demo`), tune, screen, final, moving (losses
+that have no arm there, with a trunk that moves: `ablation_moving`), summary (the table, the plot and docs/ablation.md,
+from the result files alone), all (everything but tune). Each finished run is a line of
 benchmarks/results/ablation/STAGE.jsonl with the digest of what it does; a run whose digest is there is not repeated, so
 the command continues where it stopped. A second machine needs the tree, torch, timm, pydantic, tyro, and --work.
 """
@@ -31,7 +32,7 @@ import tyro
 from benchmarks.ablation_arms import BASE, CANDIDATES, PROTOCOLS, TUNING, chosen
 from benchmarks.results_folder import RESULTS, machine
 
-Stage = Literal["prepare", "tune", "screen", "search", "final", "summary", "all"]
+Stage = Literal["prepare", "tune", "screen", "search", "final", "moving", "summary", "all"]
 Row = dict[str, Any]
 FOLDS, SEEDS = (1, 2, 3, 4), (0, 1, 2)
 TUNED_ON = 0
@@ -243,10 +244,17 @@ def _tell(row: Row, done: int, left: int, seconds: float) -> None:
 
 
 def prepare_all(
-    work: Path, folds: Sequence[int], seeds: Sequence[int], protocols: Sequence[str], processes: int
+    work: Path,
+    folds: Sequence[int],
+    seeds: Sequence[int],
+    protocols: Sequence[str],
+    processes: int,
+    moving: bool = False,
 ) -> None:
-    """Starts of all seeds, then packs of all folds and protocols."""
-    from benchmarks.ablation_runs import make_pack, make_start
+    """Starts of all seeds, then packs of all folds and protocols; moving: those with token maps."""
+    from benchmarks.ablation_runs import SUPERSET, SUPERSET_MOVING, make_pack, make_start
+
+    reads = SUPERSET_MOVING if moving else SUPERSET
 
     work.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -254,7 +262,7 @@ def prepare_all(
         for future in first:
             future.result()
         # protocols of one fold share its teacher, so folds are neighbours in this order
-        packs = [pool.submit(make_pack, work, fold, protocol) for protocol in protocols for fold in folds]
+        packs = [pool.submit(make_pack, work, fold, protocol, reads) for protocol in protocols for fold in folds]
         for future in packs:
             future.result()
 
@@ -300,6 +308,11 @@ def main(
     if stage in ("final", "all"):
         jobs = [*final_jobs(wanted, protocols, folds, seeds, screened)]
         run_all(jobs, Results(out, "final"), work, device, processes, deadline)
+    if stage in ("moving", "all"):
+        from benchmarks.ablation_moving import moving_jobs
+
+        prepare_all(work, (TUNED_ON,), seeds, protocols, processes, moving=True)
+        run_all([*moving_jobs(protocols, seeds)], Results(out, "moving"), work, device, processes, deadline)
     if stage in ("summary", "all"):
         from benchmarks.ablation_summary import summarise
 

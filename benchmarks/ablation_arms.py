@@ -168,6 +168,20 @@ ARMS: tuple[Arm, ...] = (
     ),
 )
 
+MOVING: tuple[Arm, ...] = (
+    BASE,
+    next(arm for arm in ARMS if arm.name == "feature"),
+    next(arm for arm in ARMS if arm.name == "hint"),
+    _one(
+        "hint-map", "token maps at all places (FitNets)", "hint", student_tap="tokens", teacher_tap="tokens", places=1
+    ),
+    _one("token-gram", "relations of places (`rdist`)", "token-gram"),
+    _one("token-alignment", "words and patches (FILIP)", "token-alignment"),
+    _one("masked-language", "masked captions, shown the picture", "masked-language"),
+    _one("region-self", "cells, as the start says of them (CLIPSelf)", "region-self"),
+)
+"""Of `benchmarks.ablation_moving`: losses that read maps or need a forward of their own, and two to compare with."""
+
 
 def _candidate(name: str, *changes: str, **weights: float) -> Arm:
     """A sum that might be recipe `best`: plain weights by short names of `PARTS`, nothing screened."""
@@ -241,7 +255,7 @@ BEST = "trunk-3+steps-600"
 
 
 def arm_named(name: str) -> Arm:
-    return next(arm for arm in (*ARMS, *CANDIDATES) if arm.name == name)
+    return next(arm for arm in (*ARMS, *CANDIDATES, *MOVING) if arm.name == name)
 
 
 def recipe_of(

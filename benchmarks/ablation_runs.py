@@ -39,13 +39,16 @@ from pocketvlm.distill.loop import DivergedError, Trainer, distill_run
 from pocketvlm.distill.prepare import Prepared, prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe, load_recipe
+from pocketvlm.distill.taps import asked_taps
 from pocketvlm.students import Student, load_student, save_student
 from pocketvlm.teachers.device import describe_device, pick_device
 
 SILENT = Reporter(False)
 DIRECTIONS = ("image_to_text", "text_to_image")
 SUPERSET: Arm = arm_named("openmoji-whole")
-"""Reads everything that any arm reads: its inputs serve all of them."""
+"""Reads everything that any arm of the stages reads: its inputs serve all of them."""
+SUPERSET_MOVING: Arm = arm_named("token-gram")
+"""The same of the stage `moving`, whose packs keep the teacher's token maps too."""
 NO_GRADIENT = "no gradient reaches a weight that trains; it needs a trunk that moves"
 
 
@@ -68,6 +71,11 @@ class Job:
     def group(self) -> tuple[int, str]:
         return self.fold, self.protocol
 
+    @property
+    def reads(self) -> Arm:
+        """The arm whose inputs the run's pack holds."""
+        return SUPERSET_MOVING if self.stage == "moving" else SUPERSET
+
 
 def job_of(
     stage: str, arm: Arm, protocol: str, fold: int, seed: int, ratio: float, scale: float | None, **tuned: Any
@@ -84,11 +92,12 @@ def start_folder(work: Path, seed: int) -> Path:
     return work / f"start-s{seed}-{text_digest(seed)}"
 
 
-def pack_path(work: Path, fold: int, protocol: str) -> Path:
-    recipe = recipe_of(SUPERSET, protocol, fold, 0)
+def pack_path(work: Path, fold: int, protocol: str, reads: Arm = SUPERSET) -> Path:
+    recipe = recipe_of(reads, protocol, fold, 0)
     read = {part: recipe.to_dict()[part] for part in ("data", "views", "teacher", "student", "eval")}
     read["teacher"].pop("axes")  # a pack holds the teacher's own coordinates, whatever its runs turn them to
-    key = hashlib.sha256(json.dumps([read, text_digest(0)], sort_keys=True).encode()).hexdigest()[:16]
+    facts = [read, text_digest(0), *asked_taps(recipe).teacher]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return work / f"pack-f{fold}-{protocol}-{key}.pt"
 
 
@@ -106,14 +115,14 @@ def make_start(work: Path, seed: int) -> None:
     save_student(prepare(recipe, SILENT).student, folder, overwrite=True)
 
 
-def make_pack(work: Path, fold: int, protocol: str) -> None:
+def make_pack(work: Path, fold: int, protocol: str, reads: Arm = SUPERSET) -> None:
     """Everything that the runs of a fold and protocol read, in one file."""
-    path = pack_path(work, fold, protocol)
+    path = pack_path(work, fold, protocol, reads)
     if path.is_file():
         return
     torch.set_num_threads(1)
     start = start_folder(work, 0)
-    recipe = started_at(recipe_of(SUPERSET, protocol, fold, 0), str(start), str(start / "tokenizer.json"), "cpu")
+    recipe = started_at(recipe_of(reads, protocol, fold, 0), str(start), str(start / "tokenizer.json"), "cpu")
     found = prepare(recipe, SILENT)
     for cache in (found.images, found.words):
         assert cache is not None, "the recipe that reads everything has a teacher and texts"
@@ -122,7 +131,7 @@ def make_pack(work: Path, fold: int, protocol: str) -> None:
     samples = [_in_memory(sample) for sample in found.samples]
     packed = dataclasses.replace(
         found,
-        recipe=recipe_of(SUPERSET, protocol, fold, 0),
+        recipe=recipe_of(reads, protocol, fold, 0),
         source=DataSource(found.source.name, samples),
         held_out=None,
         samples=samples,
@@ -153,10 +162,10 @@ def _in_memory(sample: Sample) -> Sample:
     return dataclasses.replace(sample, image=ImageRef(data=sample.image.read()))
 
 
-def open_pack(work: Path, fold: int, protocol: str) -> Prepared:
+def open_pack(work: Path, fold: int, protocol: str, reads: Arm = SUPERSET) -> Prepared:
     """What `make_pack` wrote, as `prepare` gave it; its student is the start of seed 0."""
     # the file is this benchmark's own, written by the command above
-    content = torch.load(pack_path(work, fold, protocol), weights_only=False)
+    content = torch.load(pack_path(work, fold, protocol, reads), weights_only=False)
     found: Prepared = content["prepared"]
     student = load_student(start_folder(work, 0))
     data, views = found.recipe.data, found.recipe.views
@@ -182,7 +191,8 @@ class Bench:
     def ready(self, job: Job, recipe: Recipe) -> Prepared:
         """Inputs of a run with a student of its own, its projections already where they start."""
         if self.group != job.group:
-            self.prepared, self.group, self.starts = open_pack(self.work, job.fold, job.protocol), job.group, {}
+            opened = open_pack(self.work, job.fold, job.protocol, job.reads)
+            self.prepared, self.group, self.starts = opened, job.group, {}
         assert self.prepared is not None, "a pack was opened"
         section = recipe.student
         taught = str(recipe.teacher) if section.fit_to == "teacher" else ""
@@ -238,7 +248,7 @@ def gradient_norms(prepared: Prepared, device: torch.device) -> dict[str, float]
     trainer = Trainer(prepared, device)
     optim.apply_freezing(trainer.student, trainer.config, 0)
     batch = trainer.feed.make(0)
-    outputs, momentum = trainer.feed.forward(trainer.student, batch), trainer._momentum(batch)
+    outputs, momentum = trainer.feed.forward(trainer.student, batch, trainer.beside), trainer._momentum(batch)
     parts: dict[str, list[Any]] = {"base": [], "own": []}
     for place, (spec, objective) in enumerate(zip(prepared.recipe.objectives, trainer.objectives)):
         student, teacher = outputs[spec.batch]

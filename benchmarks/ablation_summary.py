@@ -21,7 +21,7 @@ DIRECTIONS = {"image_to_text": "picture → text", "text_to_image": "text → pi
 PUBLISHED = {"clip-kd": 4.35, "feature": 3.7, "icl": 2.6, "crd": 1.4, "gradient": 1.0, "afd": 0.9}
 """CLIP-KD (2307.12732): points of ImageNet zero-shot top-1 over a base of 30.55, ViT-B/16 into ViT-T/16, CC15M."""
 PAIRS = (("clip-kd", "feature"), ("feature", "icl"), ("icl", "crd"))
-STAGES = ("tune", "screen", "search", "final", "teacher")
+STAGES = ("tune", "screen", "search", "final", "teacher", "moving")
 NO_RESULTS = "No results are committed yet: this page has no numbers, and none should be quoted."
 
 Row = dict[str, Any]
@@ -30,6 +30,7 @@ Row = dict[str, Any]
 def summary_of(out: Path) -> dict[str, Any]:
     """The pooled finals of every arm that has the same folds and seeds as the base, and what was screened and tuned."""
     from benchmarks.ablation import read_rows
+    from benchmarks.ablation_moving import moving_of
 
     rows = read_rows(out / "final.jsonl")
     concepts = {row["id"]: row["concepts"] for row in rows if "concepts" in row}
@@ -59,13 +60,12 @@ def summary_of(out: Path) -> dict[str, Any]:
             "teacher": teacher,
             "arms": arms,
             "incomplete": sorted(name for name in runs[protocol] if name not in arms),
-            "published": _published(
-                arms, {name: [runs[protocol][name][key] for key in sorted(runs[protocol][name])] for name in arms}, concepts
-            ),
+            "published": _published(arms, {name: _in_order(runs[protocol][name]) for name in arms}, concepts),
         }
     tuned, screened = read_rows(out / "tune.jsonl"), read_rows(out / "screen.jsonl")
     found["screening"], found["tuning"] = _screening(screened), _tuning(tuned)
     found["search"] = _search(read_rows(out / "search.jsonl"))
+    found["moving"] = moving_of(read_rows(out / "moving.jsonl"))
     if not found["protocols"]:
         rows = screened
         machines = {row["id"]: row["machine"] for row in rows if "id" in row and "machine" in row}
@@ -75,6 +75,10 @@ def summary_of(out: Path) -> dict[str, Any]:
     found["train"] = TRAIN
     found["sha256"] = {stage: digest_of(out / f"{stage}.jsonl") for stage in STAGES}
     return found
+
+
+def _in_order(runs: dict[tuple[int, int], Row]) -> list[Row]:
+    return [runs[key] for key in sorted(runs)]
 
 
 def _every_fold(own: dict[tuple[int, int], Row], base: dict[tuple[int, int], Row]) -> bool:
@@ -208,6 +212,8 @@ def _published(arms: dict[str, Any], runs: dict[str, list[Row]], concepts: dict[
 
 def page(found: dict[str, Any]) -> str:
     """docs/ablation.md."""
+    from benchmarks.ablation_moving import moving_section
+
     lines = ["# Which loss is worth its cost?", ""]
     lines += [
         "Made by `python -m benchmarks.ablation --stage summary` from the files in `benchmarks/results/ablation`; edit",
@@ -253,6 +259,8 @@ def page(found: dict[str, Any]) -> str:
         lines += ["## The screening that chose r, and the arms that were screened alone", "", *_wrapped(SCREENED)]
         for protocol, part in found.get("screening", {}).items():
             lines += [f"### {_title(protocol)}", "", *_screening_table(part), ""]
+    if found.get("moving"):
+        lines += moving_section(found["moving"])
     if found.get("search"):
         lines += ["## The search for `best`", "", *_search_table(found["search"]), "", *_wrapped(SEARCHED)]
     if found.get("tuning"):
@@ -297,11 +305,11 @@ METHOD = f"""
     student has seen; differences have 95 % paired bootstrap intervals, base concepts resampled whole. A cost is the
     median step against the base's on the same machine: a step without the trunk that stands still, at B = 128, on a
     GPU shared by 15 processes, where many small kernels weigh more than beside whole towers (objectives.md has shares
-    of a whole step at B = 256). Not here: `token-gram` and `token-alignment`, which read token
-    maps, of which the stored inputs of all pictures and views would hold a gigabyte; `hint`, which compares features
-    before the projection, so that it teaches nothing while the trunk stands still; and `multi-teacher` beside the base,
-    which with one teacher is `crd`; `masked-language` and `region-self`, which need a forward of their own over inputs
-    that are not stored; `matryoshka-2d`, which makes smaller students; and `dho`, whose student is a classifier."""
+    of a whole step at B = 256). Not among these: `hint`, which compares features before the
+    projection, so that it teaches nothing while the trunk stands still; `token-gram`, `token-alignment`,
+    `masked-language` and `region-self`, which read maps or need a forward of their own (these five were screened [with
+    a trunk that moves](#screening-with-a-trunk-that-moves)); `multi-teacher` beside the base, which with one teacher is
+    `crd`; `matryoshka-2d`, which makes smaller students; and `dho`, whose student is a classifier."""
 COMPARED = """
     CLIP-KD's points are of ImageNet zero-shot accuracy after training from scratch on 15 million pairs; ours are of
     R@5 after a short training of pretrained towers, mean of both directions. Sign and order are compared, not size."""

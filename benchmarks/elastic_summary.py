@@ -171,8 +171,8 @@ Made by `python -m benchmarks.elastic --stage summary` from [its runs](../benchm
 
 R@5 in per cent, mean of both directions unless said, on concepts that neither teacher nor student has seen; `clip` and
 `feature` in every arm, and the data, start, steps and settings of the [ablation](ablation.md). The weight of
-`feature` is at r = 3, which its fold 0 chose with few captions; with all of them it chose r = 0.3, a tenth of the weight
-that stands here. Intervals: 95 %, paired, base concepts resampled whole.
+`feature` is at r = 3, which its fold 0 chose with few captions; with all of them it chose r = 0.3, a tenth of that
+weight. Intervals: 95 %, paired, base concepts resampled whole.
 
 **One elastic student** (`matryoshka` over both losses, all seven widths) against students trained for one width
 alone. These need a teacher of that width: its first numbers (*prefix*), its first principal axes (*principal*), or all

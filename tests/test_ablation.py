@@ -15,13 +15,16 @@ import pytest
 import torch
 
 from benchmarks import ablation, ablation_arms, ablation_runs, ablation_summary
-from benchmarks.ablation_arms import ARMS, BASE, BEST, CANDIDATES, PROTOCOLS, arm_named, recipe_of, run_digest
+from benchmarks.ablation_arms import ARMS, BASE, BEST, CANDIDATES, MOVING, PROTOCOLS, arm_named, recipe_of, run_digest
+from benchmarks.ablation_moving import MOVED, moving_jobs, moving_of, moving_section
 from pocketvlm.distill.loop import distill_run
 from pocketvlm.distill.objectives import list_objectives
 from pocketvlm.distill.prepare import prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe, load_recipe
+from pocketvlm.distill.taps import asked_taps
 from pocketvlm.edge.errors import UsageError
+from pocketvlm.students import save_student
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "ablation"
 SILENT = Reporter(False)
@@ -158,13 +161,69 @@ def test_a_loss_that_reaches_nothing_that_trains_has_no_gradient(toy: Any) -> No
 
 
 def test_every_objective_that_a_recipe_can_use_is_in_an_arm() -> None:
-    used = {spec["name"] for arm in ARMS for spec in arm.objectives} | {"clip"}
-    # these read token maps, of which a pack of all pictures and views would hold a gigabyte
-    # `matryoshka-2d` makes a smaller student, not a better one, `dho` a classifier; the last two need a forward of
-    # their own, over masked captions and over crops
-    apart = {"matryoshka-2d", "dho", "masked-language", "region-self"}
-    assert set(list_objectives()) - used == {"token-gram", "token-alignment"} | apart
-    assert len({arm.name for arm in ARMS}) == len(ARMS)
+    """An objective that is added has an arm, in the ablation or with a trunk that moves, or a reason here."""
+    used = {spec["name"] for arm in (*ARMS, *MOVING) for spec in arm.objectives} | {"clip"}
+    apart = {
+        "matryoshka-2d": "makes a smaller student, not a better one",
+        "dho": "its student is a classifier",
+    }
+    assert set(list_objectives()) - used == apart.keys()
+    assert all(arm_named(arm.name) is arm for arm in (*ARMS, *MOVING))
+
+
+@pytest.mark.parametrize("arm", MOVING, ids=lambda arm: arm.name)
+def test_arms_on_a_moving_trunk_differ_in_their_losses_alone(arm: ablation_arms.Arm) -> None:
+    base, own = (recipe_of(one, "few", 0, 1, 1.0, MOVED) for one in (BASE, arm))
+    for part in ("data", "views", "eval", "student"):
+        assert getattr(own, part) == getattr(base, part)
+    assert own.train.model_dump(exclude={"bank"}) == base.train.model_dump(exclude={"bank"})
+    assert [spec.name for spec in own.objectives][:1] == ["clip"]
+    assert own.train.lr_scale["image_tower.trunk"] == load_recipe("best").train.lr_scale["image_tower.trunk"] == 3
+
+
+def test_a_pack_for_a_moving_trunk_keeps_token_maps_and_is_another(tmp_path: Path) -> None:
+    """Runs of the stage read the pack whose teacher cache has maps; the other stages' packs are as they were."""
+    still = ablation_runs.job_of("screen", BASE, "few", 0, 0, 1.0, None)
+    moving = next(iter(moving_jobs(["few"], [0])))
+    assert asked_taps(recipe_of(moving.reads, "few", 0, 0)).teacher == ("tokens",)
+    paths = [ablation_runs.pack_path(tmp_path, 0, "few", job.reads) for job in (still, moving)]
+    assert paths[0] == ablation_runs.pack_path(tmp_path, 0, "few")
+    assert paths[0] != paths[1]
+    read = {tap for arm in MOVING for tap in asked_taps(recipe_of(arm, "few", 0, 0)).teacher}
+    assert read == {"tokens"}
+
+
+@pytest.mark.parametrize("name", ["masked-language", "region-self"])
+def test_a_loss_with_a_forward_of_its_own_has_a_gradient(toy: Any, tmp_path: Path, name: str) -> None:
+    save_student(prepare(toy(), SILENT).student, tmp_path / "start")
+    start = f"student.init={tmp_path / 'start'}"
+    recipe = toy("train.text_batch=0", start, objectives=[{"name": "clip"}, {"name": name}])
+    norms = ablation_runs.gradient_norms(prepare(recipe, SILENT), torch.device("cpu"))
+    assert norms["base"] > 0
+    assert norms["own"] > 0
+
+
+def test_the_section_of_the_moving_trunk_pools_seeds_and_says_what_is_apart(tmp_path: Path) -> None:
+    gains = {"clip": 0, "token-gram": 8, "hint": -8, "region-self": 0}
+    results = ablation.Results(tmp_path, "moving")
+    for job in moving_jobs(["few"], [0, 1]):
+        if job.arm in gains and not (job.arm == "region-self" and job.seed):
+            results.keep(_row(job, gain=gains[job.arm]))
+    stale = ablation_runs.job_of("moving", arm_named("feature"), "few", 0, 0, 1.0, None)
+    results.keep(_row(stale, gain=8))
+    found = moving_of(ablation.read_rows(results.path))
+    arms = found["few"]["arms"]
+    assert list(found) == ["few"]
+    assert [(name, arms[name]["runs"]) for name in gains] == [
+        (name, 1 if name == "region-self" else 2) for name in gains
+    ]
+    assert arms.keys() == gains.keys()
+    assert arms["token-gram"]["both"]["difference"] == 40.0
+    text = " ".join("\n".join(moving_section(found)).split())
+    assert "| `token-gram` | relations of places (`rdist`) | 1 | 90.0 | 90.0 | +40.0 (" in text
+    assert "Of the first seeds alone: `region-self` 1 runs. Not run: `feature`" in text
+    assert "outside the interval: `token-gram` (few). Below it: `hint` (few). The others" in text
+    assert "Of 3 comparisons" in text
 
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)

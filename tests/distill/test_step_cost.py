@@ -11,8 +11,10 @@ from pocketvlm.distill.objectives import list_objectives
 from pocketvlm.distill.recipe import list_recipes
 
 EXCEPTIONS = {
-    # another forward, or a match of tokens, by definition; the maps' is what the share of places is there for
-    "objective": {"momentum", "masked-feature", "masked-language", "region-self", "token-alignment", "hint on all places"},
+    # another forward, or a match of tokens, by definition; hint's default share of places is there for its maps' cost
+    "objective": {
+        *("momentum", "masked-feature", "masked-language", "region-self", "token-alignment", "hint on all places"),
+    },
     "recipe": {"self-distilled", "lightclip-mlm-style", "clipself"},
 }
 ROOT = Path(__file__).resolve().parents[2]
