@@ -15,13 +15,11 @@ from typing import Any
 
 from benchmarks.ablation import TUNED_ON
 from benchmarks.ablation_arms import BASE, MOVING, PROTOCOLS
+from benchmarks.ablation_pooled import DIRECTIONS, Row, pooled
 from benchmarks.ablation_runs import Job, job_of
 from benchmarks.ablation_summary import (
-    DIRECTIONS,
-    Row,
     _every_fold,
     _listed,
-    _pooled,
     _screening_table,
     _title,
     _wrapped,
@@ -68,7 +66,7 @@ def moving_of(rows: list[Row]) -> dict[str, Any]:
                 runs[row["arm"]][row["fold"], row["seed"]] = row
         base = runs[BASE.name]
         arms = {
-            name: _pooled([own[key] for key in sorted(own)], [base[key] for key in sorted(own)], concepts)
+            name: pooled([own[key] for key in sorted(own)], [base[key] for key in sorted(own)], concepts)
             for name, own in runs.items()
             if _every_fold(own, base)
         }

@@ -12,19 +12,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ablation_arms import ARMS, BASE, BEST, CANDIDATES, PROTOCOLS, TRAIN, TUNING, arm_named
+from benchmarks.ablation_pooled import DIRECTIONS, Row, percent, pooled, published
 from benchmarks.results_folder import write_text
-from pocketvlm.distill.metrics import paired_bootstrap
 
 ROOT = Path(__file__).resolve().parents[1]
 DOC, PLOT = ROOT / "docs" / "ablation.md", ROOT / "docs" / "images" / "ablation.svg"
-DIRECTIONS = {"image_to_text": "picture → text", "text_to_image": "text → picture"}
-PUBLISHED = {"clip-kd": 4.35, "feature": 3.7, "icl": 2.6, "crd": 1.4, "gradient": 1.0, "afd": 0.9}
-"""CLIP-KD (2307.12732): points of ImageNet zero-shot top-1 over a base of 30.55, ViT-B/16 into ViT-T/16, CC15M."""
-PAIRS = (("clip-kd", "feature"), ("feature", "icl"), ("icl", "crd"))
 STAGES = ("tune", "screen", "search", "final", "teacher", "moving")
 NO_RESULTS = "No results are committed yet: this page has no numbers, and none should be quoted."
-
-Row = dict[str, Any]
 
 
 def summary_of(out: Path) -> dict[str, Any]:
@@ -49,7 +43,7 @@ def summary_of(out: Path) -> dict[str, Any]:
             own = runs[protocol].get(arm.name, {})
             if _every_fold(own, base):
                 keys = sorted(own)
-                arms[arm.name] = _pooled([own[key] for key in keys], [base[key] for key in keys], concepts)
+                arms[arm.name] = pooled([own[key] for key in keys], [base[key] for key in keys], concepts)
         teacher = _teacher(read_rows(out / "teacher.jsonl"), [fold for fold, _ in sorted(base)])
         for row in arms.values():
             for direction in [d for d in DIRECTIONS if teacher]:
@@ -60,7 +54,7 @@ def summary_of(out: Path) -> dict[str, Any]:
             "teacher": teacher,
             "arms": arms,
             "incomplete": sorted(name for name in runs[protocol] if name not in arms),
-            "published": _published(arms, {name: _in_order(runs[protocol][name]) for name in arms}, concepts),
+            "published": published(arms, {name: _in_order(runs[protocol][name]) for name in arms}, concepts),
         }
     tuned, screened = read_rows(out / "tune.jsonl"), read_rows(out / "screen.jsonl")
     found["screening"], found["tuning"] = _screening(screened), _tuning(tuned)
@@ -104,12 +98,12 @@ def _screening(rows: list[Row]) -> dict[str, Any]:
             "fold": base["fold"],
             "seed": base["seed"],
             "queries": [len(base["ranks"][direction]) for direction in DIRECTIONS],
-            "arms": {name: _pooled([row], [base], concepts) for name, row in chosen.items() if not row.get("skipped")},
+            "arms": {name: pooled([row], [base], concepts) for name, row in chosen.items() if not row.get("skipped")},
             "skipped": {name: row["skipped"] for name, row in chosen.items() if row.get("skipped")},
             "missing": [name for name, own in best.items() if not own],
         }
         own = {name: [row] for name, row in chosen.items()}
-        found[protocol]["published"] = _published(found[protocol]["arms"], own, concepts)
+        found[protocol]["published"] = published(found[protocol]["arms"], own, concepts)
     return found
 
 
@@ -122,7 +116,7 @@ def _tuning(rows: list[Row]) -> dict[str, dict[str, Any]]:
         name = ", ".join(f"{key} {value:g}" for key, value in tuned.items()) or "as used"
         for row in (row for row in rows if row.get("tuned") == tuned and "ranks" in row):
             hits = [np.mean(np.array(ranks) <= 5) for ranks in row["ranks"].values()]
-            scores = {"MRR": round(quality(row), 2), "R@5": _percent(float(np.mean(hits)))}
+            scores = {"MRR": round(quality(row), 2), "R@5": percent(float(np.mean(hits)))}
             found.setdefault(name, {})[row["protocol"]] = scores
     return found
 
@@ -139,7 +133,7 @@ def _search(rows: list[Row]) -> dict[str, dict[str, Any]]:
             own = {row["seed"]: row for row in rows if row["arm"] == arm.name and row["protocol"] == protocol}
             hits = [[np.mean(np.array(row["ranks"][d]) <= 5) for d in DIRECTIONS] for row in own.values()]
             if hits:
-                scores = {d: _percent(value) for d, value in zip(DIRECTIONS, np.mean(hits, axis=0), strict=True)}
+                scores = {d: percent(value) for d, value in zip(DIRECTIONS, np.mean(hits, axis=0), strict=True)}
                 found.setdefault(arm.name, {})[protocol] = scores | {"seeds": sorted(own)}
     return found
 
@@ -149,62 +143,12 @@ def _teacher(rows: list[Row], folds: list[int]) -> dict[str, float]:
     ranks = {row["fold"]: row["ranks"] for row in rows}
     if not folds or not ranks.keys() >= set(folds):
         return {}
-    pooled = {d: np.concatenate([np.array(ranks[fold][d]) for fold in folds]) for d in DIRECTIONS}
-    return {d: _percent(float(np.mean(values <= 5))) for d, values in pooled.items()}
+    asked = {d: np.concatenate([np.array(ranks[fold][d]) for fold in folds]) for d in DIRECTIONS}
+    return {d: percent(float(np.mean(values <= 5))) for d, values in asked.items()}
 
 
 def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
-def _pooled(own: list[Row], base: list[Row], concepts: dict[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {"runs": len(own), "diverged": sum("diverged" in row for row in own)}
-    result |= {"r": own[0]["ratio"], "scale": own[0]["scale"], "objectives": own[0].get("objectives")}
-    for name, directions in {**{one: [one] for one in DIRECTIONS}, "both": [*DIRECTIONS]}.items():
-        ours, theirs, groups = [], [], []
-        for mine, other in zip(own, base):
-            assert mine.get("queries", other["queries"]) == other["queries"], "the arms answered the same queries"
-            for direction in directions:
-                hits = np.array(other["ranks"][direction]) <= 5
-                theirs.append(hits)
-                # a student that diverged finds nothing
-                ours.append(np.array(mine["ranks"][direction]) <= 5 if "ranks" in mine else np.zeros_like(hits))
-                groups += concepts[other["queries"]][direction]
-        interval = paired_bootstrap(np.concatenate(ours), np.concatenate(theirs), clusters=groups).to_dict()
-        result[name] = {"R@5": _percent(interval["a"])}
-        result[name] |= {key: _percent(interval[key]) for key in ("difference", "low", "high")}
-    costs = [mine["step_ms"] / other["step_ms"] for mine, other in zip(own, base) if "step_ms" in mine]
-    result["step_cost"] = round(float(np.median(costs)), 3) if costs else None
-    result["step_ms"] = (
-        round(float(np.median([row["step_ms"] for row in own if "step_ms" in row])), 2) if costs else None
-    )
-    return result
-
-
-def _percent(value: float) -> float:
-    return round(100 * float(value), 2)
-
-
-def _published(arms: dict[str, Any], runs: dict[str, list[Row]], concepts: dict[str, Any]) -> list[dict[str, Any]]:
-    """CLIP-KD's statements, and whether these runs agree: the mean difference over both directions and its interval.
-
-    runs: of each arm, in one order of folds and seeds.
-    """
-    said = [
-        (f"{name} > 0", points, arms[name]["both"])
-        for name, points in PUBLISHED.items()
-        if name in arms and not arms[name]["diverged"]
-    ]
-    for more, less in PAIRS:
-        if more in arms and less in arms:
-            points = round(PUBLISHED[more] - PUBLISHED[less], 2)
-            said.append((f"{more} > {less}", points, _pooled(runs[more], runs[less], concepts)["both"]))
-    return [
-        {"statement": statement, "published": points, "here": both["difference"]}
-        | {"low": both["low"], "high": both["high"]}
-        | {"agrees": "yes" if both["low"] > 0 else "no" if both["high"] < 0 else "undecided"}
-        for statement, points, both in said
-    ]
 
 
 # --- the page
