@@ -1,5 +1,5 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task test
+.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans test
 
 evidence: readme demo protocols parity text step-cost inherited
 
@@ -38,6 +38,11 @@ task:
 
 step-cost:
 	python -m benchmarks.step_cost
+
+# constants of this machine's cores for `pocketvlm plan`, and the worked examples of docs/scaling.md
+plans:
+	python -m benchmarks.device_constants
+	python -m benchmarks.scaling_examples
 
 test:
 	pytest -n 2

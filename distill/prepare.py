@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Prepared:
                 differ.append("teacher")
             elif (other.teacher.axes == "principal") != isinstance(self.images, TurnedCache):
                 differ.append("axes of the teacher")
-            elif _wants_texts(other) and self.words is None and self.texts:
+            elif wants_texts(other) and self.words is None and self.texts:
                 differ.append("texts of the teacher")
         if student is None and tokenizer_asked(own) != tokenizer_asked(other):
             differ.append("tokenizer")
@@ -123,7 +123,7 @@ class Prepared:
             student=student,
             teacher=None if alone else self.teacher,
             images=None if alone else self.images,
-            words=self.words if not alone and _wants_texts(other) else None,
+            words=self.words if not alone and wants_texts(other) else None,
             teacher_answers=None if alone else self.teacher_answers,
             digest=_digest(self.samples, self.texts, self.english, student, None if alone else self.teacher),
         )
@@ -156,8 +156,16 @@ class Prepared:
         return tuple(dict.fromkeys((what, licence, by) for what, licence, by in rows))
 
 
-def prepare(recipe: Recipe, report: Reporter) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    report: Reporter,
+    *,
+    source: DataSource | None = None,
+    opener: Callable[..., Teacher] | None = None,
+) -> Prepared:
     """Open, build or find in the cache all that `recipe` names.
+
+    source: training data in place of `data.train`. opener: opens a teacher's spec in place of `open_teacher`.
 
     Raises:
         UsageError: parts that do not fit each other (see the checks below), an empty data set.
@@ -165,7 +173,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
     """
     with Stages(report, "data") as progress:
         bad = recipe.data.on_bad_sample
-        source = open_data(recipe.data.train, on_bad_sample=bad, progress=progress)
+        source = source or open_data(recipe.data.train, on_bad_sample=bad, progress=progress)
         held_out = open_data(recipe.data.eval, on_bad_sample=bad, progress=progress) if recipe.data.eval else None
     source = source.weighed(recipe.data.caption_weights)
     _check_captions(recipe, source)
@@ -182,7 +190,7 @@ def prepare(recipe: Recipe, report: Reporter) -> Prepared:
         with Stages(report, "teacher") as progress:
             teachers, teacher = load_ensemble(
                 recipe.teacher.specs,
-                open_teacher,
+                opener or open_teacher,
                 device=recipe.train.device,
                 allow_download=recipe.teacher.allow_download,
                 trust_remote_code=recipe.teacher.trust_remote_code,
@@ -371,10 +379,10 @@ def _teacher_outputs(
         # precomputed embeddings are a cache already; there is no model that could fill another one
         images: TeacherCache | None = ready
         words_cache: TeacherCache | None = ready
-        _check_precomputed(recipe, ready, samples, [*captions, *(texts if _wants_texts(recipe) else ())])
+        _check_precomputed(recipe, ready, samples, [*captions, *(texts if wants_texts(recipe) else ())])
     elif blind:
         images = cached("captions", (), captions) if captions else None
-        words_cache = cached("texts", (), texts) if _wants_texts(recipe) and texts else None
+        words_cache = cached("texts", (), texts) if wants_texts(recipe) and texts else None
     else:
         images = cached(
             "views",
@@ -385,7 +393,7 @@ def _teacher_outputs(
             seed=recipe.views.seed,
             **tokens,
         )
-        words_cache = cached("texts", (), texts) if _wants_texts(recipe) and texts else None
+        words_cache = cached("texts", (), texts) if wants_texts(recipe) and texts else None
     answers = None
     if questions is not None and not blind:
         if isinstance(ready, TeacherCache):
@@ -406,7 +414,7 @@ def _together(
     return joined(teacher.members, images), joined(teacher.members, words), joined_answers(asked, teacher)
 
 
-def _wants_texts(recipe: Recipe) -> bool:
+def wants_texts(recipe: Recipe) -> bool:
     train, student = recipe.train, recipe.student
     return bool(train.text_batch or isinstance(train.bank, int) or student.fit_text_projection is not None)
 

@@ -22,6 +22,11 @@ from pocketvlm.students import (
 from pocketvlm.teachers.ensemble import Ensemble
 
 DEFAULT_DIM = 256
+# tokenizer.source -> what makes it of texts, with at most so many pieces
+TOKENIZER_MAKERS: dict[str, Callable[[Sequence[str], int], bytes]] = {
+    "texts": train_tokenizer,
+    "minilm-l6": inherit_tokenizer,
+}
 
 
 def start_student(
@@ -38,20 +43,16 @@ def start_student(
     if section.name == AS_INIT:
         return _as_saved(recipe, teacher, classes)
     origin, size, _ = tokenizer_asked(recipe)
-    makers: dict[str, Callable[[Sequence[str], int], bytes]] = {
-        "texts": train_tokenizer,
-        "minilm-l6": inherit_tokenizer,
-    }
     tokenizer: bytes | Path
     if known is not None:
         tokenizer = known
-    elif origin in makers:
+    elif origin in TOKENIZER_MAKERS:
         if not texts:
             raise UsageError(
                 f"{source.name} has no captions to make a tokenizer from; add data.words (name, size), or set "
                 "tokenizer.source to a tokenizer.json"
             )
-        tokenizer = makers[origin](english, size)
+        tokenizer = TOKENIZER_MAKERS[origin](english, size)
     else:
         tokenizer = Path(origin)
     width = section.embed_dim or (DEFAULT_DIM if teacher is None else student_dim(teacher))

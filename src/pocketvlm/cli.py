@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 from tyro.conf import Positional, arg
 
+from pocketvlm import cli_engine
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
 from pocketvlm.table import emit
 
@@ -26,6 +27,7 @@ teacher_app = tyro.extras.SubcommandApp()
 reference_app = tyro.extras.SubcommandApp()
 app.command(teacher_app, name="teacher", help="Look at a teacher before you train on it.")
 app.command(reference_app, name="reference", help="Record and show reference runs.")
+cli_engine.register(app)
 
 Json = Annotated[bool, arg(name="json", help="Print JSON instead of a table.")]
 Overwrite = Annotated[bool, arg(help="Replace an output folder that is not empty.")]
