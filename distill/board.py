@@ -430,6 +430,12 @@ class Board:
                 found.setdefault(part, {})[name] = drawn.to_dict()
         return found
 
+    def keep_units(self) -> None:
+        """The cluster ids beside the per-query results, for comparisons with what is scored elsewhere."""
+        for part in ("image_to_text", "text_to_image", "zero_shot", "hard_negatives"):
+            if part in self._units:
+                self.queries[f"{part}/unit"] = self._units[part]
+
     def _per_query(self) -> Iterator[tuple[str, str, Array, Array, Array]]:
         """(part, metric, the model's results, the teacher's, cluster ids) of what is a mean over queries."""
         for part, ks, metric in (

@@ -55,8 +55,11 @@ def line_chart(title: str, series: Mapping[str, Series], *, smooth: bool = False
         label = _number(round(x_low + share * (x_high - x_low)))
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{label}</text>')
     legend = []
-    for index, (name, points) in enumerate(drawn.items()):
-        css = f"s{index % 8}"
+    for index, name in enumerate(series):
+        if name not in drawn:
+            continue
+        # by its place among all series, so that a run keeps its colour on charts that lack another run
+        css, points = f"s{index % 8}", drawn[name]
         raw = _thinned(points)
         if smooth and len(raw) > 20:
             parts.append(_line(raw, place, f"{css} raw"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ __all__ = [
     "DEFAULT_METRICS",
     "METRICS",
     "TEMPLATES",
+    "Array",
     "Embedded",
     "Encoder",
     "Evaluation",
@@ -49,9 +50,11 @@ __all__ = [
     "gap_text",
     "is_flag",
     "left_out",
+    "listed",
     "questions_of",
     "rows_of",
     "score",
+    "show",
 ]
 
 SCHEMA = "1.1"
@@ -121,22 +124,27 @@ def rows_of(values: dict[str, Any]) -> list[tuple[str, str, str, str, str, str]]
     """(part, metric, model, teacher, retention, difference) as text, for tables on a terminal and in the report."""
     rows = []
     teacher, kept, gaps = (values.get(key) or {} for key in ("teacher", "retention", "difference"))
-    for part, own in values["model"].items():
-        for metric, value in own.items():
-            shown = f"{metric}_pictures" in own if part == "hard_negatives" else any(mark in metric for mark in _SHOWN)
-            if not shown or not isinstance(value, float) or metric.endswith("equal_mass"):
-                continue
-            other = teacher.get(part, {}).get(metric)
-            share = kept.get(part, {}).get(metric)
-            gap = gap_text(metric, gaps.get(part, {}).get(metric))
-            row = (part.replace("_", " "), metric.replace("_", " "), _show(metric, value))
-            rows.append((*row, _show(metric, other), _percent(share), gap))
+    for part, metric, value in listed(values):
+        other = teacher.get(part, {}).get(metric)
+        share = kept.get(part, {}).get(metric)
+        gap = gap_text(metric, gaps.get(part, {}).get(metric))
+        row = (part.replace("_", " "), metric.replace("_", " "), show(metric, value))
+        rows.append((*row, show(metric, other), _percent(share), gap))
     for part in ("neighbours", "divergence"):
         for what, value in (values.get(part) or {}).items():
             if isinstance(value, float) and what != "temperature":
-                shown_as = _show("distance" if part == "divergence" else what, value)
+                shown_as = show("distance" if part == "divergence" else what, value)
                 rows.append((part, f"{what}, nats" if part == "divergence" else what, shown_as, "–", "–", "–"))
     return rows + rows_of_asymmetric(values.get("asymmetric"))
+
+
+def listed(values: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """(part, metric, value) of the model's own numbers that tables show."""
+    for part, own in values["model"].items():
+        for metric, value in own.items():
+            shown = f"{metric}_pictures" in own if part == "hard_negatives" else any(mark in metric for mark in _SHOWN)
+            if shown and isinstance(value, float) and not metric.endswith("equal_mass"):
+                yield part, metric, value
 
 
 def _unit(metric: str) -> tuple[float, str]:
@@ -146,7 +154,8 @@ def _unit(metric: str) -> tuple[float, str]:
     return (1, ".3f") if any(mark in metric for mark in _NUMBERS) else (100, ".1f")
 
 
-def _show(metric: str, value: float | None) -> str:
+def show(metric: str, value: float | None) -> str:
+    """A number as text, in the unit in which `metric` is shown; a dash for None."""
     factor, form = _unit(metric)
     return "–" if value is None else format(factor * value, form)
 
@@ -298,4 +307,5 @@ def score(
         intervals = board.differences()
         values["difference"] = {part: found for part, found in intervals.items() if part in values["model"]}
     values["not_scored"] = board.not_scored
+    board.keep_units()
     return Evaluation(values, board.queries)

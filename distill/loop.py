@@ -30,6 +30,7 @@ from pocketvlm.distill.evaluate import Evaluation, embed_questions, score
 from pocketvlm.distill.feed import Beside, Feed, Step
 from pocketvlm.distill.fusion import fusion_of
 from pocketvlm.distill.gather import gather_outputs
+from pocketvlm.distill.meter import Meter
 from pocketvlm.distill.objectives import Objective, Outputs
 from pocketvlm.distill.prepare import Prepared, prepare
 from pocketvlm.distill.progress import Reporter
@@ -38,13 +39,13 @@ from pocketvlm.distill.regions import frozen_copy
 from pocketvlm.distill.run_folder import (
     CHECKPOINTS,
     ENVIRONMENT,
-    METRICS,
     RECIPE,
     REPORT,
     STUDENT,
     MetricsLog,
     open_run_folder,
 )
+from pocketvlm.distill.trackers import check_trackers, open_log
 from pocketvlm.edge.errors import IntegrityError, PocketvlmError
 from pocketvlm.students import save_student
 from pocketvlm.students.task import SHARES, choose_mixing
@@ -98,6 +99,7 @@ def distill_run(
 def _run(recipe: Recipe, out: Path, checkpoint: Path | None, report: Reporter, resume: bool) -> RunResult:
     try:
         device = pick_device(recipe.train.device)
+        check_trackers(recipe.train.trackers)
         prepared = prepare(recipe, report)
     except PocketvlmError:
         if checkpoint is None and not resume:
@@ -123,7 +125,7 @@ def _run(recipe: Recipe, out: Path, checkpoint: Path | None, report: Reporter, r
         evaluation = trainer.evaluate()
     if evaluation is not None:
         evaluation.save(out)
-        log = MetricsLog(out / METRICS, trainer.step)
+        log = open_log(out, recipe, trainer.step, report.line)
         log.write({"step": trainer.step, "final": True, **_scores(evaluation)})
         log.close()
     from pocketvlm.distill.report import write_report
@@ -221,23 +223,24 @@ class Trainer:
 
     def train(self, out: Path, report: Reporter) -> float:
         """All remaining steps, with metrics, evaluations and checkpoints into `out`; returns the seconds taken."""
-        log = MetricsLog(out / METRICS, self.step)
+        log = open_log(out, self.recipe, self.step, report.line)
+        meter = Meter(self.total, self.step, elapsed=log.elapsed, cuda=self.device.type == "cuda")
         started = time.monotonic()
         try:
             batches = prefetch(self.feed.make, range(self.step, self.total))
             every = self.config.log_every
-            with report.stage("training", self.total, done=self.step, every=every) as update:
+            with report.training(meter, every=every) as tell:
                 while self.step < self.total:
                     before = time.monotonic()
                     batch = next(batches)
                     waited = time.monotonic() - before
                     row = self.one_step(batch)
                     taken = time.monotonic() - before
-                    row |= {"samples_per_s": batch.size / taken, "data_wait_s": waited, "step_s": taken}
+                    row |= meter.measure(row, samples=batch.size, waited=waited, taken=taken)
                     if self.step % every == 0 or self.step in (1, self.total):
                         log.write(row)
                     self._sometimes(out, log, report)
-                    update(self.step, f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['samples_per_s']:.0f}/s")
+                    tell(row)
         finally:
             log.close()
         return time.monotonic() - started

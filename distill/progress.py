@@ -1,12 +1,17 @@
-"""Progress for people: bars on a terminal, plain lines elsewhere (a log file, CI), nothing when switched off."""
+"""Progress for people: bars and a live table on a terminal, plain lines elsewhere, nothing when switched off."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+from pocketvlm.distill.live import note_of, table_of
+from pocketvlm.distill.meter import Meter
+
+_REFRESH_S = 0.25
 
 
 class Reporter:
@@ -47,6 +52,28 @@ class Reporter:
                 last, said = time.monotonic(), now
 
         yield update
+
+    @contextmanager
+    def training(self, meter: Meter, *, every: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """Yields `tell(row)`, called after each step that `meter` counted: a live table on a terminal, drawn at most
+        four times a second and in this thread, and elsewhere a line every `every` steps."""
+        if self._console is None:
+            with self.stage("training", meter.total, done=meter.step, every=every) as update:
+                yield lambda row: update(row["step"], note_of(meter, row))
+            return
+        from rich.live import Live
+
+        drawn = -_REFRESH_S
+        with Live(console=self._console, auto_refresh=False) as live:
+
+            def tell(row: Mapping[str, Any]) -> None:
+                nonlocal drawn
+                now = time.monotonic()
+                if now - drawn >= _REFRESH_S or meter.step >= meter.total:
+                    live.update(table_of(meter, row), refresh=True)
+                    drawn = now
+
+            yield tell
 
     @contextmanager
     def _bar(self, title: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:

@@ -163,6 +163,8 @@ class TrainSection(Section):
     training itself goes on uninterpolated.
     balance: "gradient-norm" scales the weights by `distill.balance.GradientBalance`, measured every `balance_every`
     steps of the main phase; the first objective is the reference. null: weights as given.
+    log_every: steps between rows of metrics.jsonl and, elsewhere than on a terminal, lines of progress.
+    trackers: who is given these rows as well (`distill.trackers`); each is an extra of the same name.
     """
 
     steps: Count = 1000
@@ -192,6 +194,7 @@ class TrainSection(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     threads: Count | None = None
     log_every: Count = 20
+    trackers: tuple[Literal["tensorboard", "trackio"], ...] = ()
 
 
 class EvalSection(Section):

@@ -128,7 +128,9 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
         return [(row["step"], row[key]) for row in source if key in row]
 
     terms = list(dict.fromkeys(key for row in trained for key in row if key.startswith("loss/")))
-    recalls = [key for row in scored[:1] for key in row if key.endswith(("R@5", "top-1"))]
+    # a score of the end alone is in the table
+    whole = len({row["step"] for row in scored}) > 1
+    recalls = [key for row in scored[:1] for key in row if whole and key.endswith(("R@5", "top-1"))]
     charts = [
         line_chart("Loss", {"loss": series(trained, "loss")}, smooth=True),
         line_chart("Terms, weighted", {key[5:]: series(trained, key) for key in terms}, smooth=True),
@@ -139,6 +141,7 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
         line_chart("Learning rate", {"lr": series(trained, "lr")}),
         line_chart("Gradient norm", {"gradient norm": series(trained, "grad_norm")}, smooth=True),
         line_chart("Logit scale", {"logit scale": series(trained, "logit_scale")}),
+        line_chart("Data wait, share of a step", {"data wait": series(trained, "data_wait_share")}),
     ]
     return [chart for chart in charts if chart is not None]
 

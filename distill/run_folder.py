@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import shutil
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pocketvlm.distill.checkpoint import latest_checkpoint, write_text_atomically
 from pocketvlm.distill.recipe import Recipe, load_recipe
@@ -95,24 +100,87 @@ def _differences(a: Any, b: Any, where: str = "") -> set[str]:
     return set() if a == b else {where}
 
 
-class MetricsLog:
-    """metrics.jsonl: one JSON object a line. Opening it at a step drops later lines, which a resumed run rewrites."""
+class Tracker(Protocol):
+    """Where the rows of metrics.jsonl also go. Neither method raises: a tracker that fails says so and falls silent."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        kept = (
-            [row for row in read_metrics(path) if row["step"] <= step and "final" not in row]
-            if step and path.exists()
-            else []
-        )
-        write_text_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a", encoding="utf-8")
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line. Opening it at a step drops later lines, which a resumed run rewrites.
+
+    A full disk or a read-only folder never stops a run for its metrics: `say` tells it once, the file keeps its whole
+    lines, and rows wait in memory (the newest `WAITING`) until one can be written, and then all are. A run that really
+    has no room is stopped by its checkpoint, which is written whole or not at all.
+
+    elapsed: `elapsed_s` of the newest line that was kept and has it, else 0. also: each is given every row
+    (`distill.trackers`).
+    """
+
+    WAITING = 10_000
+
+    def __init__(
+        self,
+        path: Path,
+        step: int,
+        *,
+        say: Callable[[str], None] = lambda text: None,
+        also: Sequence[Tracker] = (),
+    ) -> None:
+        self._path, self._say, self._also = path, say, also
+        kept = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
+        kept = [row for row in kept if "final" not in row]
+        self.elapsed = next((float(row["elapsed_s"]) for row in reversed(kept) if "elapsed_s" in row), 0.0)
+        self._start = "".join(json.dumps(row) + "\n" for row in kept)
+        self._file: io.FileIO | None = None
+        self._size = self._lost = 0
+        self._waiting: deque[bytes] = deque(maxlen=self.WAITING)
+        self._failed = False
+        self._write()
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._lost += len(self._waiting) == self.WAITING
+        self._waiting.append((json.dumps(row) + "\n").encode())
+        self._write()
+        for tracker in self._also:
+            tracker.write(row)
 
     def close(self) -> None:
-        self._file.close()
+        """Write what waits, if that is possible now, and say how many rows are lost if it is not."""
+        self._write()
+        if lost := len(self._waiting) + self._lost:
+            self._say(f"{lost} rows of {self._path} could not be written and are lost")
+        if self._file is not None:
+            self._file.close()
+        for tracker in self._also:
+            tracker.close()
+
+    def _write(self) -> None:
+        try:
+            if self._file is None:
+                write_text_atomically(self._path, self._start)
+                self._file = io.FileIO(self._path, "r+b")
+                self._size = len(self._start.encode())
+            while self._waiting:
+                # from the end of the last whole line: what a failure left of a line is written over
+                self._file.seek(self._size)
+                data = memoryview(self._waiting[0])
+                while data:
+                    data = data[self._file.write(data) :]
+                self._size += len(self._waiting.popleft())
+        except OSError as error:
+            if self._file is not None:
+                with suppress(OSError):
+                    self._file.truncate(self._size)
+            if not self._failed:
+                why = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+                self._say(
+                    f"{self._path} could not be written because {why}; training goes on, and its rows are written as "
+                    "soon as there is room: free some space, or the next checkpoint will fail and stop the run"
+                )
+            self._failed = True
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,12 +1,14 @@
-"""Commands around long runs: what one will take. Registered by `cli`; everything heavy is imported inside them."""
+"""Commands around long runs: what one will take, and how runs compare. Everything heavy is imported inside."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from pocketvlm.edge.errors import UsageError
 from pocketvlm.table import emit
 
 Json = Annotated[bool, arg(name="json", help="Print JSON instead of tables.")]
@@ -15,6 +17,7 @@ Json = Annotated[bool, arg(name="json", help="Print JSON instead of tables.")]
 def register(app: Any) -> None:
     """Add these commands to the command line."""
     app.command(plan)
+    app.command(report)
 
 
 def plan(
@@ -48,3 +51,28 @@ def plan(
         return
     emit(found.rows(), False, title=f"plan of {found.recipe} on {found.count} x {found.device}")
     emit(found.assumptions, False, title="assumptions")
+
+
+def report(
+    runs: Annotated[
+        Positional[tuple[Path, ...]], arg(metavar="RUN ...", help="Run folders; the first is the yardstick.")
+    ],
+    *,
+    out: Annotated[Path | None, arg(metavar="PATH.html", help="Where the page goes.")] = None,
+    overwrite: Annotated[bool, arg(help="Replace the file --out.")] = False,
+    as_json: Annotated[bool, arg(name="json", help="Print JSON, beside the page or instead of it.")] = False,
+) -> None:
+    """Compare runs on one page: what differs, scores with paired intervals, curves over each other."""
+    from pocketvlm.distill.compare import compare, read_runs, write_comparison
+
+    if out is None and not as_json:
+        raise UsageError("report was told neither --out nor --json, so its result would be lost; give --out PATH.html")
+    if out is not None and out.suffix != ".html":
+        raise UsageError(f"--out {out} does not end in .html, and nothing else is written; name it {out.name}.html")
+    if out is not None and out.exists() and not overwrite:
+        raise UsageError(f"{out} exists and would be lost; name another file or pass --overwrite")
+    values = write_comparison(runs, out) if out is not None else compare(read_runs(runs))
+    if as_json:
+        print(json.dumps(values, indent=2))
+    else:
+        print(f"report: {out}")

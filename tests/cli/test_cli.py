@@ -23,6 +23,7 @@ COMMANDS = {
         "list",
         "teacher",
         "distill",
+        "report",
         "eval",
         "prune",
         "export",
@@ -100,6 +101,7 @@ COMMANDS = {
     "parity": ("BUNDLE", "--reference", "--out", "--targets", "--budgets", "--strict", "--overwrite", "--json"),
     "embed": ("BUNDLE", "INPUT", "--text", "--out", "--overwrite", "--backend", "--precision"),
     "classify": ("BUNDLE", "IMAGE", "--labels", "--templates", "--backend", "--precision", "--json"),
+    "report": ("RUN", "--out", "--overwrite", "--json"),
     "doctor": ("--json",),
 }
 

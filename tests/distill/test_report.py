@@ -16,6 +16,7 @@ from pocketvlm.data.sample import Caption, ImageRef, Sample
 from pocketvlm.distill.curves import _ticks, line_chart
 from pocketvlm.distill.evaluate import Embedded, Evaluation, Questions, score
 from pocketvlm.distill.report import write_report
+from pocketvlm.distill.run_folder import read_metrics
 from pocketvlm.edge.errors import UsageError
 
 EVIL = "<script>alert('x')</script> & \"co\""
@@ -127,6 +128,16 @@ def test_without_an_evaluation_there_are_curves_only(tmp_path: Path) -> None:
     page = write_report(tmp_path / "run").read_text()
     assert "What it sees" not in page
     assert "<h2>Training</h2>" in page
+
+
+def test_a_score_of_the_end_alone_has_no_chart_and_a_recorded_wait_has_one(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    rows = [row | {"data_wait_share": 0.1} for row in read_metrics(path) if row["step"] == 59 or "loss" in row]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", write_report(tmp_path / "run").read_text())
+    assert "Scores while training" not in titles
+    assert "Data wait, share of a step" in titles
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
