@@ -293,6 +293,28 @@ def shares(jobs: Mapping[str, Callable[[], object]], step: float) -> dict[str, d
     return found
 
 
+def recipe_shares(names: Sequence[str], step: float, apart: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The losses of each recipe over `clip` alone, and what it asks of the towers besides, as shares of the step."""
+    found = {}
+    for name in names:
+        recipe = load_recipe(name)
+        texts = recipe.train.text_batch
+        found |= shares({name: heads_of_recipe(recipe, texts)}, step)
+        row = found[name]
+        if texts:
+            row["text_batch"] = round(texts / BATCH * apart["texts"], 4)
+        needs = [objective_needs(spec.name, spec.options) for spec in recipe.objectives]
+        for key, asked in (
+            ("another_forward", any(need.momentum for need in needs)),
+            ("masked_view", any(need.masked_view for need in needs)),
+            ("masked_text", any(need.masked_text for need in needs)),
+            ("regions", any(need.regions for need in needs)),
+        ):
+            if asked:
+                row[key] = apart[key]
+    return found
+
+
 def in_all(row: Mapping[str, float]) -> float:
     """The share of the losses and of what the towers do besides."""
     return row["share"] + sum(row.get(key, 0.0) for key in BESIDES)
@@ -350,23 +372,8 @@ def main() -> None:
     objectives["masked-feature"]["masked_view"] = apart["masked_view"]
     objectives["masked-language"]["masked_text"] = apart["masked_text"]
     objectives["region-self"]["regions"] = apart["regions"]
-    recipes: dict[str, dict[str, float]] = {}
-    for row in list_recipes():
-        recipe = load_recipe(row["name"])
-        texts = recipe.train.text_batch
-        recipes |= shares({row["name"]: heads_of_recipe(recipe, texts)}, step)
-        found = recipes[row["name"]]
-        if texts:
-            found["text_batch"] = round(texts / BATCH * whole["texts"]["cpu_s"] / step, 4)
-        needs = [objective_needs(spec.name, spec.options) for spec in recipe.objectives]
-        if any(need.momentum for need in needs):
-            found["another_forward"] = apart["another_forward"]
-        if any(need.masked_view for need in needs):
-            found["masked_view"] = apart["masked_view"]
-        if any(need.masked_text for need in needs):
-            found["masked_text"] = apart["masked_text"]
-        if any(need.regions for need in needs):
-            found["regions"] = apart["regions"]
+    apart["texts"] = whole["texts"]["cpu_s"] / step
+    recipes = recipe_shares([row["name"] for row in list_recipes()], step, apart)
     checks = {name: whole_steps(base, Step(student, name)) | {"apart": objectives[name]["share"]} for name in CHECKED}
     loads.append(machine()["load_average"])
     result = {

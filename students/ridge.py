@@ -23,6 +23,9 @@ def fit_projection(
     the n x n or the F x F side, whichever is smaller. All of it is folded into the head: a batch norm takes mean and
     variance, the linear layer the rest, so that `head(features)` in eval mode predicts t.
 
+    Source: a linear map from any model's features into CLIP's space is Text-to-Concept's (ICML 2023),
+    fitted there by SGD on features of a common variance; the closed form, its scaling and its penalty are ours.
+
     Why not each channel by its own deviation: rounding to int8 adds the same noise to every channel of a tensor, so a
     channel made louder makes its noise louder. Per-channel scaling cost a shipped file 1 - cosine of 0.3; the penalty
     in the tensor's own units is what regression with equal noise on all inputs asks for (Bishop 1995, noise as

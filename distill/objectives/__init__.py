@@ -151,6 +151,21 @@ def objective_taps(name: str, options: Mapping[str, Any] | None = None) -> dict[
     return found
 
 
+def _refuse_senseless(name: str, option: str, value: Any) -> None:
+    """What no objective could mean by an option, told by its annotation; its number is the objective's to check."""
+    meant = str(inspect.signature(objective_class(name).__init__).parameters[option].annotation)
+    given = f"option {option!r} of objective {name!r} is {'null' if value is None else repr(value)}"
+    if value is None and "None" not in meant:
+        raise UsageError(f"{given}, which means nothing there; give a value, or leave it out for its default")
+    if meant == "bool" and not isinstance(value, bool):
+        raise UsageError(
+            f"{given} but must be true or false; any other word would count as true, so write one of these"
+        )
+    listed = isinstance(value, (list, tuple)) or (isinstance(value, str) and meant.endswith("| str"))
+    if value is not None and meant.startswith("Sequence") and not listed:
+        raise UsageError(f"{given} but must be a list; its parts could not be told apart, so write [...]")
+
+
 def build_objective(
     name: str, *, student: Widths, teacher: Widths | None = None, seed: int = 0, **options: Any
 ) -> BatchObjective:
@@ -174,6 +189,7 @@ def build_objective(
                 if known
                 else UsageError(f"objective {name!r} takes no options but {key!r} was given; remove it")
             )
+        _refuse_senseless(name, key, options[key])
     if cls.needs_with(options).teacher and teacher is None:
         raise UsageError(
             f"objective {name!r} learns from a teacher and none was given; name a teacher in the recipe or leave the "

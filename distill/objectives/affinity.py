@@ -12,7 +12,8 @@ from pocketvlm.distill.objectives.crd import both_directions
 class AffinityMimicking(BatchObjective):
     """affinity: cross-entropy between the teacher's and the student's affinity matrices.
 
-    Formula: with A = softmax of the batch similarities at logit scale c (rows image to text, columns text to image),
+    Formula: with A = softmax of c v_i.s_j, embeddings L2-normalised, at logit scale c (rows image to text, columns text
+        to image) over the P captioned rows,
         L = 1/2 [ mean_i CE(A^T_i2t, A^S_i2t) + mean_j CE(A^T_t2i, A^S_t2i) ],  CE(p, q) = -sum p log q.
     Direction: the teacher is the target. The minimum is the teacher's entropy, not 0.
     Inputs: image, text [B, D] of both models (widths may differ). Output: {"affinity"}.
@@ -22,6 +23,7 @@ class AffinityMimicking(BatchObjective):
     Paper: Wu et al. 2023 (TinyCLIP, 2309.12314), "affinity mimicking", equations of L_distill.
     Ours: fewer than two captioned rows in a larger batch give 0.
     Related: minus the teacher's entropy this is `crd` at the same temperatures, so use one of the two.
+    Cost: one P x P matrix for each model.
     """
 
     name = "affinity"

@@ -31,8 +31,11 @@ class Bank(BatchObjective):
     model's own logit scale, and the student's is then trained.
     Inputs: image [B, D], bank [N, D] of both models, N >= 2, the same texts in the same order. Output: {"bank"}.
     A batch of one is fine: pictures are compared with texts, not with each other.
+    Cost: one B x N matrix for each model; anchors "student" run the text tower over the bank in every step.
     This is our construction: a cross-modal relative of SEED (Fang et al. 2021, 2101.04731), which matches distributions
     over a queue of teacher-embedded *pictures*, with texts of a word list as anchors instead.
+    Related: `crd` compares with the captions of the batch, in both directions; `dho` with the classes of a task, by
+    heads of their own.
     """
 
     name = "bank"

@@ -298,12 +298,26 @@ def not_negative(option: str, value: float) -> float:
     """Check a weight, which may be 0.
 
     Raises:
-        UsageError: negative, or not a number.
+        UsageError: negative, infinite, or not a number.
     """
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
         raise UsageError(
             f"objective option {option!r} is {value!r} but must be a number from 0; the student would be pushed away "
             "from what it shall learn, so give 0 or a positive weight"
+        )
+    return value
+
+
+def whole_number(option: str, value: int, least: int) -> int:
+    """Check a count, which must be at least `least`.
+
+    Raises:
+        UsageError: fewer, or not a whole number.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(
+            f"objective option {option!r} is {value!r} but must be a whole number from {least}; nothing could be "
+            "compared with fewer, so correct it"
         )
     return value
 

@@ -49,6 +49,7 @@ class Contrastive(BatchObjective):
     denominator; "positives" spreads the target evenly over the group; "negatives" is plain CLIP, which pushes equal
     captions apart. Without `group` all three are plain CLIP. Fewer than two captioned rows in a larger batch give 0.
     Related: `crd` and `affinity` replace the one-hot target by the teacher's distribution.
+    Cost: one P x P matrix.
     """
 
     name = "clip"

@@ -43,6 +43,7 @@ class ContrastiveRelational(BatchObjective):
     Paper: Yang et al. 2024 (CLIP-KD, 2307.12732), equations of "contrastive relational distillation".
     Ours: the shared `temperature`; fewer than two captioned rows in a larger batch give 0.
     Related: `affinity` has the same gradient at the same temperatures, up to the teacher's constant entropy.
+    Cost: one P x P matrix for each model.
     """
 
     name = "crd"

@@ -47,6 +47,8 @@ class DualHead(BatchObjective):
     defaults), 1 and 1 on ImageNet with 1 % and 10 % of the labels. There X_l and X_u are two batches; here they are the
     rows of one, in the proportion of `train.captioned_fraction`. What the heads are mixed to afterwards is
     `students.task`.
+    Related: `bank` compares with texts through the student's own text tower; `hycd` blends truth and teacher into one
+    target, which here have a head each.
     Cost: none to speak of, K numbers a row.
     """
 

@@ -14,10 +14,12 @@ from pocketvlm.distill.objectives.common import (
     BatchObjective,
     Widths,
     choice,
+    not_negative,
     positive,
     projector_if_needed,
     unit,
 )
+from pocketvlm.edge.errors import UsageError
 
 DISTANCES = ("l2", "cosine", "smooth-l1")
 
@@ -49,6 +51,9 @@ class Feature(BatchObjective):
     2000/D times this. No temperature. A batch of one is fine: rows are not compared with each other.
     Paper: Yang et al. 2024 (CLIP-KD, 2307.12732), "feature distillation" (the squared form).
     Ours: cosine and smooth-l1, the separate weights.
+    Related: `masked-feature` hides a part of the picture; `vl2v` draws a picture towards its caption too; `hint`
+    compares features before the joint projection; `gram` and `rkd` compare relations, which need no common coordinates.
+    Cost: none to speak of, no matrix over pairs of rows; projectors of D_S D_T train-only weights where widths differ.
     """
 
     name = "feature"
@@ -74,7 +79,11 @@ class Feature(BatchObjective):
         self.distance = choice("distance", distance, DISTANCES)
         self.normalize = normalize
         self.beta = positive("beta", beta) or (width**-0.5 if normalize else 1.0)
-        self.image_weight, self.text_weight = image, text
+        self.image_weight, self.text_weight = not_negative("image", image), not_negative("text", text)
+        if not image and not text:
+            raise UsageError(
+                "objective 'feature' has both weights at 0; nothing would be learned, so give image or text one"
+            )
         self.image_projector = projector_if_needed(student.embedding, width, seed=seed, tag="feature/image")
         self.text_projector = projector_if_needed(student.embedding, width, seed=seed, tag="feature/text")
 

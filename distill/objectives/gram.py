@@ -35,14 +35,20 @@ def _others(z: Tensor) -> Tensor:
 class Gram(WithinModality):
     """gram: rows that the teacher finds alike are alike for the student.
 
-    variant "cosine" (default, ours): L = mean_ij ( cos^S_ij - cos^T_ij )^2, diagonal included (it is 0).
-    variant "spkd": L = |n(G^T) - n(G^S)|_F^2 / B^2, G = F F^T of the outputs as they come (not normalised: normalising
-        F changes this loss), n scales each row of G to length 1. Row scales cancel, other rows' norms do not.
-    variant "softmax" (ours): L = mean_i KL( softmax_{j!=i}(cos^T_ij / tau) || softmax_{j!=i}(cos^S_ij / tau) ), KL
-        teacher || student, no factor tau^2, tau = `temperature` (default 0.1): the distribution over the other rows.
+    Formula: by `variant`, i and j over the B rows (of texts: the captioned ones),
+    "cosine" (default, ours): L = mean_ij ( cos^S_ij - cos^T_ij )^2, diagonal included (it is 0).
+    "spkd": L = |n(G^T) - n(G^S)|_F^2 / B^2, G = F F^T of the outputs as they come (not normalised: normalising F
+        changes this loss), n scales each row of G to length 1. Row scales cancel, other rows' norms do not.
+    "softmax" (ours): L = mean_i KL( softmax_{j!=i}(cos^T_ij / tau) || softmax_{j!=i}(cos^S_ij / tau) ), tau =
+        `temperature` (default 0.1): the distribution over the other rows. KL direction: teacher || student, no factor
+        tau^2. The others have no temperature.
     Inputs: image and/or text ([B, D], widths may differ), chosen by `of` (default "image"). Output: {"gram_image"} (and
     "gram_text"). At least 2 rows, for "softmax" 3: a single other row has probability 1 in both models.
+    Reduction: mean over all B^2 entries ("softmax": sum over the other rows, mean over rows).
     Paper: Tung and Mori 2019 (SPKD, 1907.09682), equations 2 to 4, for "spkd"; the usual weight there is in thousands.
+    Related: `correlation-congruence` compares a kernel of the cosines, `rkd` distances up to a common scale, `order`
+    the teacher's ranking alone; `token-gram` is about places of one picture, `crd` about pictures and captions.
+    Cost: one B x B matrix for each model.
     """
 
     name = "gram"

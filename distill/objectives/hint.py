@@ -62,7 +62,7 @@ class Hint(BatchObjective):
     """hint: the student's inner image features, through a projector, regress the teacher's, pooled or place by place.
 
     Formula: with f the features, R the projector, z the `standardize` map,
-        L = mean_i mean_d h( z(R f^S_i)_d - z(f^T_i)_d ),  h(x) = x^2 ("l2", default) or Huber_1 ("smooth-l1").
+        L = mean_i mean_d h( z(R f^S_i)_d - z(f^T_i)_d ),  h: `distance` "l2" (x^2, default) or "smooth-l1" (Huber_1).
     Which f: without taps (default) the pooled features before the joint projection, of both models. With `student_tap`
     alone, the mean of that tap over its places against the teacher's pooled feature. With `student_tap` and
     `teacher_tap`, both maps place by place (i runs over pictures and places): the student's is resampled to the
@@ -74,11 +74,12 @@ class Hint(BatchObjective):
     scales of different teachers do not change the weight; "unit" L2-normalises each row; "none" does nothing.
     Inputs: image_features [B, F_S] and [B, F_T], or the taps: student [B, C, H, W] or [B, N, W] (square grid; pooled
     [B, W] where it is used alone), teacher [B, N, W]. Output: {"hint"}. Reduction: mean over channels, places and rows
-    ("unit": sum over channels, as in `feature`). The projector ("linear" or "mlp") always exists, also between equal
+    ("unit": sum over channels, as in `feature`). The `projector` ("linear" or "mlp") always exists, also between equal
     widths. Captions are not used; no temperature; a batch of one is fine.
     Paper: Romero et al. 2015 (FitNets, 1412.6550), equation 3, there on maps with a convolutional regressor.
     Ours: pooled features, the row standardisation, the mean over channels and places (FitNets sums), the resampling,
     the drawn places.
+    Related: `feature` compares joint embeddings; `token-gram` compares relations of places, which need no projector.
     Cost: maps: B N W_S W_T multiplications and twice as many backward, N the compared places (all of the student's
     where its grid is the coarser one); and the teacher's maps in its cache.
     """
@@ -102,9 +103,9 @@ class Hint(BatchObjective):
         places: float = 0.4,
     ) -> None:
         super().__init__()
-        if not 0 < places <= 1:
+        if isinstance(places, bool) or not isinstance(places, (int, float)) or not 0 < places <= 1:
             raise UsageError(
-                f"objective 'hint' was given places {places} but takes a share of the grid in (0, 1]; no place would "
+                f"objective 'hint' was given places {places!r} but takes a share of the grid in (0, 1]; no place would "
                 "be compared, so give for instance 0.4, or 1 for all"
             )
         self.needs = self.needs_with({"student_tap": student_tap, "teacher_tap": teacher_tap})

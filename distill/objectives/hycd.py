@@ -33,7 +33,7 @@ class HybridContrastive(BatchObjective):
     Paper: Yamaguchi et al. 2025 (CLIP-Refine, 2504.12717), with T^2 and a as in its code.
     Ours: `normalize`; `duplicates` as in `clip` (default "ignore": a duplicate's column is left out of both models'
     softmax; "positives" spreads eye over the group; "negatives" is the paper).
-    Related, at T = 1: a = 0 with duplicates "negatives" is `crd`; a = 1 is `clip` (less the target's entropy).
+    Related: at T = 1, a = 0 with duplicates "negatives" is `crd`; a = 1 is `clip` (less the target's entropy).
     Cost: two P x P matrices, as `crd`.
     """
 

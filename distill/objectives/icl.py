@@ -32,6 +32,9 @@ class Interactive(BatchObjective):
     exponentiated here (the released code forgets to) and kept within [1, 100]. It starts at `logit_scale`.
     Paper: Yang et al. 2024 (CLIP-KD, 2307.12732), "interactive contrastive learning".
     Ours: `duplicates` as in `clip` (default "ignore"); fewer than two captioned rows in a larger batch give 0.
+    Related: `cross-kd` has the same logits with the teacher's softmax as target, `momentum` the keys of the student's
+    own average; `afd` fuses the two models' embeddings instead.
+    Cost: two P x P matrices, and the projectors' 2 D_S D_T train-only weights where the widths differ.
     """
 
     name = "icl"

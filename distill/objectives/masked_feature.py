@@ -33,7 +33,7 @@ class MaskedFeature(BatchObjective):
     Formula: with m(x) the picture with `ratio` (0.75) of its `cells` x `cells` (7 x 7) square patches masked, n(x) =
     x/|x| and W the projector (identity for equal widths),
         L = mean_i d( n(W v^S(m(x_i))), n(v^T(x_i)) ),  d: `distance` "l2" (default), "cosine" or "smooth-l1" with
-    threshold D^-1/2, all as in `feature`.
+    threshold `beta` (default D^-1/2), all as in `feature`.
     Which patches: a function of (seed, step, uid) alone, so that a resumed run masks the same ones.
     Inputs: student.masked_image [B, D], teacher.image [B, D]; captions are not used. Output: {"masked-feature"}.
     Reduction: sum over D, mean over rows. No temperature. A batch of one is fine.

@@ -53,12 +53,15 @@ class Matryoshka(BatchObjective):
     student's `bank` that the loop took from the teacher is cut like the student's. What depends on the step is told it
     (`at`).
     Inputs: as the inner objective's; image, text and bank are cut, logit scale shared by all prefixes.
-    Output: {"<inner term>_<m>"}, times c_m. Reduction, temperature, KL direction, rows: the inner objective's.
+    Output: {"<inner term>_<m>"}, times c_m. Reduction: the inner objective's, and so are temperature,
+    KL direction and the fewest rows.
     With dims = [full width] and weight 1 it *is* the inner objective, projectors included.
     Paper: Kusupati et al. 2022 (MRL, 2205.13147), the sum of losses with c_m = 1; there classification with a separate
     head for each m. Ours: the inner distillation losses; a projector for each m, as MRL's heads.
     Refused: an inner objective that reads no embedding of whole pictures or texts (`hint`, `token-gram`,
     `token-alignment`, `masked-language`, `region-self`), `matryoshka` itself.
+    Related: `matryoshka-2d` leaves layers of the text tower too; `teacher.axes: principal` gives a teacher whose first
+    numbers keep the most.
     Cost: the inner objective's, once for each m; the towers run once.
     """
 
@@ -83,7 +86,7 @@ class Matryoshka(BatchObjective):
         name, options = inner_of(inner)
         full = student.embedding
         self.dims = _checked_dims(dims, full) if dims else tuple(m for m in (full // 4, full // 2, full) if m > 1)
-        self.weights = tuple(positive("weights", weight) or 1.0 for weight in weights) or (1.0,) * len(self.dims)
+        self.weights = tuple(positive("weights", weight or 0.0) or 1.0 for weight in weights) or (1.0,) * len(self.dims)
         if len(self.weights) != len(self.dims):
             raise UsageError(
                 f"objective 'matryoshka' was given {len(self.weights)} weights for {len(self.dims)} dims; it is "

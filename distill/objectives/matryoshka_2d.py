@@ -53,6 +53,7 @@ class Matryoshka2D(BatchObjective):
     retrieval loss, whose KL is of scores and is not here. After 2DMSE (Li et al. 2024, 2402.14776), which draws a layer
     and a width at random. Ours: the inner losses between pictures and texts; exits in the text tower alone.
     Refused: an inner objective that reads no embedding, or only masked pictures.
+    Related: `matryoshka` cuts numbers alone, and costs no exits.
     Cost: the inner objective's, once for each pair; a projection of each exit; the towers run once.
     """
 

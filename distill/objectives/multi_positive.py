@@ -19,8 +19,8 @@ def distribution_matching(logits: Tensor, group: Tensor | None, epsilon: float) 
 class DistributionMatching(BatchObjective):
     """multi-positive: all rows of one group are right answers, matched by the reverse KL of SDM.
 
-    Formula: with p_ij = softmax_j(v_i.s_j / tau) over the P captioned rows, q_ij = 1/|group of i| where j is in the
-    group of i, else 0, and p', q' the same for columns,
+    Formula: with p_ij = softmax_j(v_i.s_j / tau) over the P captioned rows, v and s L2-normalised, q_ij = 1/|group of
+    i| where j is in the group of i, else 0, and p', q' the same for columns,
         L = mean_i KL( p_i || q_i + epsilon ) + mean_j KL( p'_j || q'_j + epsilon ),  KL(a || b) = sum a log(a/b).
     KL direction: student || truth, the reverse of a cross-entropy: mass on a wrong row costs about log(1/epsilon),
     while a right row may stay empty as long as another right row of its group has the mass.

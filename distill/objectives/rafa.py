@@ -30,8 +30,9 @@ class RandomFeatureAlignment(BatchObjective):
     one point for both,
         L = 1/(2P) sum_i ( |v_i - z_i|^2 + |s_i - z_i|^2 ).
     Inputs: student.image, student.text [B, D]; has_text [B]; no teacher. Output: {"rafa"}.
-    Reduction: "paper" (default) as written: sum over D, mean over pairs, half. "element": the released code's mean over
-    rows and D without the half, which is 2/D times the paper's; its weights (1 beside `hycd` at 1) belong to that one.
+    Reduction: `reduction` "paper" (default) as written: sum over D, mean over pairs, half. "element": the released
+    code's mean over rows and D without the half, which is 2/D times the paper's; its weights (1 beside `hycd` at 1)
+    belong to that one.
     No temperature. Duplicates are drawn to different points. A batch of one is fine: rows are not compared.
     normalize=False (default) as in the released code: raw embeddings, whose lengths are drawn to that of z, about
     sqrt(D).

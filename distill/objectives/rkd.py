@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pocketvlm.distill.objectives.common import Widths, unit
+from pocketvlm.distill.objectives.common import Widths, not_negative, unit, whole_number
 from pocketvlm.distill.objectives.within import WithinModality
 from pocketvlm.edge.errors import UsageError
 
@@ -35,7 +35,9 @@ class SquaredDistances(torch.autograd.Function):
         lengths = z.square().sum(dim=1)
         squares = torch.addmm(lengths[:, None] + lengths, z, z.T, alpha=-2.0)
         i, j = (squares <= 1e-6 * squares.max()).nonzero(as_tuple=True)
-        squares[i, j] = (z[i] - z[j]).square().sum(dim=-1)
+        # in parts: of a collapsed student these are all pairs, [N^2, D] at once
+        for rows, others in zip(i.split(len(z)), j.split(len(z))):
+            squares[rows, others] = (z[rows] - z[others]).square().sum(dim=-1)
         ctx.save_for_backward(z)
         return squares
 
@@ -147,6 +149,8 @@ class RelationalKD(WithinModality):
     Paper: Park et al. 2019 (RKD, 1904.05068), equations 4 to 9; code lenscloth/RKD.
     Ours: normalisation by default; `angle_rows` (default 256): of a larger batch only the first so many rows enter the
     angle term; coinciding rows have distance 0 (the code clamps squares at 1e-12).
+    Related: `gram` compares cosines of pairs as they are, where distances here are relative to their mean; `order`
+    takes only the teacher's ranking of them.
     Cost: the angle term's time grows with N^3, whatever the width, its memory with N^2; no second derivative.
     """
 
@@ -172,7 +176,9 @@ class RelationalKD(WithinModality):
             raise UsageError(
                 "objective 'rkd' has both weights at 0; nothing would be learned, so give distance or angle one"
             )
-        self.distance, self.angle, self.normalize, self.angle_rows = distance, angle, normalize, angle_rows
+        self.distance, self.angle = not_negative("distance", distance), not_negative("angle", angle)
+        # the angles of two rows are 0 and 1 for any model
+        self.normalize, self.angle_rows = normalize, whole_number("angle_rows", angle_rows, 3)
 
     def suffixes(self) -> tuple[str, ...]:
         weights = (("_distance", self.distance), ("_angle", self.angle))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from pocketvlm.distill.objectives.base import Needs, Outputs
 from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, unit
 from pocketvlm.distill.objectives.contrastive import DUPLICATES
+from pocketvlm.edge.errors import UsageError
 
 
 def pairwise_sigmoid(logits: Tensor, group: Tensor | None, duplicates: str) -> Tensor:
@@ -56,6 +59,11 @@ class PairwiseSigmoid(BatchObjective):
     ) -> None:
         super().__init__()
         self.duplicates = choice("duplicates", duplicates, DUPLICATES)
+        if bias is not None and (isinstance(bias, bool) or not isinstance(bias, (int, float)) or not isfinite(bias)):
+            raise UsageError(
+                f"objective option 'bias' is {bias!r} but must be a finite number or null; no pair could be judged, so "
+                "give for instance -10, or null for the student's own"
+            )
         self.bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
 
     def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:

@@ -26,7 +26,8 @@ def softened(logits: Tensor, group: Tensor | None, duplicates: str, softness: fl
 class SoftNegatives(BatchObjective):
     """soft-negatives: `clip` with some mass on likely negatives, growing while training runs (LightCLIP-style).
 
-    Formula: with s_ij = c v_i.s_j over the P captioned rows, e = `softness` * progress, sg = no gradient,
+    Formula: with s_ij = c v_i.s_j over the P captioned rows, embeddings L2-normalised, c the logit scale, sg = no
+    gradient, e = `softness` * progress,
         w_ij = softmax over j != i of sg(s_ij),   y_ii = 1 - e,   y_ij = e w_ij for j != i,
         L = 1/2 [ mean_i CE(y_i, softmax_j(s_ij)) + the same for columns ],   CE(y, p) = -sum y log p.
     progress runs from 0 in the first step of the main phase to 1 in its last (`at`, which the loop calls); until it is

@@ -59,6 +59,8 @@ class TokenAlignment(BatchObjective):
     "words" is our construction, LightCLIP-style (2312.00674): of that paper only "relaxed bipartite matching of patches
     and words" is known to us. We read "relaxed" as one-to-one no longer being asked of the patches.
     Ours: taps of convolutional towers as patches; no patch is dropped; `duplicates`.
+    Related: with one patch and one word it is `clip` of the projected tokens, at a scale of its own; `hint` and
+    `token-gram` shape the picture's map by a teacher's instead.
     Cost: P^2 N L similarities of `width` numbers, at most 2^24 of them in memory at a time (chunked over pictures), and
     P^2 (N + L) places of maxima kept for the backward.
     """

@@ -17,6 +17,7 @@ from pocketvlm.distill.objectives.common import (
     positive,
     tap_of,
     unit,
+    whole_number,
 )
 from pocketvlm.edge.errors import UsageError
 
@@ -140,7 +141,10 @@ class TokenGram(BatchObjective):
     ) -> None:
         super().__init__()
         self.taps = {"student": student_tap, "teacher": teacher_tap}
-        self.prefixes = {"student": student_prefix, "teacher": teacher_prefix}
+        self.prefixes = {
+            "student": whole_number("student_prefix", student_prefix, 0),
+            "teacher": whole_number("teacher_prefix", teacher_prefix, 0),
+        }
         self.variant = choice("variant", variant, ("rdist", "scd"))
         self.temperature = positive("temperature", temperature) or 1.0
         self.normalize = normalize
@@ -156,4 +160,9 @@ class TokenGram(BatchObjective):
     def _tokens(self, outputs: Outputs, side: str) -> Tensor:
         prefix = self.prefixes[side]
         tokens = tap_of(self.name, outputs, side, self.taps[side])
+        if tokens.ndim == 3 and prefix >= tokens.shape[1]:
+            raise UsageError(
+                f"objective 'token-gram' was told to drop the first {prefix} of the {side}'s {tokens.shape[1]} tokens; "
+                f"none would be left to compare, so lower {side}_prefix to the number of class and register tokens"
+            )
         return tokens[:, prefix:] if tokens.ndim == 3 else tokens

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import test_objectives as base
+import test_objectives_relation as relation
 import torch
 from distill_toys import toy_recipe
 from objective_toys import HAS_TEXT, PIECES, WIDTHS, B, build, outputs, project, rows, softmax, total
@@ -52,9 +53,18 @@ def oracle(o, s, t):
     return math.fsum(losses) / len(losses)
 
 
-def test_value_equals_the_loop_oracle():
-    base.test_value_equals_the_loop_oracle(NAME, oracle, {})
-    base.test_float32_and_bfloat16_are_close(NAME, oracle, {})
+CASES = [(NAME, oracle, {})]
+
+
+@pytest.mark.parametrize(("name", "oracle", "options"), CASES)
+def test_value_equals_the_loop_oracle(name, oracle, options):
+    base.test_value_equals_the_loop_oracle(name, oracle, options)
+    base.test_float32_and_bfloat16_are_close(name, oracle, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_range_of_half_precision_is_enough(dtype):
+    relation.test_range_of_half_precision_is_enough(NAME, {}, dtype)
 
 
 def test_gradients_are_right_and_reach_what_the_formula_names():
@@ -140,7 +150,7 @@ def test_parts_are_seeded_saved_and_restored():
         ({"stages": [2]}, r"stages \[2\] of a text tower with 2 blocks.*0 to 1"),
         ({"stages": [1, 0]}, "increasing block numbers"),
         ({"stages": []}, "increasing block numbers"),
-        ({"stages": 1.5}, "increasing block numbers"),
+        ({"stages": 1.5}, "must be a list"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, words):

@@ -25,14 +25,14 @@ def dho_oracle(o, s, t):
     return o.label_weight * first + o.taught_weight * second
 
 
-OPTIONS = [
-    {},
-    {"temperature": 1.0},
-    {"label_weight": 1.0, "taught_weight": 1.0, "temperature": 4.0},
-    {"label_weight": 0},
-    {"taught_weight": 0},
+CASES = [
+    ("dho", dho_oracle, {}),
+    ("dho", dho_oracle, {"temperature": 1.0}),
+    ("dho", dho_oracle, {"label_weight": 1.0, "taught_weight": 1.0, "temperature": 4.0}),
+    ("dho", dho_oracle, {"label_weight": 0}),
+    ("dho", dho_oracle, {"taught_weight": 0}),
 ]
-every_case = pytest.mark.parametrize("options", OPTIONS, ids=[str(o) for o in OPTIONS])
+every_case = pytest.mark.parametrize("options", [options for _, _, options in CASES], ids=str)
 
 
 def cut(o: Outputs, keep: list[int]) -> Outputs:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import test_objectives as base
+import test_objectives_relation as relation
 import torch
 from distill_toys import TINY_STUDENT, toy_recipe
 from objective_toys import HAS_TEXT, OTHER, WIDTHS, B, D, build, kl, outputs, rows, softmax, total
-from test_objectives_relation import matryoshka_oracle
+from test_objectives_relation import cut, matryoshka_oracle
 
 from pocketvlm.distill.loop import distill_run
 from pocketvlm.distill.objectives import build_objective, objective_needs
@@ -49,10 +50,6 @@ every_case = pytest.mark.parametrize(
 )
 
 
-def test_these_are_the_objectives_of_this_file():
-    assert {name for name, _, _ in CASES} == base.EXITS
-
-
 @every_case
 def test_value_equals_the_loop_oracle(name, oracle, options):
     base.test_value_equals_the_loop_oracle(name, oracle, options)
@@ -67,6 +64,44 @@ def test_value_with_another_teacher_width(name, oracle, options):
 @every_case
 def test_float32_and_bfloat16_are_close(name, oracle, options):
     base.test_float32_and_bfloat16_are_close(name, oracle, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@every_case
+def test_range_of_half_precision_is_enough(name, oracle, options, dtype):
+    relation.test_range_of_half_precision_is_enough(name, options, dtype)
+
+
+@every_case
+def test_order_of_the_rows_changes_nothing(name, oracle, options):
+    """Rows 0 and 3 have one caption, at the exits too."""
+    relation.test_order_of_the_rows_changes_nothing(name, options)
+
+
+@pytest.mark.parametrize("inner", ["crd", "icl", "feature"])
+def test_teacher_and_student_are_not_interchangeable(inner):
+    """With an exit that equals the whole and no KL, which has no teacher in it; a distance is symmetric."""
+    objective = build("matryoshka-2d", pairs=[[1, D]], kl=0.0, inner={"name": inner})
+    a, b = (dataclasses.replace(o, taps={EXIT: o.text}) for o in (outputs(1), outputs(2)))
+    forward, backward = float(total(objective, a, b)), float(total(objective, b, a))
+    assert (forward == pytest.approx(backward, rel=1e-9)) == (inner == "feature")
+
+
+def test_the_kl_is_of_the_exit_from_the_whole_and_not_the_reverse():
+    student, turned = outputs(1), outputs(1)
+    turned.text, turned.taps[EXIT] = student.taps[EXIT], student.text
+    values = [float(build("matryoshka-2d")(student=o, teacher=outputs(2))["kl_1x2"]) for o in (student, turned)]
+    assert values[0] != pytest.approx(values[1], rel=1e-3)
+
+
+def test_batch_of_one_is_refused_where_rows_are_compared():
+    for inner, enough in (("crd", 2), ("clip", 2), ("rkd", 3), ("feature", 1)):
+        objective = build("matryoshka-2d", inner={"name": inner})
+        student, teacher = outputs(1), outputs(2)
+        assert float(total(objective, cut(student, slice(enough)), cut(teacher, slice(enough)))) > 0, inner
+        for n in range(1, enough):
+            with pytest.raises(UsageError, match=f"batch of {n} .*identically zero.*at least {enough}"):
+                total(objective, cut(student, slice(n)), cut(teacher, slice(n)))
 
 
 @every_case

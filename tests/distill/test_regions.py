@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import test_objectives as base
+import test_objectives_relation as relation
 import torch
 from distill_toys import TINY_STUDENT, toy_recipe
 from objective_toys import CELLS, B, build, cosine, outputs, rows, total
@@ -45,9 +46,18 @@ def oracle(o, s, t):
     return 1 - math.fsum(cosines) / len(cosines)
 
 
-def test_value_equals_the_loop_oracle():
-    base.test_value_equals_the_loop_oracle(NAME, oracle, {})
-    base.test_float32_and_bfloat16_are_close(NAME, oracle, {})
+CASES = [(NAME, oracle, {})]
+
+
+@pytest.mark.parametrize(("name", "oracle", "options"), CASES)
+def test_value_equals_the_loop_oracle(name, oracle, options):
+    base.test_value_equals_the_loop_oracle(name, oracle, options)
+    base.test_float32_and_bfloat16_are_close(name, oracle, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_range_of_half_precision_is_enough(dtype):
+    relation.test_range_of_half_precision_is_enough(NAME, {}, dtype)
 
 
 def test_gradients_are_right_and_reach_only_the_map():

@@ -15,7 +15,7 @@ EXCEPTIONS = {
     "objective": {
         *("momentum", "masked-feature", "masked-language", "region-self", "token-alignment", "hint on all places"),
     },
-    "recipe": {"self-distilled", "lightclip-mlm-style", "clipself"},
+    "recipe": {"self-distilled", "lightclip-mlm-style", "clipself", "filip-style"},
 }
 ROOT = Path(__file__).resolve().parents[2]
 
