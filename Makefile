@@ -1,5 +1,5 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans test
+.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans cache-build test
 
 evidence: readme demo protocols parity text step-cost inherited
 
@@ -35,6 +35,9 @@ inherited:
 # pictures of another style: `assets` of the unpacked npm package @lobehub/fluent-emoji-3d
 task:
 	python -m benchmarks.task_student --other $(OTHER)
+
+cache-build:
+	python -m benchmarks.cache_build
 
 step-cost:
 	python -m benchmarks.step_cost

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,32 @@ class ViewParams:
     brightness: float = 1.0
     contrast: float = 1.0
     saturation: float = 1.0
+
+    def packed(self) -> tuple[int, ...]:
+        """VIEW_NUMBERS whole numbers that say it exactly: flags (1 flip, 2 identity), then millionths of the others.
+
+        `view_params` rounds to six decimals, and a whole number of millionths over a million is that very float.
+
+        Raises:
+            UsageError: a number past the 32 bits that it is kept in (a crop over 2,147 times as wide as high).
+        """
+        rest = [round(getattr(self, name) * 1e6) for name in _MILLIONTHS]
+        if max(map(abs, rest)) >= 1 << 31:
+            raise UsageError(
+                f"view {self} has a number beyond 2147, which its 32 bits in a cache cannot hold; narrow the "
+                "augmentation policy"
+            )
+        return (int(self.flip) + 2 * int(self.identity), *rest)
+
+    @classmethod
+    def unpacked(cls, numbers: Sequence[int]) -> ViewParams:
+        """Inverse of `packed`."""
+        flags, *rest = numbers
+        return cls(identity=bool(flags & 2), flip=bool(flags & 1), **{k: n / 10**6 for k, n in zip(_MILLIONTHS, rest)})
+
+
+_MILLIONTHS = ("area", "ratio", "x", "y", "angle", "brightness", "contrast", "saturation")
+VIEW_NUMBERS = 1 + len(_MILLIONTHS)
 
 
 def view_params(uid: str, view: int, seed: int, policy: AugmentPolicy) -> ViewParams:

@@ -12,7 +12,7 @@ import numpy as np
 from pocketvlm.distill.encoders import TeacherEncoder
 from pocketvlm.distill.evaluate import Embedded, Questions, embed_questions
 from pocketvlm.edge.errors import BadSampleError
-from pocketvlm.teachers.cache import digest_names
+from pocketvlm.teachers.cache_format import digest_names
 from pocketvlm.teachers.ensemble import Ensemble
 
 

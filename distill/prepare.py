@@ -20,6 +20,7 @@ from pocketvlm.distill.axes import TurnedCache, axes_of, turned
 from pocketvlm.distill.batches import Pictures
 from pocketvlm.distill.evaluate import Embedded, Questions, questions_of
 from pocketvlm.distill.labels import TaskLabels, task_classes, task_labels
+from pocketvlm.distill.made_cache import MadeCaches
 from pocketvlm.distill.masking import asked_masking
 from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.questions import only_labels
@@ -34,7 +35,9 @@ from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.students import Student
 from pocketvlm.teachers.base import Teacher, TextTeacher
-from pocketvlm.teachers.cache import TeacherCache, build_cache, digest_names
+from pocketvlm.teachers.cache import TeacherCache
+from pocketvlm.teachers.cache_build import build_cache
+from pocketvlm.teachers.cache_format import digest_names
 from pocketvlm.teachers.ensemble import Ensemble, JoinedCache, joined, load_ensemble
 from pocketvlm.teachers.tokens import token_bytes, token_shape
 
@@ -345,27 +348,29 @@ def _teacher_outputs(
     known, texts = english_of(recipe, samples), list(dict.fromkeys(texts))
     # prompts first: runs that differ in which pictures are labelled then share one cache
     captions = list(dict.fromkeys([*prompts, *(known.get(c.text, c.text) for s in samples for c in s.captions)]))
-    root = Path(section.cache) if section.cache else cache_dir() / "teacher"
+    made, dtype = MadeCaches.find(section.cache), section.cache_dtype or "float32"
+    root = Path(section.cache) if section.cache and made is None else cache_dir() / "teacher"
 
     tokens: dict[str, Any] = {}
     if asked_taps(recipe).teacher and not blind and not isinstance(getattr(teacher, "cache", None), TeacherCache):
         grid, width = token_shape(teacher, section.token_grid)
-        cost = token_bytes(len(samples), views, grid, width, section.cache_dtype)
-        report.line(
-            f"teacher: token maps of {len(samples)} pictures x {views} views, {grid} x {grid} places of {width} "
-            f"numbers in {section.cache_dtype}: {cost / 1e6:.1f} MB in {root}"
-        )
+        cost = token_bytes(len(samples), views, grid, width, dtype)
+        if made is None:
+            report.line(
+                f"teacher: token maps of {len(samples)} pictures x {views} views, {grid} x {grid} places of {width} "
+                f"numbers in {dtype}: {cost / 1e6:.1f} MB in {root}"
+            )
         # a shard is held in memory while it is made
         tokens = {"token_grid": grid, "shard_size": max(1, min(512, (1 << 28) * len(samples) // max(1, cost)))}
 
     def cached(part: str, pictures: Sequence[Sample], words: Sequence[str], **how: Any) -> TeacherCache:
-        facts = [part, teacher.fingerprint, section.cache_dtype, section.batch_size, str(how), policy.digest()]
+        facts = [part, teacher.fingerprint, dtype, section.batch_size, str(how), policy.digest()]
         key = digest_names([*facts, "|", *(s.uid for s in pictures), "|", *words])
         folder = root / f"{slug(teacher.name)}-{part}-{key[:16]}"
         found = (folder / "cache.json").exists()
         with Stages(report, f"teacher: {part}") as progress:
             cache = build_cache(
-                teacher, pictures, words, folder, dtype=section.cache_dtype, batch_size=section.batch_size,
+                teacher, pictures, words, folder, dtype=dtype, batch_size=section.batch_size,
                 progress=progress, **how,
             )  # fmt: skip
         if found and (changed := cache.changed(pictures)):
@@ -380,6 +385,12 @@ def _teacher_outputs(
         images: TeacherCache | None = ready
         words_cache: TeacherCache | None = ready
         _check_precomputed(recipe, ready, samples, [*captions, *(texts if wants_texts(recipe) else ())])
+    elif made is not None:
+        asked = [*captions, *(texts if wants_texts(recipe) else ())]
+        kept = made.of(recipe, teacher, () if blind else samples, asked, policy, tokens.get("token_grid", 0))
+        images = kept if captions or not blind else None
+        words_cache = kept if wants_texts(recipe) and texts else None
+        report.line(f"teacher: outputs of {teacher.name} from {kept.folder}")
     elif blind:
         images = cached("captions", (), captions) if captions else None
         words_cache = cached("texts", (), texts) if wants_texts(recipe) and texts else None

@@ -66,7 +66,9 @@ class ViewsSection(Section):
 
 class TeacherSection(Section):
     """spec: of `teachers.load_teacher`, or a list of several, each with its own cache; an objective learns from those
-    with an image tower side by side, or from the one that it names. cache: folder of the outputs (null: the user's).
+    with an image tower side by side, or from the one that it names. cache: folder of the outputs (null: the user's);
+    one that `pocketvlm cache-teacher` made is used as it is, or refused. cache_dtype: null takes what such a folder
+    has, and float32 where the run makes its own.
 
     allow_download lets a spec that names a hub id reach the network. trust_remote_code runs Python code that comes
     with a Hugging Face checkpoint. batch_size: of the teacher's forward. token_grid: places in a row of the token maps
@@ -80,7 +82,7 @@ class TeacherSection(Section):
     smooth: Fraction = 0.0
     caption_mix: NonNegative = 0.0
     cache: str | None = None
-    cache_dtype: Literal["float32", "bfloat16"] = "float32"
+    cache_dtype: Literal["float32", "bfloat16"] | None = None
     batch_size: Count = 32
     token_grid: Count | None = None
     axes: Literal["own", "principal"] = "own"

@@ -83,7 +83,7 @@ def _resume(out: Path, recipe: Recipe) -> Path | None:
         raise UsageError(f"{out} holds no {RECIPE}, so there is no run to resume; start it without --resume")
     before = load_recipe(out / RECIPE)
     if before.digest() != recipe.digest():
-        changed = sorted(_differences(before.to_dict(), recipe.to_dict()))
+        changed = sorted(differences(before.to_dict(), recipe.to_dict()))
         raise UsageError(
             f"the run in {out} was started with another recipe (differs in {', '.join(changed)}), so a resumed run "
             "would be neither of the two; resume with the same recipe and overrides, or start anew elsewhere"
@@ -91,11 +91,11 @@ def _resume(out: Path, recipe: Recipe) -> Path | None:
     return latest_checkpoint(out / CHECKPOINTS)
 
 
-def _differences(a: Any, b: Any, where: str = "") -> set[str]:
+def differences(a: Any, b: Any, where: str = "") -> set[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         found: set[str] = set()
         for key in a.keys() | b.keys():
-            found |= _differences(a.get(key), b.get(key), f"{where}.{key}" if where else str(key))
+            found |= differences(a.get(key), b.get(key), f"{where}.{key}" if where else str(key))
         return found
     return set() if a == b else {where}
 

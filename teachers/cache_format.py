@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 from collections.abc import Sequence
@@ -16,12 +17,16 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pocketvlm.edge.contract import ImageSpec
-from pocketvlm.edge.errors import IntegrityError, VersionError
+from pocketvlm.edge.errors import IntegrityError, PocketvlmError, VersionError
 from pocketvlm.teachers.files import sha256_file, write_atomic, write_json
 
-# 1.1: token maps
-SCHEMA_VERSION = "1.1"
+# 1.1: token maps; 1.2: the drawn parameters of every view, and shards named by the data shard that they are of
+SCHEMA_VERSION = "1.2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class CacheWriteError(PocketvlmError, OSError):
+    """A file of a cache could not be written; the shards written before are whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +91,40 @@ def write_manifest(
         "text_shards": text_shards,
         "skipped": skipped,
     }
-    write_json(folder / "cache.json", value)
+    save_json(folder / "cache.json", value)
+
+
+def save_json(path: Path, value: Any) -> None:
+    """`files.write_json`; a full or unwritable disk is a CacheWriteError."""
+    try:
+        write_json(path, value)
+    except OSError as error:
+        raise _write_error(path, error) from error
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
-    """Write one shard atomically; returns its sha256. Equal inputs give equal bytes."""
+    """Write one shard atomically; returns its sha256. Equal inputs give equal bytes.
+
+    Raises:
+        CacheWriteError: the disk is full or not writable; no part of the shard is left there.
+    """
     # one metadata key: the safetensors writer does not keep the order of several
     text = json.dumps(meta, sort_keys=True, ensure_ascii=False)
-    return write_atomic(path, save_tensors({k: v.contiguous() for k, v in tensors.items()}, {"pocketvlm": text}))
+    data = save_tensors({k: v.contiguous() for k, v in tensors.items()}, {"pocketvlm": text})
+    try:
+        return write_atomic(path, data)
+    except OSError as error:
+        raise _write_error(path, error, len(data)) from error
+
+
+def _write_error(path: Path, error: OSError, size: int = 0) -> CacheWriteError:
+    why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+    what = f"{path} ({size / 1e6:.1f} MB)" if size else str(path)
+    return CacheWriteError(
+        f"{what} of a teacher cache could not be written because {why}; nothing half-written is left and the shards "
+        "before it are whole, so make room (or name a folder that can be written) and start the same command again, "
+        "which goes on from there"
+    )
 
 
 def digest_names(names: Sequence[str]) -> str:
@@ -102,7 +133,7 @@ def digest_names(names: Sequence[str]) -> str:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """A shard's own metadata: "uids", "bytes_sha256" and "skipped", or "texts".
+    """A shard's own metadata: "uids", "bytes_sha256" and "skipped", or "texts"; all of them for one data shard.
 
     Raises:
         IntegrityError: not a readable shard.
@@ -110,7 +141,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as handle:
             return json.loads(handle.metadata()["pocketvlm"])
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"cache shard {path} cannot be read ({error}); delete its folder, rebuild it") from error
 
 
@@ -141,14 +172,30 @@ def check_version(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises IntegrityError that names the first of `wanted`'s fields that `found` does not have equal."""
-    names = {"samples": "set of images", "texts": "set of texts", "fingerprint": "teacher fingerprint"}
-    differing = [k for k in wanted if found.get(k) != wanted[k]]
+    """Raises IntegrityError that names all of `wanted`'s fields, and theirs, that `found` does not have equal."""
+    names = {
+        "samples": "set of images",
+        "texts": "set of texts",
+        "fingerprint": "teacher fingerprint",
+        "image": "preprocessing",
+    }
+    differing: dict[str, tuple[Any, Any]] = {}
+    for key in wanted:
+        have, want, name = found.get(key), wanted[key], names.get(key, key)
+        if isinstance(have, dict) and isinstance(want, dict):
+            parts = [*have, *(part for part in want if part not in have)]
+            differing |= {f"{name}.{p}": (have.get(p), want.get(p)) for p in parts if have.get(p) != want.get(p)}
+        elif have != want:
+            differing[name] = (have, want)
     if differing:
-        # the fingerprint first: it is the difference that matters most
-        key = min(differing, key=lambda k: (k != "fingerprint", differing.index(k)))
-        others = f" (also: {', '.join(k for k in differing if k != key)})" if len(differing) > 1 else ""
+        # the fingerprint covers weights, preprocessing and tokenizer: what lies under it says more
+        order = sorted(
+            differing, key=lambda name: (not name.startswith("preprocessing"), name != "teacher fingerprint")
+        )
+        (have, want), *_ = (differing[name] for name in order)
+        others = "; ".join(f"{name} {differing[name][0]!r}, not {differing[name][1]!r}" for name in order[1:6])
+        more = f" (also: {others}{'; …' if len(order) > 6 else ''})" if others else ""
         raise IntegrityError(
-            f"cache {folder} has {names.get(key, key)} {found.get(key)!r} but {wanted[key]!r} was expected{others}; "
-            "its rows would be wrong here, so use another folder or delete this one"
+            f"cache {folder} has {order[0]} {have!r} but {want!r} was expected{more}; its rows would be wrong here, so "
+            "use another folder or delete this one"
         )

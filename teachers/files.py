@@ -7,6 +7,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
+import re
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,9 +33,13 @@ def sha256_file(path: Path) -> str:
 
 
 def write_atomic(path: Path, data: bytes) -> str:
-    """Write `data` so that `path` holds either its old bytes or all of the new ones; returns the sha256 in hex."""
+    """Write `data` so that `path` holds either its old bytes or all of the new ones; returns the sha256 in hex.
+
+    Data and name are on the disk when it returns: a later file can rely on this one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # processes of several machines may write into one folder, and their numbers are alike
+    temporary = path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -43,7 +50,37 @@ def write_atomic(path: Path, data: bytes) -> str:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+    if os.name == "posix":  # Windows cannot open folders and needs no such call
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     return hashlib.sha256(data).hexdigest()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that killed processes of this machine left there; those of living ones stay."""
+    for path in folder.glob(f".*.{_machine()}.*.tmp"):
+        number = path.name.split(".")[-3]
+        if number.isdigit() and not _lives(int(number)):
+            path.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "-", platform.node()) or "machine"
+
+
+def _lives(process: int) -> bool:
+    if os.name != "posix":  # where signal 0 is not a mere question
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write_json(path: Path, value: Any) -> str:

@@ -522,7 +522,7 @@ def test_embeddings_on_disk_are_a_teacher(world: Path, tmp_path: Path) -> None:
 
     from pocketvlm.data import open_data
     from pocketvlm.distill.evaluate import questions_of
-    from pocketvlm.teachers.cache import build_cache
+    from pocketvlm.teachers.cache_build import build_cache
 
     source = open_data(str(world))
     build_cache(ToyTeacher(), source.samples, questions_of(source).texts, tmp_path / "embeddings")

@@ -229,7 +229,7 @@ def test_tokens_of_embeddings_on_disk_are_refused(recipe: Make, world: Path, tmp
 
     from pocketvlm.data import open_data
     from pocketvlm.distill.evaluate import questions_of
-    from pocketvlm.teachers.cache import build_cache
+    from pocketvlm.teachers.cache_build import build_cache
 
     source = open_data(str(world))
     texts = questions_of(source).texts

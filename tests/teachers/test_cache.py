@@ -13,7 +13,8 @@ from pocketvlm.data.sample import ImageRef, Sample
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError, VersionError
 from pocketvlm.edge.preprocess import decode_image, load_image
 from pocketvlm.teachers.base import Teacher
-from pocketvlm.teachers.cache import TeacherCache, build_cache
+from pocketvlm.teachers.cache import TeacherCache
+from pocketvlm.teachers.cache_build import build_cache
 
 from .conftest import TinyTeacher, make_samples
 
@@ -101,7 +102,10 @@ def test_a_finished_cache_is_reused(samples: list[Sample], folder: Path) -> None
     [
         ({"fingerprint": "0" * 64}, "teacher fingerprint"),
         ({"logit_scale": 11.0}, "logit_scale"),
-        ({"image": dataclasses.replace(TinyTeacher.image, filter="bicubic")}, "image"),
+        (
+            {"image": dataclasses.replace(TinyTeacher.image, filter="bicubic")},
+            r"preprocessing\.filter 'bilinear' but 'bicubic'",
+        ),
     ],
 )
 def test_another_teacher_is_refused_by_name(
@@ -120,7 +124,7 @@ def test_another_teacher_is_refused_by_name(
     [
         ({"views": 3, "policy": POLICY}, "views"),
         ({"views": 2, "policy": POLICY, "seed": 1}, "seed"),
-        ({"views": 2, "policy": AugmentPolicy(flip=0.0)}, "policy"),
+        ({"views": 2, "policy": AugmentPolicy(flip=0.0)}, r"policy\.flip"),
         ({"views": 2, "policy": POLICY, "dtype": "bfloat16"}, "dtype"),
     ],
 )
@@ -156,11 +160,25 @@ def test_changed_and_missing_shards_are_refused(samples: list[Sample], folder: P
     data = bytearray((folder / file).read_bytes())
     data[-1] ^= 1
     (folder / file).write_bytes(bytes(data))
-    with pytest.raises(IntegrityError, match=rf"{file} has sha256"):
-        TeacherCache.open(folder)
+    cache = TeacherCache.open(folder)
+    # the damage lies elsewhere
+    assert cache.image(["p/0"]).shape == (1, 8)
+    for read in (cache.load, cache.check, lambda: cache.image(["p/5"]) if "shard" in file else cache.text(["a cat"])):
+        with pytest.raises(IntegrityError, match=rf"{file} has sha256"):
+            read()
     (folder / file).unlink()
     with pytest.raises(IntegrityError, match=rf"{file} is listed"):
-        TeacherCache.open(folder)
+        TeacherCache.open(folder).check()
+    with pytest.raises(IntegrityError, match=rf"{file} cannot be read"):
+        TeacherCache.open(folder).load()
+
+
+def test_a_name_that_a_flipped_bit_changed_is_damage_and_not_absence(samples: list[Sample], folder: Path) -> None:
+    build_cache(TinyTeacher(), samples, TEXTS, folder)
+    path = folder / "shard-00000.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"p/7", b"p/?"))
+    with pytest.raises(IntegrityError, match="has sha256"):
+        TeacherCache.open(folder).image(["p/7"])
 
 
 def test_newer_schema_is_refused(samples: list[Sample], folder: Path) -> None:

@@ -16,7 +16,7 @@ from pocketvlm.data.augment import AugmentPolicy
 from pocketvlm.data.sample import Sample
 from pocketvlm.edge.preprocess import load_image
 from pocketvlm.teachers import load_teacher
-from pocketvlm.teachers.cache import build_cache
+from pocketvlm.teachers.cache_build import build_cache
 from pocketvlm.teachers.efficientnet import Lite2
 from pocketvlm.teachers.lit import joined, lite2_outputs
 from pocketvlm.teachers.minilm import MiniLM

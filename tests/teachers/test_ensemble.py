@@ -10,7 +10,7 @@ import torch
 from pocketvlm.data.sample import Sample
 from pocketvlm.edge.errors import IntegrityError
 from pocketvlm.teachers.base import TeacherOutput, TextTeacher
-from pocketvlm.teachers.cache import build_cache
+from pocketvlm.teachers.cache_build import build_cache
 from pocketvlm.teachers.ensemble import Ensemble, JoinedCache, TeacherFacts, joined
 
 from .conftest import TinyTeacher

@@ -11,7 +11,8 @@ from pocketvlm.edge.contract import ImageSpec
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.teachers import load_teacher
 from pocketvlm.teachers.base import Teacher
-from pocketvlm.teachers.cache import TeacherCache, build_cache
+from pocketvlm.teachers.cache import TeacherCache
+from pocketvlm.teachers.cache_build import build_cache
 from pocketvlm.teachers.precomputed import PrecomputedTeacher, import_embeddings
 
 from .conftest import TinyTeacher

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from pocketvlm.edge.errors import BadSampleError, UsageError
 from pocketvlm.teachers import load_teacher
 from pocketvlm.teachers.base import Teacher, TextTeacher
-from pocketvlm.teachers.cache import build_cache
+from pocketvlm.teachers.cache_build import build_cache
 from pocketvlm.teachers.minilm import MiniLM
 
 from .conftest import make_samples

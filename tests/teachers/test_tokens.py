@@ -15,7 +15,8 @@ from pocketvlm.data.sample import Sample
 from pocketvlm.edge.errors import IntegrityError, UsageError
 from pocketvlm.edge.preprocess import load_image
 from pocketvlm.teachers.base import TeacherOutput, TokenTeacher
-from pocketvlm.teachers.cache import TeacherCache, build_cache
+from pocketvlm.teachers.cache import TeacherCache
+from pocketvlm.teachers.cache_build import build_cache
 from pocketvlm.teachers.tokens import on_grid, token_bytes, token_shape
 
 from .conftest import TinyTeacher
