@@ -287,7 +287,7 @@ def train_and_score(prepared: Prepared, device: torch.device) -> dict[str, Any]:
         "text_to_image": [base_concept(text) for text in asked["text_to_image"]],
     }
     return {
-        "final_loss": trainer.last["loss"],
+        "final_loss": trainer.last.get("loss"),
         "logit_scale": round(trainer.last["logit_scale"], 3),
         "ranks": {d: queries[f"model/{d}/rank"].astype(int).tolist() for d in DIRECTIONS},
         "queries": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],

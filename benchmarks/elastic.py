@@ -211,7 +211,7 @@ class Bench:
         spent = {"train": round(trained - began, 3), "evaluate": round(time.perf_counter() - trained, 3)}
         row = {key: value for key, value in dataclasses.asdict(job).items() if key not in ("ratio", "scale", "tuned")}
         return row | found | {
-            "final_loss": trainer.last["loss"],
+            "final_loss": trainer.last.get("loss"),
             "device": describe_device(self.device),
             "step_ms": round(1000 * float(np.median(steps)), 3),
             "seconds": spent,

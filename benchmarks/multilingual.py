@@ -305,7 +305,7 @@ def run(job: Job, work: Path, device: str) -> dict[str, Any]:
         "text_parameters": sum(p.numel() for p in student.text_tower.parameters()),
         "queries": len(ranks),
         "recall": {tag: round(100 * float((ranks[:, i] <= 5).mean()), 2) for i, tag in enumerate(tags)},
-        "final_loss": trainer.last["loss"],
+        "final_loss": trainer.last.get("loss"),
         "seconds": {
             "prepare": round(ready - began, 1), "train": round(trained - ready, 1),
             "evaluate": round(time.perf_counter() - trained, 1),

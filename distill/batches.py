@@ -34,6 +34,11 @@ class Plan:
     group: NDArray[np.int64]
     words: list[int]
 
+    def part(self, rows: slice, words: slice) -> Plan:
+        """A rank's rows and words of it."""
+        mine = self.rows[rows], self.views[rows], self.captions[rows], self.group[rows]
+        return Plan(*mine, self.words[words])
+
 
 class Order:
     """The stateless order of a run.

@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ import torch
 
 from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError
 
+# of what `Trainer.state` holds
+SCHEMA = 3
+_TEMPORARY = re.compile(r"^\..+\.\d+\.tmp$")
 _NAME = re.compile(r"^step-(\d{8})\.pt$")
 
 
@@ -32,7 +36,6 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     Raises:
         CheckpointWriteError: the disk is full or not writable. What was there before stays valid.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getbuffer()
@@ -40,6 +43,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     digest = f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode()
     written: list[Path] = []
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         # both are on the disk before either gets its name; the hash is named first, because a kill between
         # the two renames then leaves a hash without a file, which is ignored
         for target, content in ((_sidecar(path), digest), (path, data)):
@@ -93,6 +97,26 @@ def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> dict[s
     return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
 
 
+def check_origin(state: Mapping[str, Any], path: Path, *, recipe: str, inputs: str) -> None:
+    """Whether a run with these digests may go on from `state`, which lay at `path`.
+
+    Raises:
+        IntegrityError: it was made by another release, recipe, data, tokenizer or teacher.
+    """
+    if state.get("schema") != SCHEMA:
+        raise IntegrityError(
+            f"checkpoint {path} has schema {state.get('schema')} and this release writes and reads {SCHEMA}, so it "
+            "cannot be continued here; finish that run with the release that began it, or start anew with --overwrite"
+        )
+    for key, own in (("recipe", recipe), ("inputs", inputs)):
+        if state[key] != own:
+            what = {"recipe": "recipe", "inputs": "data, texts, tokenizer or teacher"}[key]
+            raise IntegrityError(
+                f"checkpoint {path} was made with another {what}, so continuing would mix two runs; restore what "
+                "it was made with, or start anew with --overwrite"
+            )
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint under `folder`, or None."""
     found = _all(folder)
@@ -108,6 +132,11 @@ def write_text_atomically(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporaries(folder: Path) -> list[Path]:
+    """Half-written files of a process that was killed; nobody else may be writing there."""
+    return [path for path in folder.iterdir() if _TEMPORARY.match(path.name)] if folder.is_dir() else []
 
 
 def _all(folder: Path) -> list[tuple[int, Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -10,9 +11,14 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pocketvlm
+
+if TYPE_CHECKING:
+    import torch
+
+    from pocketvlm.distill.prepare import Prepared
 
 # the folders of an absolute path that begins a value or stands behind ":", "=" and the like; "//" begins an address
 _FOLDERS = re.compile(r"""((?:^|[:@=,\["'])\s*)/(?!/)(?:[^/:@=?&,"'\]]*/)*(?=[^/:@=?&,"'\]])""")
@@ -49,6 +55,26 @@ def describe_environment(**extra: Any) -> dict[str, Any]:
             "tf32": torch.backends.cuda.matmul.allow_tf32,
         }
     return without_folders(facts | extra)
+
+
+def run_environment(prepared: Prepared, device: torch.device, ranks: int) -> str:
+    """The text of a run's environment.json. ranks: how many processes train it."""
+    from pocketvlm.teachers.device import describe_device
+
+    recipe, teacher = prepared.recipe, prepared.teacher
+    facts = describe_environment(
+        recipe_sha256=recipe.digest(),
+        device=describe_device(device),
+        ranks=ranks,
+        data={
+            "train": prepared.source.summary(),
+            "eval": prepared.held_out.summary() if prepared.held_out else None,
+            "text_pool": len(prepared.texts),
+        },
+        teacher={"name": teacher.name, "fingerprint": teacher.fingerprint, "dim": teacher.dim} if teacher else None,
+        licences=[list(row) for row in prepared.licences],
+    )
+    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
 
 
 def command_line() -> str:

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from pocketvlm.distill.batches import Order, Plan
 from pocketvlm.distill.fusion import PieceMasking, asked_pieces, masked_words
+from pocketvlm.distill.gather import Pair
 from pocketvlm.distill.lower import lower_outputs
 from pocketvlm.distill.masking import asked_masking, statistics_kept
 from pocketvlm.distill.objectives import Outputs
 from pocketvlm.distill.objectives.masked_language import MaskedLanguage
 from pocketvlm.distill.prepare import Prepared
+from pocketvlm.distill.ranks import ALONE, Ranks
 from pocketvlm.distill.regions import FINER, Cells, asked_regions, dense_map, map_taps, pooled, said_of
 from pocketvlm.distill.shares import share_of
 from pocketvlm.distill.taps import Taps, asked_taps, encode_image, text_length, text_taps
 from pocketvlm.edge.contract import TextSpec
 from pocketvlm.students import Student, TowerOutput, fit_projection
 from pocketvlm.students.student import TOKENS
-
-Pair = tuple[Outputs, Outputs | None]
 
 
 @dataclass
@@ -77,10 +77,15 @@ class Beside:
 
 
 class Feed:
-    """Makes steps, and runs the student over them."""
+    """Makes steps, of which each rank has its own rows, and runs the student over them.
 
-    def __init__(self, prepared: Prepared, order: Order, device: torch.device) -> None:
-        self.prepared, self.order, self.device = prepared, order, device
+    uniform: whether every part of a batch has the same outputs, also one without a caption: as several ranks need it,
+    or several parts of one rank.
+    """
+
+    def __init__(self, prepared: Prepared, order: Order, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.prepared, self.order, self.device, self.ranks = prepared, order, device, ranks
+        self.uniform = ranks.count > 1 or prepared.recipe.train.micro_batch is not None
         self.pretrain = prepared.recipe.train.text_pretrain_steps
         if "ids" not in prepared.memo:
             texts = dict.fromkeys([*prepared.texts, *(c.text for s in prepared.samples for c in s.captions)])
@@ -133,13 +138,15 @@ class Feed:
         return label, taught
 
     def make(self, step: int) -> Step:
-        """The tensors of a 0-based step of the whole run; a pure function of the step."""
+        """This rank's tensors of a 0-based step of the whole run; a pure function of the step."""
         if step < self.pretrain:
             words = self.order.words(step, "pretrain")
+            words = words[self.ranks.part(len(words))]
             batch = Step("texts", len(words))
             self._add_texts(batch, words, [])
             return batch
         plan = self.order.plan(step - self.pretrain)
+        plan = plan.part(self.ranks.part(len(plan.rows)), self.ranks.part(len(plan.words)))
         batch = Step("pairs", len(plan.rows))
         batch.pixels = self._below(plan.rows, plan.views)
         if self.masking is not None:
@@ -195,7 +202,7 @@ class Feed:
             batch.teacher_features = cache.features(uids, plan.views)
         if self.taps.teacher:
             batch.teacher_tokens = cache.tokens(uids, plan.views)
-        if captions:
+        if captions or self.uniform:
             english = self.prepared.read(captions)
             batch.teacher_captions = cache.text(english)
             if cache.info.text_feature_dim:
@@ -328,8 +335,12 @@ class Feed:
         found: dict[str, Pair] = {}
         asked = self.taps if tapped else Taps((), (), ())
         text, text_features, taps = None, None, {}
-        if batch.ids is not None:
-            output = student.encode_text(batch.ids.to(self.device), taps=asked.text)
+        ids = batch.ids
+        if ids is None and self.uniform:
+            # a part without any text: one of padding alone, of which nothing is kept, gives the outputs their widths
+            ids = torch.full((1, 1), student.text_spec.pad_id, dtype=torch.int32)
+        if ids is not None:
+            output = student.encode_text(ids.to(self.device), taps=asked.text)
             text, text_features = output.embedding.float(), output.features.float()
             taps = text_taps(output.taps, student.text_spec.context_length)
         captioned = 0 if batch.with_text is None else len(batch.with_text)

@@ -9,6 +9,8 @@ get the whole gradient on every rank, and averaging leaves it as it is.
 from __future__ import annotations
 
 import dataclasses
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,9 +20,11 @@ from torch import Tensor
 from pocketvlm.distill.objectives.base import Outputs
 from pocketvlm.edge.errors import UsageError
 
-_ROWS: tuple[str, ...] = ("image", "text", "image_features", "text_features", "masked_image", "masked_words", "regions")
-_ROWS += ("region_targets", "class_logits", "taught_logits")
-_LABELS = ("has_text", "group", "text_mask", "masked_pieces", "region_mask", "label")
+Pair = tuple[Outputs, Outputs | None]
+
+ROWS: tuple[str, ...] = ("image", "text", "image_features", "text_features", "masked_image", "masked_words", "regions")
+ROWS += ("region_targets", "class_logits", "taught_logits")
+LABELS = ("has_text", "group", "text_mask", "masked_pieces", "region_mask", "label")
 
 
 def gather_outputs(outputs: Outputs, group: Any = None) -> Outputs:
@@ -28,8 +32,8 @@ def gather_outputs(outputs: Outputs, group: Any = None) -> Outputs:
 
     Gathered: image, text, image_features, text_features, masked_image, masked_words, regions and their targets,
     class_logits, taught_logits, taps (with gradient), has_text, text_mask, masked_pieces, region_mask, label, group
-    (group ids must be global). Not gathered, because every rank holds the same: logit_scale, logit_bias, bank,
-    token_table.
+    (group ids must be global). Not gathered, because every rank holds the same: logit_scale, logit_bias, bank (but see
+    `gather_step`), token_table.
     Without an initialised process group, or with one rank, `outputs` itself is returned.
 
     Args:
@@ -41,19 +45,21 @@ def gather_outputs(outputs: Outputs, group: Any = None) -> Outputs:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return outputs
-    rows = {name: getattr(outputs, name) for name in _ROWS} | {f"taps.{k}": v for k, v in sorted(outputs.taps.items())}
+    rows = {name: getattr(outputs, name) for name in ROWS} | {f"taps.{k}": v for k, v in sorted(outputs.taps.items())}
     rows = {name: value for name, value in rows.items() if value is not None}
-    labels = {name: getattr(outputs, name) for name in _LABELS if getattr(outputs, name) is not None}
-    sizes = _agreed_sizes(outputs.image, rows, labels, group)
+    labels = {name: getattr(outputs, name) for name in LABELS if getattr(outputs, name) is not None}
 
     dtype = outputs.image.dtype
     for value in rows.values():
         dtype = torch.promote_types(dtype, value.dtype)
     flat = {name: value.to(dtype).flatten(1) for name, value in rows.items()}
     # one collective for all fields: order on the wire never depends on how autograd walks the graph
-    parts = _Gather.apply(torch.cat(list(flat.values()), dim=1), sizes, group).split(
-        [value.shape[1] for value in flat.values()], dim=1
-    )
+    local = torch.cat(list(flat.values()), dim=1)
+    sizes, graded = _agreed(local, rows, labels, group)
+    if graded and not local.requires_grad:
+        # all ranks take part in the backward, also one that has, for instance, no captioned row under a frozen tower
+        local = local.detach().requires_grad_()
+    parts = _Gather.apply(local, sizes, group).split([value.shape[1] for value in flat.values()], dim=1)
     changed: dict[str, Any] = {
         name: part.reshape(-1, *rows[name].shape[1:]).to(rows[name].dtype) for name, part in zip(rows, parts)
     }
@@ -90,15 +96,39 @@ def _all_rows(local: Tensor, sizes: list[int], group: Any) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(found, sizes)])
 
 
-def _agreed_sizes(image: Tensor, rows: dict[str, Tensor], labels: dict[str, Tensor], group: Any) -> list[int]:
+def _agreed(local: Tensor, rows: dict[str, Tensor], labels: dict[str, Tensor], group: Any) -> tuple[list[int], bool]:
+    """(rows of each rank, whether some rank has a gradient to give), when all hold the same fields and widths."""
     described = [(name, tuple(value.shape[1:]), str(value.dtype)) for name, value in {**rows, **labels}.items()]
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, (len(image), described), group=group)
-    for rank, (_, other) in enumerate(found):
-        if other != found[0][1]:
-            raise UsageError(
-                f"rank {rank} holds outputs {other} but rank 0 holds {found[0][1]}; the ranks would wait for "
-                "each other for ever, so give every rank the same fields (rows without a caption stay, "
-                "masked by has_text)"
-            )
-    return [size for size, _ in found]
+    graded = local.requires_grad and torch.is_grad_enabled()
+    own = torch.tensor([len(local), graded, zlib.crc32(repr(described).encode())], device=local.device)
+    numbers = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(numbers, own, group=group)
+    table = torch.stack(numbers).tolist()
+    if any(row[2] != table[0][2] for row in table):
+        found: list[Any] = [None] * len(table)
+        dist.all_gather_object(found, described, group=group)
+        rank, other = next((rank, other) for rank, other in enumerate(found) if other != found[0])
+        raise UsageError(
+            f"rank {rank} holds outputs {other} but rank 0 holds {found[0]}; the ranks would wait for each other for "
+            "ever, so give every rank the same fields (rows without a caption stay, masked by has_text)"
+        )
+    return [row[0] for row in table], any(row[1] for row in table)
+
+
+def gather_step(outputs: Mapping[str, Pair], *, texts_are_bank: bool) -> dict[str, Pair]:
+    """Each batch of a step ("pairs", "texts"), gathered.
+
+    texts_are_bank: the bank of the pairs is the text-only batch (`train.bank: student`), of which every rank has a part
+    as well; the gathered one then is the bank.
+    """
+    found = {
+        side: (gather_outputs(student), None if teacher is None else gather_outputs(teacher))
+        for side, (student, teacher) in outputs.items()
+    }
+    if not (texts_are_bank and found.keys() >= {"pairs", "texts"}) or found["texts"][0] is outputs["texts"][0]:
+        return found
+    texts, (student, teacher) = found["texts"], found["pairs"]
+    student = dataclasses.replace(student, bank=texts[0].image)
+    if teacher is not None and texts[1] is not None:
+        teacher = dataclasses.replace(teacher, bank=texts[1].image)
+    return found | {"pairs": (student, teacher)}

@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.splits import stable_hash
 from pocketvlm.distill.questions import prompt
 from pocketvlm.edge.errors import UsageError
-from pocketvlm.students import Classes
+from pocketvlm.students import Classes, Student
+from pocketvlm.students.task import SHARES, choose_mixing
 
 if TYPE_CHECKING:
+    from pocketvlm.distill.feed import Feed
+    from pocketvlm.distill.prepare import Prepared
     from pocketvlm.distill.recipe import Recipe
 
 
@@ -78,3 +83,23 @@ def task_labels(classes: Classes, samples: Sequence[Sample], validation: float) 
         for at, row in enumerate(rows):
             (held if at < count else train)[row] = index
     return TaskLabels(classes, tuple(train), tuple(held))
+
+
+def mix_heads(prepared: Prepared, student: Student, feed: Feed) -> str:
+    """Set how the student's two heads are mixed, by the recipe or by the held-out labels; says what was done."""
+    task, heads, section = prepared.task, student.heads, prepared.recipe.task
+    assert task is not None, "only a recipe with a task comes here"
+    assert heads is not None, "only a recipe with a task comes here"
+    assert section is not None, "only a recipe with a task comes here"
+    rows = [row for row, label in enumerate(task.held) if label >= 0]
+    share, temperature = float(heads.share), float(heads.temperature)
+    if rows and (section.share is None or section.temperature is None):
+        label = torch.tensor([task.held[row] for row in rows])
+        shares = SHARES if section.share is None else (section.share,)
+        share, temperature = choose_mixing(*feed.class_logits(student, rows), label, section.mix, shares)
+    heads.share.fill_(share if section.share is None else section.share)
+    heads.temperature.fill_(temperature if section.temperature is None else section.temperature)
+    return (
+        f"classifier: {float(heads.share):.2f} of the taught head at temperature {float(heads.temperature):g}, "
+        f"mixed by {section.mix}, {len(rows)} labels held out for the choice"
+    )

@@ -7,12 +7,10 @@ projectors, optimizer, loss scaler and random state. A run that is killed and re
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,57 +18,42 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.distill import optim
+from pocketvlm.distill.accumulate import Parts, joined, parts_of
 from pocketvlm.distill.balance import GradientBalance
 from pocketvlm.distill.batches import Order, prefetch
 from pocketvlm.distill.building import build_objectives, build_shares
-from pocketvlm.distill.checkpoint import load_checkpoint, save_checkpoint, write_text_atomically
+from pocketvlm.distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_text_atomically
 from pocketvlm.distill.encoders import scored
-from pocketvlm.distill.environment import describe_environment
+from pocketvlm.distill.environment import run_environment
 from pocketvlm.distill.evaluate import Evaluation, embed_questions, score
-from pocketvlm.distill.feed import Beside, Feed, Step
+from pocketvlm.distill.feed import Beside, Feed, Pair, Step
+from pocketvlm.distill.finish import RunResult, finish, scores
 from pocketvlm.distill.fusion import fusion_of
-from pocketvlm.distill.gather import gather_outputs
+from pocketvlm.distill.gather import gather_outputs, gather_step
+from pocketvlm.distill.guards import DivergedError as DivergedError
+from pocketvlm.distill.guards import RunStopped, StepGuard, StopSignals, locked
 from pocketvlm.distill.meter import Meter
 from pocketvlm.distill.objectives import Objective, Outputs
 from pocketvlm.distill.prepare import Prepared, prepare
 from pocketvlm.distill.progress import Reporter
+from pocketvlm.distill.ranks import ALONE, Ranks, joined_ranks, restarted
 from pocketvlm.distill.recipe import Recipe
+from pocketvlm.distill.recompute import blocks_of, checkpointed
 from pocketvlm.distill.regions import frozen_copy
 from pocketvlm.distill.run_folder import (
     CHECKPOINTS,
     ENVIRONMENT,
+    METRICS,
     RECIPE,
     REPORT,
     STUDENT,
     MetricsLog,
     open_run_folder,
 )
+from pocketvlm.distill.state import restore, state_of
 from pocketvlm.distill.trackers import check_trackers, open_log
-from pocketvlm.edge.errors import IntegrityError, PocketvlmError
-from pocketvlm.students import save_student
-from pocketvlm.students.task import SHARES, choose_mixing
+from pocketvlm.edge.errors import PocketvlmError
 from pocketvlm.teachers.device import describe_device, full_float32, pick_device
-
-CHECKPOINT_SCHEMA = 2
-
-
-class DivergedError(PocketvlmError, ArithmeticError):
-    """A loss or gradient stopped being a number; the checkpoints written before are good."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run. final_loss: of the last step. seconds: spent in steps by this process.
-    licences: (what, licence, attribution) of data, teacher and initial weights."""
-
-    folder: Path
-    student: Path
-    report: Path
-    evaluation: Evaluation | None
-    final_loss: float
-    steps: int
-    seconds: float
-    licences: tuple[tuple[str, str, str], ...] = ()
 
 
 def distill_run(
@@ -78,59 +61,57 @@ def distill_run(
 ) -> RunResult:
     """Train the recipe's student into `out_dir`, score it, and write the report.
 
-    resume continues from the last checkpoint there; overwrite deletes an earlier run there first.
+    resume continues from the last checkpoint there; overwrite deletes an earlier run there first. Started by torchrun,
+    it is one of the ranks of the run (`distill.ranks`), and where torchrun restarted it, it continues.
 
     Raises:
         UsageError: the folder or the recipe cannot be used. DivergedError: the loss is no longer a number.
-        CheckpointWriteError: a full disk (the previous checkpoint is intact).
+        CheckpointWriteError: a full disk (the checkpoint before is intact). RankError: another rank ended. RunStopped:
+        SIGTERM or SIGINT came while it trained (a checkpoint was saved).
     """
     out = Path(out_dir)
-    checkpoint = open_run_folder(out, recipe, resume=resume, overwrite=overwrite)
     threads = torch.get_num_threads()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     try:
-        with full_float32():
-            return _run(recipe, out, checkpoint, Reporter(progress), resume)
+        with joined_ranks(recipe.train.device) as ranks, full_float32(), ExitStack() as stack:
+            again = resume or restarted()
+
+            def opened() -> Path | None:
+                stack.enter_context(locked(out))
+                return open_run_folder(out, recipe, resume=again, overwrite=overwrite and not restarted())
+
+            start = ranks.from_first(opened)
+            return _run(recipe, out, start, Reporter(progress and ranks.first), ranks, again)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(recipe: Recipe, out: Path, checkpoint: Path | None, report: Reporter, resume: bool) -> RunResult:
+def _run(recipe: Recipe, out: Path, checkpoint: Path | None, report: Reporter, ranks: Ranks, resume: bool) -> RunResult:
     try:
         device = pick_device(recipe.train.device)
         check_trackers(recipe.train.trackers)
-        prepared = prepare(recipe, report)
+        with ranks.first_before_others():
+            prepared = prepare(recipe, report)
+            trainer = Trainer(prepared, device, ranks)
     except PocketvlmError:
-        if checkpoint is None and not resume:
+        if checkpoint is None and ranks.first and not (out / ENVIRONMENT).exists():
             # nothing was made yet, and a corrected recipe shall not find the folder taken
             (out / RECIPE).unlink(missing_ok=True)
-            with suppress(OSError):
-                out.rmdir()
         raise
     if checkpoint is None:
-        write_text_atomically(out / ENVIRONMENT, _environment(prepared, device))
-    trainer = Trainer(prepared, device)
-    if checkpoint is None:
+        if ranks.first:
+            write_text_atomically(out / ENVIRONMENT, run_environment(prepared, device, ranks.count))
+        if resume:
+            report.line(f"{out} holds no checkpoint yet, so the run starts")
         trainer.start()
     else:
         trainer.restore(load_checkpoint(checkpoint), checkpoint)
         report.line(f"continuing after step {trainer.step} from {checkpoint.name}")
     report.line(trainer.summary())
     seconds = trainer.train(out, report)
-    with trainer.averaged():
-        if prepared.task is not None:
-            report.line(trainer.mix_heads())
-        save_student(trainer.student, out / STUDENT, overwrite=True)
-        evaluation = trainer.evaluate()
-    if evaluation is not None:
-        evaluation.save(out)
-        log = open_log(out, recipe, trainer.step, report.line)
-        log.write({"step": trainer.step, "final": True, **_scores(evaluation)})
-        log.close()
-    from pocketvlm.distill.report import write_report
-
-    write_report(out, prepared.questions, evaluation, licences=prepared.licences)
+    evaluation = finish(trainer, out, report) if ranks.first else None
+    ranks.wait()
     return RunResult(
         folder=out,
         student=out / STUDENT,
@@ -140,33 +121,21 @@ def _run(recipe: Recipe, out: Path, checkpoint: Path | None, report: Reporter, r
         steps=trainer.total,
         seconds=seconds,
         licences=prepared.licences,
+        rank=ranks.rank,
     )
-
-
-def _environment(prepared: Prepared, device: torch.device) -> str:
-    recipe, teacher = prepared.recipe, prepared.teacher
-    facts = describe_environment(
-        recipe_sha256=recipe.digest(),
-        device=describe_device(device),
-        data={
-            "train": prepared.source.summary(),
-            "eval": prepared.held_out.summary() if prepared.held_out else None,
-            "text_pool": len(prepared.texts),
-        },
-        teacher={"name": teacher.name, "fingerprint": teacher.fingerprint, "dim": teacher.dim} if teacher else None,
-        licences=[list(row) for row in prepared.licences],
-    )
-    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
 
 
 class Trainer:
     """State of a run. step: steps done so far. total: steps of both phases. last: the row of the last step."""
 
-    def __init__(self, prepared: Prepared, device: torch.device) -> None:
+    def __init__(self, prepared: Prepared, device: torch.device, ranks: Ranks = ALONE) -> None:
         recipe = prepared.recipe
-        self.prepared, self.recipe, self.config, self.device = prepared, recipe, recipe.train, device
+        self.prepared, self.recipe, self.config, self.device, self.ranks = prepared, recipe, recipe.train, device, ranks
         torch.manual_seed(self.config.seed)
         self.student = prepared.student.to(device)
+        if self.config.sync_batchnorm:
+            self.student = ranks.synchronised(self.student, device)
+        self.recomputed = blocks_of(self.student) if self.config.checkpoint_activations else []
         self.order = Order(
             prepared.samples,
             batch_size=self.config.batch_size,
@@ -177,7 +146,8 @@ class Trainer:
             text_batch=self.config.text_batch,
             marked=None if prepared.task is None else [label >= 0 for label in prepared.task.train],
         )
-        self.feed = Feed(prepared, self.order, device)
+        ranks.check_batches(self.order.batch_size, self.order.text_batch)
+        self.feed = Feed(prepared, self.order, device, ranks)
         self.shares = build_shares(prepared)
         self.objectives: nn.ModuleList = build_objectives(prepared, self.shares).to(device)
         groups = optim.parameter_groups(self.student, self.objectives, self.config)
@@ -186,7 +156,11 @@ class Trainer:
         self.dtype = optim.autocast_dtype(self.config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type) if self.dtype is torch.float16 else None
         self.balance = GradientBalance(len(self.objectives)) if self.config.balance else None
+        self.guard, self.signals, self.stopping = StepGuard(self.config, self.student), StopSignals(), False
         self._remember_start()
+        if self.config.compile:
+            self.student.image_tower.compile()
+            self.student.text_tower.compile()
         self.step = 0
         self.total = self.config.text_pretrain_steps + self.config.steps
         self.last: dict[str, Any] = {}
@@ -198,6 +172,7 @@ class Trainer:
             self.feed.fit_text_projection(self.student)
         if section.fit_projection is not None:
             self.feed.fit_projection(self.student)
+        self.ranks.share(self.student, self.objectives)
         self._remember_start()
 
     def _remember_start(self) -> None:
@@ -217,32 +192,43 @@ class Trainer:
         return (
             f"{self.student.config.name} ({size / 1e6:.2f} M parameters), {teacher}: {len(pictures)} pictures "
             f"({captioned} with captions), {len(self.prepared.texts)} texts, {self.total} steps of "
-            f"{self.order.batch_size} pictures, {describe_device(self.device)}, "
+            f"{self.order.batch_size} pictures, {self._where()}, "
             f"{str(self.dtype or torch.float32).removeprefix('torch.')}"
         )
 
+    def _where(self) -> str:
+        ranks = f"{self.ranks.count} x " if self.ranks.count > 1 else ""
+        return ranks + describe_device(self.device)
+
     def train(self, out: Path, report: Reporter) -> float:
         """All remaining steps, with metrics, evaluations and checkpoints into `out`; returns the seconds taken."""
-        log = open_log(out, self.recipe, self.step, report.line)
-        meter = Meter(self.total, self.step, elapsed=log.elapsed, cuda=self.device.type == "cuda")
+        self.guard.checkpoints = out / CHECKPOINTS
+        log = open_log(out, self.recipe, self.step, report.line) if self.ranks.first else None
+        elapsed = 0.0 if log is None else log.elapsed
+        meter = Meter(self.total, self.step, elapsed=elapsed, cuda=self.device.type == "cuda")
         started = time.monotonic()
         try:
             batches = prefetch(self.feed.make, range(self.step, self.total))
             every = self.config.log_every
-            with report.training(meter, every=every) as tell:
+            with StopSignals() as self.signals, report.training(meter, every=every) as tell:
                 while self.step < self.total:
                     before = time.monotonic()
                     batch = next(batches)
                     waited = time.monotonic() - before
                     row = self.one_step(batch)
                     taken = time.monotonic() - before
-                    row |= meter.measure(row, samples=batch.size, waited=waited, taken=taken)
-                    if self.step % every == 0 or self.step in (1, self.total):
+                    size = self.order.batch_size if batch.phase == "pairs" else self.order.text_batch
+                    row |= meter.measure(row, samples=size, waited=waited, taken=taken)
+                    due = self.step % every == 0 or self.step in (1, self.total) or "skipped_because" in row
+                    if log is not None and due:
                         log.write(row)
                     self._sometimes(out, log, report)
                     tell(row)
         finally:
-            log.close()
+            if log is not None:
+                log.close()
+        if self.guard.skipped:
+            report.line(f"{self.guard.skipped} of {self.total} steps were skipped (see {METRICS})")
         return time.monotonic() - started
 
     def one_step(self, batch: Step) -> dict[str, Any]:
@@ -252,15 +238,26 @@ class Trainer:
         lr = self._set_learning_rate()
         for objective in self.objectives:
             cast(Objective, objective).at(self.step, optim.progress(main, self.config.steps))
-        with self._precision():
-            outputs = self.feed.forward(self.student, batch, self.beside)
-        loss, terms = self._loss(outputs, batch, main)
-        if not math.isfinite(value := float(loss.detach())):
-            self._diverged("loss", {name: float(term) for name, term in terms.items()})
+        self.ranks.seed(self.config.seed, self.step)
+        self.guard.remember()
         self.optimizer.zero_grad(set_to_none=True)
+        parts = self._parts(batch)
+        outputs = self._forward(batch) if parts is None else parts.outputs
+        loss, terms = self._loss(outputs, batch, main)
+        value = float(loss.detach())
+        bad, self.stopping = self.ranks.any(not math.isfinite(value), self.signals.asked)
+        if bad:
+            return self._skip(batch, lr, "loss is not finite", {name: float(term) for name, term in terms.items()})
         if loss.requires_grad:
             (self.scaler.scale(loss) if self.scaler else loss).backward()
-        norm = self._update()
+            if parts is not None:
+                parts.backward()
+        self.ranks.average_gradients(self.parameters)
+        norm, why_not = self._update()
+        if why_not:
+            return self._skip(batch, lr, why_not, {})
+        self.ranks.average_statistics(self.student)
+        self.guard.taken()
         self.student.clamp_logit_scale_()
         if self.average is not None:
             self.average.update(self.student)
@@ -276,12 +273,33 @@ class Trainer:
             "lr": lr,
             "grad_norm": norm,
             "logit_scale": float(self.student.logit_scale.detach()),
+            "skipped": self.guard.skipped,
             **self._factors(),
         }
         return self.last
 
     def _precision(self) -> Any:
         return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
+
+    def _skip(self, batch: Step, lr: float, what: str, terms: Mapping[str, float]) -> dict[str, Any]:
+        """Nothing of this step stays but that it was."""
+        told = self.guard.skip(self.step, what, terms)
+        self.step += 1
+        scale = float(self.student.logit_scale.detach())
+        self.last = {"step": self.step, "phase": batch.phase, "lr": lr, "logit_scale": scale, **told}
+        return self.last
+
+    def _forward(self, batch: Step) -> dict[str, Pair]:
+        with self._precision(), checkpointed(self.recomputed):
+            return self.feed.forward(self.student, batch, self.beside)
+
+    def _parts(self, batch: Step) -> Parts | None:
+        """The step in parts, run without a graph (`train.micro_batch`); None where it goes through at once."""
+        parts = parts_of(batch, self.config.micro_batch)
+        if len(parts) == 1:
+            return None
+        fixed = self.feed.bank is not None
+        return Parts(parts, self._forward, self.student, fixed_bank=fixed, device=self.device)
 
     def _momentum(self, batch: Step) -> Outputs | None:
         """What the averaged student says to this batch's pictures and captions, of all ranks; None where none asks.
@@ -293,19 +311,16 @@ class Trainer:
             return None
         assert self.average is not None, "the recipe was checked to keep an average"
         with torch.no_grad(), self._precision():
-            only = batch.pictures_and_captions()
-            student, _ = self.feed.forward(self.average.module, only, tapped=False)["pairs"]
-        return gather_outputs(student)
+            parts = parts_of(batch.pictures_and_captions(), self.config.micro_batch)
+            found = [self.feed.forward(self.average.module, part, tapped=False) for part in parts]
+        return gather_outputs(joined(found, fixed_bank=self.feed.bank is not None)["pairs"][0])
 
     def _loss(self, outputs: Any, batch: Step, main: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over objectives of their (balanced) weight times their terms, and each weighted term by name."""
         total = torch.zeros((), device=self.device)
         terms: dict[str, Tensor] = {}
         # in float32 and over the whole global batch, whatever precision and ranks the towers ran on
-        gathered = {
-            side: (gather_outputs(student), None if teacher is None else gather_outputs(teacher))
-            for side, (student, teacher) in outputs.items()
-        }
+        gathered = gather_step(outputs, texts_are_bank=self.feed.bank is None)
         momentum = self._momentum(batch)
         for place, (spec, objective) in enumerate(zip(self.recipe.objectives, self.objectives)):
             if spec.batch not in gathered:
@@ -343,45 +358,70 @@ class Trainer:
             group["lr"] = lr * group["lr_scale"]
         return lr
 
-    def _update(self) -> float:
-        """Clip and take the optimizer's step; a non-finite gradient stops the run (with fp16: lowers the scale)."""
+    def _update(self) -> tuple[float, str]:
+        """Clip and take the optimizer's step; (gradient norm, why the step was not taken or "").
+
+        Under fp16 a gradient that is not finite lowers the loss scale, which is no fault of the run.
+        """
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         norm = float(optim.gradient_norm(self.parameters, self.config.clip_norm))
+        finite = math.isfinite(norm)
+        (steep,) = self.ranks.any(self.guard.too_steep(norm) and (finite or self.scaler is None))
+        if steep:
+            if self.scaler:
+                self.scaler.update()
+            above = f"{norm:.4g} is above train.skip_norm_above {self.config.skip_norm_above}"
+            return norm, f"gradient norm {above if finite else 'is not finite'}"
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.scaler.get_scale() < 2.0**-10:
-                self._diverged("gradient at the lowest loss scale", {})
+                raise self.guard.diverged(
+                    f"the gradient is not finite at the lowest loss scale at step {self.step + 1}"
+                )
         else:
-            if not math.isfinite(norm):
-                self._diverged("gradient norm", {})
             self.optimizer.step()
-        return norm if math.isfinite(norm) else 0.0
+        return (norm if finite else 0.0), ""
 
-    def _diverged(self, what: str, terms: Mapping[str, float]) -> None:
-        bad = [name for name, value in terms.items() if not math.isfinite(value)]
-        where = f" (in {', '.join(bad)})" if bad else ""
-        raise DivergedError(
-            f"the {what} is not finite at step {self.step + 1}{where}, so every later step would be noise; lower "
-            "train.lr, raise train.warmup_steps or use train.precision fp32, and start again (earlier checkpoints are "
-            "intact)"
-        )
-
-    def _sometimes(self, out: Path, log: MetricsLog, report: Reporter) -> None:
-        ends = self.step == self.total
-        every = self.recipe.eval.every
-        if every and self.step % every == 0 and not ends and self.prepared.questions is not None:
+    def _sometimes(self, out: Path, log: MetricsLog | None, report: Reporter) -> None:
+        ends, every = self.step == self.total, self.recipe.eval.every
+        evaluates = bool(every) and self.step % every == 0 and not ends and self.prepared.questions is not None
+        # in a row of bad steps the weights are in doubt, and the checkpoint before stands
+        sound = self.guard.in_a_row == 0
+        saves = ends or (sound and (self.stopping or self.step % self.recipe.checkpoint.every == 0))
+        if saves:
+            self._check_weights()
+        if log is not None and evaluates:
             with self.averaged():
                 evaluation = self.evaluate()
             assert evaluation is not None
-            row = _scores(evaluation)
+            row = scores(evaluation)
             log.write({"step": self.step, **row})
             shown = row.get("eval/image_to_text/R@5")
             if shown is not None:
                 report.line(f"step {self.step}: image to text R@5 {100 * shown:.1f} %")
-        if ends or self.step % self.recipe.checkpoint.every == 0:
+        if log is not None and saves:
             save_checkpoint(out / CHECKPOINTS, self.step, self.state(), keep=self.recipe.checkpoint.keep)
+        if evaluates or saves:
+            self.ranks.wait()
+        if self.stopping and not ends:
+            after = latest_checkpoint(out / CHECKPOINTS)
+            where = (
+                f"saved {after.name}" if after is not None and saves else "kept its last checkpoint, if there is one"
+            )
+            message = (
+                f"{self.signals.name or 'a signal to another rank'} stopped the run after step {self.step} of "
+                f"{self.total}; it {where}: go on with the same command and --resume"
+            )
+            raise RunStopped(message if self.ranks.first else "")
+
+    def _check_weights(self) -> None:
+        modules: dict[str, nn.Module] = {"student": self.student, "objectives": self.objectives}
+        if self.average is not None:
+            modules["average"] = self.average.module
+        self.guard.check_weights(self.step, **modules)
+        self.ranks.check_equal(**modules)
 
     def averaged(self) -> Any:
         """The student as it is evaluated and saved inside the `with`: averaged, and interpolated with its start."""
@@ -392,25 +432,6 @@ class Trainer:
         if mixed and self.beginning is not None:
             state = optim.interpolated(self.beginning, state, self.config.interpolate)
         return optim.replaced(self.student, state)
-
-    def mix_heads(self) -> str:
-        """Set how the student's two heads are mixed, by the recipe or by the held-out labels; says what was done."""
-        task, heads, section = self.prepared.task, self.student.heads, self.recipe.task
-        assert task is not None, "only a recipe with a task comes here"
-        assert heads is not None, "only a recipe with a task comes here"
-        assert section is not None, "only a recipe with a task comes here"
-        rows = [row for row, label in enumerate(task.held) if label >= 0]
-        share, temperature = float(heads.share), float(heads.temperature)
-        if rows and (section.share is None or section.temperature is None):
-            label = torch.tensor([task.held[row] for row in rows])
-            shares = SHARES if section.share is None else (section.share,)
-            share, temperature = choose_mixing(*self.feed.class_logits(self.student, rows), label, section.mix, shares)
-        heads.share.fill_(share if section.share is None else section.share)
-        heads.temperature.fill_(temperature if section.temperature is None else section.temperature)
-        return (
-            f"classifier: {float(heads.share):.2f} of the taught head at temperature {float(heads.temperature):g}, "
-            f"mixed by {section.mix}, {len(rows)} labels held out for the choice"
-        )
 
     def evaluate(self) -> Evaluation | None:
         """Score the student as it stands; None without evaluation data."""
@@ -428,60 +449,8 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that decides the next step, as tensors and plain values."""
-        return {
-            "schema": CHECKPOINT_SCHEMA,
-            "recipe": self.recipe.digest(),
-            "inputs": self.prepared.digest,
-            "step": self.step,
-            "student": self.student.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else None,
-            "start": self.beginning,
-            "balance": self.balance.state_dict() if self.balance is not None else None,
-            "objectives": self.objectives.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler else None,
-            "rng": optim.rng_state(),
-            "last": self.last,
-        }
+        return state_of(self)
 
     def restore(self, state: Mapping[str, Any], path: Path) -> None:
-        """Continue from what `state` returned.
-
-        Raises:
-            IntegrityError: it was made by another release, recipe, data, tokenizer or teacher.
-        """
-        if state.get("schema") != CHECKPOINT_SCHEMA:
-            raise IntegrityError(
-                f"checkpoint {path} has schema {state.get('schema')} and this release writes and reads "
-                f"{CHECKPOINT_SCHEMA}, so it cannot be continued here; finish that run with the release that began it, "
-                "or start anew with --overwrite"
-            )
-        for key, own in (("recipe", self.recipe.digest()), ("inputs", self.prepared.digest)):
-            if state[key] != own:
-                what = {"recipe": "recipe", "inputs": "data, texts, tokenizer or teacher"}[key]
-                raise IntegrityError(
-                    f"checkpoint {path} was made with another {what}, so continuing would mix two runs; restore what "
-                    "it was made with, or start anew with --overwrite"
-                )
-        self.student.load_state_dict(state["student"])
-        self.objectives.load_state_dict(state["objectives"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        if self.beginning is not None:
-            self.beginning = {name: value.to(self.device) for name, value in state["start"].items()}
-            if self.beside.original is not None:
-                parts = [(k.removeprefix("image_tower."), k) for k in self.beginning if k.startswith("image_tower.")]
-                self.beside.original.load_state_dict({part: self.beginning[name] for part, name in parts})
-        if self.balance is not None:
-            self.balance.load_state_dict(state["balance"])
-        if self.scaler:
-            self.scaler.load_state_dict(state["scaler"])
-        optim.set_rng_state(state["rng"])
-        self.step, self.last = int(state["step"]), dict(state["last"])
-
-
-def _scores(evaluation: Evaluation) -> dict[str, float]:
-    """The shares of an evaluation as one flat row of metrics.jsonl."""
-    own = evaluation.values["model"]
-    return {f"eval/{part}/{key}": own[part][key] for part in own for key in own[part] if "@" in key or "top" in key}
+        """Continue from what `state` returned; see `state.restore`."""
+        restore(self, state, path)

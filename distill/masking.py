@@ -19,7 +19,7 @@ from pocketvlm.edge.contract import ImageSpec
 from pocketvlm.edge.errors import UsageError
 
 Pixels = NDArray[np.uint8]
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def asked_masking(recipe: Recipe) -> Masking | None:
 @contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
     """Running statistics of batch norms stay as they are inside the `with`, whatever passes through."""
-    norms = [m for m in module.modules() if isinstance(m, _NORMS)]
+    norms = [m for m in module.modules() if isinstance(m, NORMS)]
     before = [(m, m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in norms]
     try:
         for norm in norms:

@@ -314,7 +314,7 @@ class Planner:
         for place, name in enumerate(("bfloat16", "float32")):
             pictures = self.total * (self.views * found.view_bytes[place] + found.picture_meta)
             sizes[name] = pictures + self._cached_texts() * found.text_bytes[place] if cached else 0.0
-        own = self.recipe.teacher.cache_dtype if self.recipe.teacher is not None else "float32"
+        own = (self.recipe.teacher.cache_dtype if self.recipe.teacher is not None else None) or "float32"
         return {
             "data_bytes": self.total * each,
             "cache_bytes_per_view": found.view_bytes[own == "float32"] + found.picture_meta / self.views,

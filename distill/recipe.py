@@ -146,8 +146,10 @@ class ObjectiveSection(Section):
 class TrainSection(Section):
     """steps: of the main phase. text_pretrain_steps: steps before it that train only on text-only batches.
 
-    batch_size: pictures. captioned_fraction: share of each batch drawn from captioned pictures (null: as
-    they come). text_batch: words and captions drawn each step for `batch: texts` objectives and for the bank.
+    batch_size: pictures of a step, over all ranks. micro_batch: at most so many of a rank's pictures go through the
+    towers at once, with the gradient of the whole batch (`distill.accumulate`); null: all.
+    captioned_fraction: share of each batch drawn from captioned pictures (null: as they come). text_batch: words and
+    captions drawn each step for `batch: texts` objectives and for the bank.
     bank: "student" makes the bank from the text-only batch through the student's text tower; a number uses
     that many fixed texts in the teacher's own embedding for both models (no cost, image tower only).
     lr_scale: parameter-name prefix -> factor on `lr` (0 freezes). freeze: prefix -> steps of the main phase to keep it
@@ -156,6 +158,11 @@ class TrainSection(Section):
     cut_after_block: freeze the image trunk up to this block and compute what it gives once (EfficientNet and
     MobileNet families); a step then costs only what lies above.
     precision: "auto" is bf16 or fp16 on CUDA and fp32 elsewhere. clip_norm 0: no clipping.
+    max_skipped: so many steps in a row may be skipped because loss or gradient is no number, or because the gradient's
+    norm before clipping is above skip_norm_above (null: any finite norm is taken); one more stops the run.
+    compile: run both towers through torch.compile. checkpoint_activations: blocks of both towers keep only their inputs
+    and run again in the backward (`distill.recompute`).
+    sync_batchnorm: batch norms normalise by the rows of all ranks (CUDA only), and not each rank's by its own.
     ema_decay: of the moving average of all weights and batch-norm statistics, min(ema_decay, (1 + t) / (10 + t)) after
     t steps, which is what is evaluated and saved, and the momentum model of `momentum`. 0: off.
     switch_every: after every so many steps of the main phase the student's weights and statistics become the average's
@@ -171,6 +178,7 @@ class TrainSection(Section):
 
     steps: Count = 1000
     batch_size: Count = 128
+    micro_batch: Count | None = None
     captioned_fraction: Fraction | None = None
     text_batch: CountOrZero = 0
     text_pretrain_steps: CountOrZero = 0
@@ -181,11 +189,14 @@ class TrainSection(Section):
     freeze: dict[str, Count] = Field(default_factory=dict)
     freeze_after: dict[str, Count] = Field(default_factory=dict)
     hold_statistics: tuple[str, ...] = ()
+    sync_batchnorm: bool = False
     cut_after_block: CountOrZero | None = None
     weight_decay: NonNegative = 0.05
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     warmup_steps: CountOrZero = 50
     clip_norm: NonNegative = 1.0
+    max_skipped: CountOrZero = 3
+    skip_norm_above: Positive | None = None
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.995
     switch_every: CountOrZero = 0
     interpolate: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -193,6 +204,8 @@ class TrainSection(Section):
     balance_every: Count = 20
     seed: CountOrZero = 0
     device: str = "auto"
+    compile: bool = False
+    checkpoint_activations: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     threads: Count | None = None
     log_every: Count = 20

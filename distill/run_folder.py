@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from pocketvlm.distill.checkpoint import latest_checkpoint, write_text_atomically
+from pocketvlm.distill.checkpoint import latest_checkpoint, temporaries, write_text_atomically
 from pocketvlm.distill.recipe import Recipe, load_recipe
 from pocketvlm.edge.errors import UsageError
 
@@ -26,8 +26,14 @@ RECIPE, ENVIRONMENT, METRICS, CHECKPOINTS, STUDENT, REPORT = (
 )
 
 
+# held while a run writes here (`guards.locked`)
+LOCK = "run.lock"
+
+
 def open_run_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
     """Make `out` ready; returns the checkpoint to continue from, or None for a fresh start.
+
+    `resume` makes a fresh start too, in an empty folder or before the first checkpoint.
 
     Raises:
         UsageError: the folder is not empty and neither flag was given, `overwrite` of a folder that is not a run,
@@ -37,9 +43,14 @@ def open_run_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
         raise UsageError("--resume keeps a run and --overwrite deletes it; give one of them")
     if out.is_file():
         raise UsageError(f"{out} is a file, and a run needs a folder to write into; name another one")
-    if resume:
-        return _resume(out, recipe)
-    if out.exists() and any(out.iterdir()):
+    halves = temporaries(out)
+    there = [path for path in out.iterdir() if path.name != LOCK and path not in halves] if out.exists() else []
+    if resume and there:
+        checkpoint = _resume(out, recipe)
+        for half in (*halves, *temporaries(out / CHECKPOINTS)):
+            half.unlink()
+        return checkpoint
+    if there:
         if not overwrite:
             raise UsageError(
                 f"output folder {out} is not empty, and a run would mix its files with those there; name another "
@@ -50,7 +61,8 @@ def open_run_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
                 f"{out} holds files but no {RECIPE}, so it is not a run and --overwrite does not delete it; "
                 "name another folder"
             )
-        shutil.rmtree(out)
+        for path in (*there, *halves):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     out.mkdir(parents=True, exist_ok=True)
     write_text_atomically(out / RECIPE, recipe.to_yaml())
     return None

@@ -50,11 +50,17 @@ def train_problems(recipe: Recipe) -> Iterator[str]:
     yield from _texts(recipe)
     yield from _teachers(recipe)
     yield from _task(recipe)
+    yield from _compiled(recipe)
     train = recipe.train
     if train.warmup_steps > train.steps:
         yield (
             f"train.warmup_steps {train.warmup_steps} is more than train.steps {train.steps}, so the learning rate "
             "would never be reached; lower it"
+        )
+    if train.sync_batchnorm and train.micro_batch is not None:
+        yield (
+            "train.sync_batchnorm and train.micro_batch are both set, and ranks with unequal numbers of parts would "
+            "wait for each other for ever; choose one (train.checkpoint_activations saves memory too)"
         )
     for prefix, last in train.freeze_after.items():
         if last <= train.freeze.get(prefix, 0):
@@ -64,6 +70,26 @@ def train_problems(recipe: Recipe) -> Iterator[str]:
             )
     if train.balance is not None and len(recipe.objectives) < 2:
         yield "train.balance weighs objectives against each other and there is only one; leave it out"
+
+
+def _compiled(recipe: Recipe) -> Iterator[str]:
+    from pocketvlm.distill.objectives import objective_taps
+
+    if not recipe.train.compile:
+        return
+    if recipe.train.checkpoint_activations:
+        yield (
+            "train.compile and train.checkpoint_activations are both set, and what runs again is kept out of compiled "
+            "towers, so one would undo the other; choose one (train.micro_batch saves memory too)"
+        )
+    for place, spec in enumerate(recipe.objectives):
+        with suppress(UsageError):  # said of the objective itself
+            inner = objective_taps(spec.name, spec.options).keys() & {"student_tap", "text_tap"}
+            if inner or spec.name in ("matryoshka-2d", "masked-language", "region-self"):
+                yield (
+                    f"train.compile is set and objectives.{place} ({spec.name}) reads inside the towers by hooks, "
+                    "which compiled towers do not call; leave one of them out"
+                )
 
 
 def student_problems(recipe: Recipe) -> Iterator[str]:

@@ -10,7 +10,12 @@ from types import ModuleType
 
 
 class PocketvlmError(Exception):
-    """Base of every error that is the caller's to fix; the command line prints it without a traceback."""
+    """Base of every error that is the caller's to fix; the command line prints it without a traceback.
+
+    exit_code: of the command line.
+    """
+
+    exit_code = 2
 
 
 class UsageError(PocketvlmError, ValueError):

@@ -19,6 +19,8 @@ _NAMES = ("auto", "cpu", "cuda", "mps", "meta")
 def pick_device(name: str | torch.device = "auto") -> torch.device:
     """The device called `name`; "auto" takes CUDA, then Apple's MPS, then the CPU.
 
+    Under torchrun (LOCAL_RANK in the environment) CUDA without an index is this process's own device.
+
     name: "auto", "cpu", "cuda", "cuda:1", "mps", or "meta" (shapes without data, for counting parameters).
 
     Raises:
@@ -26,11 +28,16 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     """
     if isinstance(name, torch.device):
         name = str(name)
+    local = os.environ.get("LOCAL_RANK", "")
     if name == "auto":
-        if torch.cuda.is_available():
+        if not torch.cuda.is_available():
+            return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        if not local.isdigit():
             reproducible_cublas()
             return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda"
+    if name == "cuda" and local.isdigit():
+        name = f"cuda:{local}"
     kind, _, index = name.partition(":")
     if kind not in _NAMES or kind == "auto":
         raise unknown_name("device", name, _NAMES)
@@ -41,7 +48,8 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
         if int(index or 0) >= present:
             raise UsageError(
                 f"device {name!r} was asked for, but torch sees {present} CUDA devices here; "
-                "use device 'auto' or 'cpu', or install a CUDA build of torch"
+                "use device 'auto' or 'cpu' (or no more processes a machine than it has devices), or install a CUDA "
+                "build of torch"
             )
         reproducible_cublas()
     if kind == "mps" and not torch.backends.mps.is_available():

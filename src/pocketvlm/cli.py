@@ -124,7 +124,8 @@ def distill(
     if on_bad_sample != "recipe":
         overrides = (*overrides, f"data.on_bad_sample={on_bad_sample}")
     result = distill_run(load_recipe(recipe, overrides), out, resume=resume, overwrite=overwrite)
-    print(f"student: {result.student}\nreport:  {result.report}")
+    if result.rank == 0:
+        print(f"student: {result.student}\nreport:  {result.report}")
 
 
 @app.command
@@ -457,10 +458,11 @@ def _missing(error: ModuleNotFoundError) -> str:
     )
 
 
-def _fail(message: str) -> NoReturn:
-    # messages of parsers that are quoted in ours may have several lines
-    print(f"pocketvlm: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+def _fail(message: str, code: int = 2) -> NoReturn:
+    if message:  # of several ranks that stop alike only the first speaks
+        # messages of parsers that are quoted in ours may have several lines
+        print(f"pocketvlm: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -472,7 +474,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         call(prog="pocketvlm", args=argv, description=ABOUT, config=(tyro.conf.FlagCreatePairsOff,))
     except PocketvlmError as error:
-        _fail(str(error))
+        _fail(str(error), error.exit_code)
     except ModuleNotFoundError as error:
         _fail(_missing(error))
     except BrokenPipeError:

@@ -428,8 +428,10 @@ def test_prune_writes_a_student_and_keeps_what_is_there(cli: Cli, student: Path,
 
 
 def test_distill_resume_and_overwrite(cli: Cli, recipe: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    assert "--resume" in cli("distill", recipe, "--out", out, "--resume").sentence()
+    out, other = tmp_path / "run", tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("no run")
+    assert "--resume" in cli("distill", recipe, "--out", other, "--resume").sentence()
     done = cli("distill", recipe, "--out", out)
     assert done.code == 0, done.err
     assert str(out / "student") in done.out

@@ -27,6 +27,12 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "checkpoints") == path
 
 
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointWriteError, match=r"step 7 .* because Not a directory; there is no earlier one"):
+        save_checkpoint(tmp_path / "file" / "checkpoints", 7, state(7.0))
+
+
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 30, 4):
         save_checkpoint(tmp_path, step, state(step), keep=2)
