@@ -1,5 +1,5 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans cache-build test
+.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans cache-build stream test
 
 evidence: readme demo protocols parity text step-cost inherited
 
@@ -38,6 +38,10 @@ task:
 
 cache-build:
 	python -m benchmarks.cache_build
+
+# what a stream costs: continuing at 1,000 shards, draft decoding
+stream:
+	python -m benchmarks.stream
 
 step-cost:
 	python -m benchmarks.step_cost

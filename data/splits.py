@@ -7,10 +7,11 @@ and a concept that is hidden from the student is hidden from every teacher that 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Literal, cast
 
-from pocketvlm.data.sample import Sample
+from pocketvlm.data.sample import Caption, Sample
 from pocketvlm.edge.errors import UsageError, unknown_name
 
 Pool = Literal["teacher", "student", "test"]
@@ -21,6 +22,18 @@ FOLDS = 5
 def stable_hash(text: str) -> int:
     """The first 64 bits of sha256 of the UTF-8 text, as an unsigned integer; equal on every platform."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def draw_caption(captions: Sequence[Caption], key: str) -> Caption | None:
+    """One caption, with a probability proportional to its weight, as a function of `key`; None where there is none."""
+    if len(captions) < 2:
+        return captions[0] if captions else None
+    drawn = stable_hash(key) / 2.0**64 * math.fsum(caption.weight for caption in captions)
+    for caption in captions:
+        drawn -= caption.weight
+        if drawn < 0:
+            return caption
+    return captions[-1]
 
 
 def pool_of(group: str, fold: int, folds: int = FOLDS) -> Pool:

@@ -4,7 +4,6 @@ at any step without replaying the ones before, and an order can be checked witho
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pocketvlm.data.sample import Sample
-from pocketvlm.data.splits import stable_hash
+from pocketvlm.data.splits import draw_caption, stable_hash
 from pocketvlm.edge.contract import ImageSpec
 from pocketvlm.edge.errors import UsageError
 
@@ -107,15 +106,8 @@ class Order:
         return np.random.Generator(np.random.PCG64(key)).permutation(size)
 
     def _caption(self, sample: Sample, step: int) -> str | None:
-        if len(sample.captions) < 2:
-            return sample.captions[0].text if sample.captions else None
-        total = math.fsum(caption.weight for caption in sample.captions)
-        drawn = stable_hash(f"caption/{self.seed}/{sample.uid}/{step}") / 2.0**64 * total
-        for caption in sample.captions:
-            drawn -= caption.weight
-            if drawn < 0:
-                return caption.text
-        return sample.captions[-1].text
+        drawn = draw_caption(sample.captions, f"caption/{self.seed}/{sample.uid}/{step}")
+        return None if drawn is None else drawn.text
 
 
 def _fold(text: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pocketvlm.data import open_data
 from pocketvlm.data.augment import apply_view
 from pocketvlm.data.sample import Sample
+from pocketvlm.data.shards import list_shards
 from pocketvlm.distill.made_cache import MadeCaches
 from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.recipe import Recipe, load_recipe
@@ -92,11 +93,11 @@ def verify(
             f"the recipe names {len(recipe.teacher.specs) if recipe.teacher else 0} teacher(s) and {folder} holds the "
             f"outputs of {len(caches)}; give the recipe that it was made with"
         )
-    with Stages(report, "data") as progress:
-        source = open_data(recipe.data.train, on_bad_sample=recipe.data.on_bad_sample, progress=progress)
-    by_uid = {sample.uid: sample for sample in source}
+    drawn = [np.random.default_rng(seed) for _ in caches]
+    asked = [_some(cache.uids, samples, rng) for cache, rng in zip(caches, drawn)]
+    by_uid = _samples(recipe, {uid for uids in asked for uid in uids}, report)
     found: list[Compared] = []
-    for cache, spec in zip(caches, recipe.teacher.specs):
+    for cache, spec, uids, rng in zip(caches, recipe.teacher.specs, asked, drawn):
         with Stages(report, "teacher") as progress:
             teacher = open_teacher(
                 spec, device=device, allow_download=allow_download, trust_remote_code=trust_remote_code,
@@ -106,8 +107,7 @@ def verify(
         if len(cache):
             wanted["image"] = json.loads(json.dumps(dataclasses.asdict(teacher.image)))
         refuse_difference(cache.folder, cache.info.to_dict(), wanted)
-        rng = np.random.default_rng(seed)
-        found += _pictures(cache, teacher, by_uid, _some(cache.uids, samples, rng), rng)
+        found += _pictures(cache, teacher, by_uid, uids, rng)
         found += _texts(cache, teacher, _some(cache.texts, samples, rng))
     return found
 
@@ -124,7 +124,7 @@ def show(folder: str | Path) -> list[dict[str, Any]]:
 
 def _row(made: MadeCaches, member: dict[str, str]) -> dict[str, Any]:
     path = made.path(member)
-    data = {"data": made.recipe["data"]["train"], "views": made.recipe["views"]} if made.recipe is not None else {}
+    data = {"data": _data(made.recipe), "views": made.recipe["views"]} if made.recipe is not None else {}
     try:
         cache = TeacherCache.open(path)
     except UsageError:
@@ -151,9 +151,29 @@ def _row(made: MadeCaches, member: dict[str, str]) -> dict[str, Any]:
         "bytes_per_view": round(images / views, 1) if views else None,
         "bytes_per_text": round(texts / len(cache.texts), 1) if texts else None,
         "skipped": dict(Counter(cache.skipped.values())),
-        "data": made.recipe["data"]["train"] if made.recipe is not None else None,
+        "data": _data(made.recipe) if made.recipe is not None else None,
         "licences": [list(row) for row in info.licences],
     }
+
+
+def _data(recipe: dict[str, Any]) -> Any:
+    stream = recipe["data"].get("stream")
+    return recipe["data"].get("train") if stream is None else stream["shards"]
+
+
+def _samples(recipe: Recipe, uids: set[str], report: Reporter) -> dict[str, Sample]:
+    """The pictures of these uids; of a stream only the shards that they lie in are read."""
+    if recipe.data.stream is not None:
+        from pocketvlm.distill.stream_feed import samples_of_shard
+
+        shards = [
+            s for s in list_shards(recipe.data.stream.shards) if any(uid.startswith(f"{s.name}/") for uid in uids)
+        ]
+        rows = (sample for shard in shards for sample in samples_of_shard(recipe, shard))
+        return {sample.uid: sample for sample in rows if sample.uid in uids}
+    with Stages(report, "data") as progress:
+        source = open_data(recipe.data.train, on_bad_sample=recipe.data.on_bad_sample, progress=progress)
+    return {sample.uid: sample for sample in source if sample.uid in uids}
 
 
 def _some(names: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:

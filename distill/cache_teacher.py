@@ -25,6 +25,7 @@ from pocketvlm.data.readers.common import Collector
 from pocketvlm.data.readers.webdataset import find_shards, read_webdataset
 from pocketvlm.data.report import BadSampleReport
 from pocketvlm.data.sample import Sample
+from pocketvlm.data.shards import list_shards
 from pocketvlm.data.spec import parse_spec
 from pocketvlm.distill.answers import slug
 from pocketvlm.distill.labels import task_classes, task_labels
@@ -34,6 +35,7 @@ from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.questions import only_labels
 from pocketvlm.distill.recipe import Recipe
 from pocketvlm.distill.run_folder import differences
+from pocketvlm.distill.stream_feed import probe, samples_of_shard
 from pocketvlm.distill.student_teacher import open_teacher
 from pocketvlm.distill.taps import asked_taps
 from pocketvlm.distill.text_pool import english_of, text_pool, with_parallel
@@ -85,14 +87,15 @@ def cache_teacher(
     """Make the caches that the recipe's run will read, or this process's share of them; True when they are finished.
 
     The pooled features and token maps are kept where an objective of the recipe reads them. by_shard: one shard for
-    each tar of `data.train`, opened when its turn comes, with its captions in it; the texts that the recipe names
-    besides (words, class prompts, parallel texts) lie in shards of their own.
+    each tar of `data.train`, opened when its turn comes, with its captions in it (always so with `data.stream`); the
+    texts that the recipe names besides (words, class prompts, parallel texts) lie in shards of their own.
 
     Raises:
         UsageError: a recipe without a teacher that could be asked, or data that is not in shards.
         IntegrityError: `out` was begun with something else. CacheWriteError: a full disk; what was made is kept.
     """
     out, report = Path(out), report or Reporter()
+    by_shard = by_shard or recipe.data.stream is not None
     if recipe.teacher is None:
         raise UsageError(f"recipe {recipe.name!r} has no teacher, so there is nothing to keep; add 'teacher'")
     samples, texts = ([], _other_texts(recipe)) if by_shard else _inputs(recipe, report)
@@ -174,6 +177,10 @@ def _inputs(recipe: Recipe, report: Reporter) -> tuple[Sequence[Sample], list[st
 
 
 def _tars(recipe: Recipe) -> dict[str, Callable[[], Sequence[Sample]]]:
+    if recipe.data.stream is not None:
+        return {
+            shard.name: partial(samples_of_shard, recipe, shard) for shard in list_shards(recipe.data.stream.shards)
+        }
     spec = parse_spec(recipe.data.train)
     if spec.kind != "wds" or any(key in spec.options for key in ("pool", "limit", "shots")):
         raise UsageError(
@@ -208,6 +215,9 @@ def _other_texts(recipe: Recipe) -> list[str]:
             "a cache by shards was asked for with data.parallel or a task, which need all captions and labels at once; "
             "leave out --by-shard"
         )
+    if recipe.data.stream is not None and wants_texts(recipe):
+        held_out = open_data(recipe.data.eval) if recipe.data.eval else None
+        return text_pool(recipe, probe(recipe, list_shards(recipe.data.stream.shards)), held_out)
     words = recipe.data.words
     if words is None or not wants_texts(recipe):
         return []

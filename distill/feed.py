@@ -175,6 +175,21 @@ class Feed:
         self._add_teacher(batch, plan, captions)
         return batch
 
+    def data(self) -> str:
+        """What is trained on, for people."""
+        pictures = self.prepared.samples
+        return f"{len(pictures)} pictures ({sum(bool(sample.captions) for sample in pictures)} with captions)"
+
+    def state_dict(self, step: int) -> dict[str, Any] | None:
+        """Where the data stands after `step` steps, where the step number alone does not say it; see `StreamFeed`."""
+        return None
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on at such a state."""
+
+    def close(self) -> None:
+        """End what makes steps in the background."""
+
     def _add_texts(self, batch: Step, words: list[int], captions: list[str]) -> None:
         texts = [self.prepared.texts[i] for i in words]
         batch.texts = len(texts)

@@ -51,6 +51,7 @@ from pocketvlm.distill.run_folder import (
     open_run_folder,
 )
 from pocketvlm.distill.state import restore, state_of
+from pocketvlm.distill.stream_feed import StreamFeed
 from pocketvlm.distill.trackers import check_trackers, open_log
 from pocketvlm.edge.errors import PocketvlmError
 from pocketvlm.teachers.device import describe_device, full_float32, pick_device
@@ -147,7 +148,7 @@ class Trainer:
             marked=None if prepared.task is None else [label >= 0 for label in prepared.task.train],
         )
         ranks.check_batches(self.order.batch_size, self.order.text_batch)
-        self.feed = Feed(prepared, self.order, device, ranks)
+        self.feed = (Feed if prepared.stream is None else StreamFeed)(prepared, self.order, device, ranks)
         self.shares = build_shares(prepared)
         self.objectives: nn.ModuleList = build_objectives(prepared, self.shares).to(device)
         groups = optim.parameter_groups(self.student, self.objectives, self.config)
@@ -185,15 +186,12 @@ class Trainer:
 
     def summary(self) -> str:
         """One line for people: what is trained, on what, for how long."""
-        pictures = self.prepared.samples
-        captioned = sum(bool(sample.captions) for sample in pictures)
         size = sum(parameter.numel() for parameter in self.student.parameters())
         teacher = self.prepared.teacher.name if self.prepared.teacher else "no teacher"
         return (
-            f"{self.student.config.name} ({size / 1e6:.2f} M parameters), {teacher}: {len(pictures)} pictures "
-            f"({captioned} with captions), {len(self.prepared.texts)} texts, {self.total} steps of "
-            f"{self.order.batch_size} pictures, {self._where()}, "
-            f"{str(self.dtype or torch.float32).removeprefix('torch.')}"
+            f"{self.student.config.name} ({size / 1e6:.2f} M parameters), {teacher}: {self.feed.data()}, "
+            f"{len(self.prepared.texts)} texts, {self.total} steps of {self.order.batch_size} pictures, "
+            f"{self._where()}, {str(self.dtype or torch.float32).removeprefix('torch.')}"
         )
 
     def _where(self) -> str:
@@ -227,6 +225,7 @@ class Trainer:
         finally:
             if log is not None:
                 log.close()
+            self.feed.close()
         if self.guard.skipped:
             report.line(f"{self.guard.skipped} of {self.total} steps were skipped (see {METRICS})")
         return time.monotonic() - started
@@ -392,6 +391,7 @@ class Trainer:
         saves = ends or (sound and (self.stopping or self.step % self.recipe.checkpoint.every == 0))
         if saves:
             self._check_weights()
+            data = self.ranks.all_of(self.feed.state_dict(self.step))
         if log is not None and evaluates:
             with self.averaged():
                 evaluation = self.evaluate()
@@ -402,7 +402,7 @@ class Trainer:
             if shown is not None:
                 report.line(f"step {self.step}: image to text R@5 {100 * shown:.1f} %")
         if log is not None and saves:
-            save_checkpoint(out / CHECKPOINTS, self.step, self.state(), keep=self.recipe.checkpoint.keep)
+            save_checkpoint(out / CHECKPOINTS, self.step, self.state(data), keep=self.recipe.checkpoint.keep)
         if evaluates or saves:
             self.ranks.wait()
         if self.stopping and not ends:
@@ -447,9 +447,9 @@ class Trainer:
         )
         return score(questions, own, self.prepared.teacher_answers, metrics_wanted=settings.metrics, tags=settings.tags)
 
-    def state(self) -> dict[str, Any]:
-        """Everything that decides the next step, as tensors and plain values."""
-        return state_of(self)
+    def state(self, data: list[Any] | None = None) -> dict[str, Any]:
+        """Everything that decides the next step; see `state.state_of`. data: of all ranks, where they are several."""
+        return state_of(self, data or [self.feed.state_dict(self.step)])
 
     def restore(self, state: Mapping[str, Any], path: Path) -> None:
         """Continue from what `state` returned; see `state.restore`."""

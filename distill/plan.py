@@ -129,7 +129,7 @@ def _with(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
 
 def _data(recipe: Recipe, samples: float | None, ledger: Ledger) -> tuple[DataSource, bool, Recipe]:
     """(pictures to rehearse on, whether they are made up, the recipe)."""
-    stream = getattr(recipe.data, "stream", None)
+    stream = recipe.data.stream
     spec = recipe.data.train if stream is None else str(stream.shards)
     # a plan reads nothing over a network, and no shards only to count them
     remote = stream is not None or "://" in spec or "pipe:" in spec
@@ -222,7 +222,7 @@ class Planner:
         self.pool = found.pool - len(source.captions()) + self.captions
         self.cut = self.train.cut_after_block is not None
         own = self.train.batch_size / count
-        micro = getattr(self.train, "micro_batch", None)
+        micro = self.train.micro_batch
         self.parts = 1.0 if micro is None else max(1.0, own / micro)
         if self.parts > 1:
             ledger.assume("train.micro_batch", "4/3 of the towers' work", "each part goes forward twice, backward once")

@@ -51,7 +51,8 @@ class Prepared:
     images / words: the teachers' caches of pictures with captions, and of `texts`; None without a teacher.
     digest: over everything that decides the run's arithmetic besides the recipe; a resumed run must match it.
     pictures_digest: over uids and sources of the pictures. report: where progress is told.
-    task: classes and labels of a recipe with a task.
+    task: classes and labels of a recipe with a task. stream: of a recipe with `data.stream` (`stream_feed`), of which
+    `source` and `samples` are only a look at the beginning.
     memo: what runs over the same inputs share (token ids, outputs below the cut), filled by the first that needs it.
     """
 
@@ -73,6 +74,7 @@ class Prepared:
     pictures_digest: str
     report: Reporter
     task: TaskLabels | None = None
+    stream: Any = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def with_recipe(self, recipe: Recipe, student: Student | None = None) -> Prepared:
@@ -116,7 +118,7 @@ class Prepared:
                 f"recipe {other.name!r} has other inputs ({', '.join(differ)}) than those that were prepared for "
                 f"{own.name!r}, so it would be trained on the wrong ones; prepare it by itself"
             )
-        _check_captions(other, self.source)
+        check_captions(other, self.source)
         alone = other.teacher is None
         if not alone and self.teacher is not None:
             check_shares(other, self.teacher)
@@ -128,7 +130,7 @@ class Prepared:
             images=None if alone else self.images,
             words=self.words if not alone and wants_texts(other) else None,
             teacher_answers=None if alone else self.teacher_answers,
-            digest=_digest(self.samples, self.texts, self.english, student, None if alone else self.teacher),
+            digest=digest_of(self.samples, self.texts, self.english, student, None if alone else self.teacher),
         )
 
     def read(self, captions: Sequence[str]) -> list[str]:
@@ -174,12 +176,16 @@ def prepare(
         UsageError: parts that do not fit each other (see the checks below), an empty data set.
         BadSampleError: an unreadable sample under `on_bad_sample: refuse`.
     """
+    if recipe.data.stream is not None:
+        from pocketvlm.distill.stream_feed import prepare_stream
+
+        return prepare_stream(recipe, report)
     with Stages(report, "data") as progress:
         bad = recipe.data.on_bad_sample
         source = source or open_data(recipe.data.train, on_bad_sample=bad, progress=progress)
         held_out = open_data(recipe.data.eval, on_bad_sample=bad, progress=progress) if recipe.data.eval else None
     source = source.weighed(recipe.data.caption_weights)
-    _check_captions(recipe, source)
+    check_captions(recipe, source)
     classes = task_classes(recipe, source.samples, source.name, source.templates or recipe.eval.templates)
     if classes is not None and held_out is not None:
         held_out = only_labels(held_out)
@@ -225,11 +231,11 @@ def prepare(
     for what, data in (("training", source), ("evaluation", held_out)):
         if data is not None and data.report.counts:
             report.line(f"left out of the {what} data {data.name}: {dict(sorted(data.report.counts.items()))}")
-    _check_captions(recipe, source)
+    check_captions(recipe, source)
     section = recipe.task
     task = task_labels(classes, samples, section.validation) if classes is not None and section is not None else None
-    outputs = [_teacher_outputs(recipe, one, samples, english, questions, policy, report, task) for one in teachers]
-    images, words, answers = _together(teacher, outputs)
+    outputs = [teacher_outputs(recipe, one, samples, english, questions, policy, report, task) for one in teachers]
+    images, words, answers = together(teacher, outputs)
     found = Prepared(
         recipe=recipe,
         source=source,
@@ -245,7 +251,7 @@ def prepare(
         words=words,
         questions=questions,
         teacher_answers=answers,
-        digest=_digest(samples, texts, english, student, teacher),
+        digest=digest_of(samples, texts, english, student, teacher),
         pictures_digest=pictures.digest(),
         report=report,
         task=task,
@@ -254,7 +260,7 @@ def prepare(
     return turned(found, axes_of(found)) if principal else found
 
 
-def _digest(
+def digest_of(
     samples: Sequence[Sample], texts: Sequence[str], english: Sequence[str], student: Student, teacher: Any
 ) -> str:
     facts = {
@@ -283,7 +289,7 @@ def _asked(recipe: Recipe) -> tuple[Any, ...]:
     return recipe.eval.templates, "hard_negatives" in recipe.eval.metrics
 
 
-def _check_captions(recipe: Recipe, source: DataSource) -> None:
+def check_captions(recipe: Recipe, source: DataSource) -> None:
     from pocketvlm.distill.objectives import objective_needs
 
     captioned = sum(bool(sample.captions) for sample in source.samples)
@@ -331,7 +337,7 @@ def _readable(
     return samples, pictures
 
 
-def _teacher_outputs(
+def teacher_outputs(
     recipe: Recipe,
     teacher: Any,
     samples: Sequence[Sample],
@@ -352,7 +358,12 @@ def _teacher_outputs(
     root = Path(section.cache) if section.cache and made is None else cache_dir() / "teacher"
 
     tokens: dict[str, Any] = {}
-    if asked_taps(recipe).teacher and not blind and not isinstance(getattr(teacher, "cache", None), TeacherCache):
+    if (
+        samples
+        and asked_taps(recipe).teacher
+        and not blind
+        and not isinstance(getattr(teacher, "cache", None), TeacherCache)
+    ):
         grid, width = token_shape(teacher, section.token_grid)
         cost = token_bytes(len(samples), views, grid, width, dtype)
         if made is None:
@@ -391,7 +402,7 @@ def _teacher_outputs(
         images = kept if captions or not blind else None
         words_cache = kept if wants_texts(recipe) and texts else None
         report.line(f"teacher: outputs of {teacher.name} from {kept.folder}")
-    elif blind:
+    elif blind or not samples:  # a stream's pictures come later
         images = cached("captions", (), captions) if captions else None
         words_cache = cached("texts", (), texts) if wants_texts(recipe) and texts else None
     else:
@@ -414,7 +425,7 @@ def _teacher_outputs(
     return images, words_cache, answers
 
 
-def _together(
+def together(
     teacher: Ensemble | None, found: list[tuple[TeacherCache | None, TeacherCache | None, Embedded | None]]
 ) -> tuple[TeacherCache | JoinedCache | None, TeacherCache | JoinedCache | None, Embedded | None]:
     """The outputs of all teachers, side by side."""

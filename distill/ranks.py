@@ -111,6 +111,14 @@ class Ranks:
             raise RankError(f"rank 0 stopped, and all other ranks with it: {box[1]}")
         return box[0]
 
+    def all_of(self, value: _T) -> list[_T]:
+        """What every rank has, in the order of ranks, on every rank."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
         """Rank 0 does the body, and then the others, who find ready what it wrote into shared folders.

@@ -25,6 +25,7 @@ from pocketvlm.distill.sections import (
     ParallelSection,
     Positive,
     Section,
+    StreamSection,
     TaskSection,
     TokenizerSection,
     WordsSection,
@@ -33,7 +34,8 @@ from pocketvlm.edge.errors import UsageError, unknown_name
 
 
 class DataSection(Section):
-    """train / eval: data specs (`data.open_data`). words: generic texts, or null. parallel: other languages, or null.
+    """train / eval: data specs (`data.open_data`). stream: tar shards, in place of `train`, which is empty then.
+    words: generic texts, or null. parallel: other languages, or null.
 
     on_bad_sample: "skip" counts and reports unreadable samples, "refuse" stops at the first.
     caption_weights: source of a caption ("original", "rewrite") -> factor on its weight among a picture's captions, of
@@ -42,7 +44,8 @@ class DataSection(Section):
     ram_gb: memory for decoded pictures and finished views; past it they are made again on every use.
     """
 
-    train: str
+    train: str = ""
+    stream: StreamSection | None = None
     eval: str | None = None
     words: WordsSection | None = None
     caption_weights: dict[str, NonNegative] = Field(default_factory=dict)
@@ -393,9 +396,10 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
     from pocketvlm.distill.objectives import build_objective, list_objectives, objective_needs
     from pocketvlm.distill.shares import teacher_problem
     from pocketvlm.distill.taps import shared_problems, stand_in_widths, tap_problems
-    from pocketvlm.distill.train_checks import start_problems, student_problems, train_problems
+    from pocketvlm.distill.train_checks import start_problems, stream_problems, student_problems, train_problems
 
     train = recipe.train
+    yield from stream_problems(recipe)
     yield from student_problems(recipe)
     try:
         check_metrics(recipe.eval.metrics)

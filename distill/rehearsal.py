@@ -176,8 +176,7 @@ class Stage:
         recipe = self.recipe
         texts = max(2, round(recipe.train.text_batch * pictures / recipe.train.batch_size))
         train: dict[str, Any] = {"batch_size": pictures, "text_batch": texts if recipe.train.text_batch else 0}
-        if hasattr(recipe.train, "micro_batch"):
-            train["micro_batch"] = None
+        train["micro_batch"] = None
         changed: dict[str, Any] = {
             "data": recipe.data.model_copy(update={"eval": None}),
             "views": recipe.views.model_copy(update={"count": min(2, recipe.views.count)}),

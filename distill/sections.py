@@ -35,6 +35,28 @@ class TaskSection(Section):
     validation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
 
 
+class StreamSection(Section):
+    """Tar shards in the WebDataset layout, read one after the other (`data.stream`), in place of `data.train`.
+
+    shards: a path, brace or glob pattern, folder, text file of names, http(s) URL, or "pipe:COMMAND", or several.
+    order: of the shards in each epoch; "resampled" draws them with replacement. buffer: samples of one shard among
+    which the next is drawn. workers: processes that decode (0: none). captions: whether a picture without one is bad.
+    language: BCP-47 tag of captions that carry none. max_bad_share: of samples, and of shards, past which a run stops.
+    draft: decode a JPEG near the size that is wanted (`data.near`). probe: samples at the beginning that are looked at
+    before training; the tokenizer and the pool of texts are made from their captions.
+    """
+
+    shards: str | tuple[str, ...]
+    order: Literal["shuffled", "sequential", "resampled"] = "shuffled"
+    buffer: CountOrZero = 1000
+    workers: CountOrZero = 2
+    captions: Literal["required", "optional"] = "required"
+    language: str = "en"
+    max_bad_share: Fraction = 0.05
+    draft: bool = True
+    probe: Count = 2000
+
+
 class WordsSection(Section):
     """Generic texts for text distillation and for the tokenizer (`data.wordlist.word_list`).
 

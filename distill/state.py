@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from pocketvlm.distill import optim
 from pocketvlm.distill.checkpoint import SCHEMA, check_origin
+from pocketvlm.edge.errors import IntegrityError
 
 if TYPE_CHECKING:
     from pocketvlm.distill.loop import Trainer
 
 
-def state_of(trainer: Trainer) -> dict[str, Any]:
-    """Everything that decides the next step, as tensors and plain values."""
+def state_of(trainer: Trainer, data: list[Any]) -> dict[str, Any]:
+    """Everything that decides the next step, as tensors and plain values. data: where that of each rank stands."""
     return {
         "schema": SCHEMA,
         "recipe": trainer.recipe.digest(),
@@ -29,6 +30,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "scaler": trainer.scaler.state_dict() if trainer.scaler else None,
         "guard": trainer.guard.state_dict(),
         "rng": optim.rng_state(trainer.device),
+        "data": data,
         "last": trainer.last,
     }
 
@@ -37,7 +39,8 @@ def restore(trainer: Trainer, state: Mapping[str, Any], path: Path) -> None:
     """Continue from what `state_of` returned, which lay at `path`.
 
     Raises:
-        IntegrityError: it was made by another release, recipe, data, tokenizer or teacher.
+        IntegrityError: it was made by another release, recipe, data, tokenizer or teacher, or from a stream that was
+            dealt to another number of ranks.
     """
     check_origin(state, path, recipe=trainer.recipe.digest(), inputs=trainer.prepared.digest)
     trainer.student.load_state_dict(state["student"])
@@ -57,4 +60,11 @@ def restore(trainer: Trainer, state: Mapping[str, Any], path: Path) -> None:
         trainer.scaler.load_state_dict(state["scaler"])
     trainer.guard.load_state_dict(state["guard"])
     optim.set_rng_state(state["rng"], trainer.device)
+    data = state["data"]
+    if data[0] is not None and len(data) != trainer.ranks.count:
+        raise IntegrityError(
+            f"checkpoint {path} was made by {len(data)} ranks, of which each read its own shards of the stream, and "
+            f"this run has {trainer.ranks.count}, so samples would be repeated and missed; continue with {len(data)}"
+        )
+    trainer.feed.load_state_dict(data[min(trainer.ranks.rank, len(data) - 1)])
     trainer.step, trainer.last = int(state["step"]), dict(state["last"])

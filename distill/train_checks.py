@@ -245,3 +245,25 @@ def _starts_at_random(recipe: Recipe) -> bool:
     except UsageError:
         return False  # reported where the student is checked
     return config.image.weights == "none" and config.text.weights == "none"
+
+
+def stream_problems(recipe: Recipe) -> Iterator[str]:
+    """What a recipe asks for that a stream cannot give, before anything is opened."""
+    if recipe.data.stream is None:
+        if not recipe.data.train:
+            yield "data has neither train nor stream, so there is nothing to learn from; name a data set, or shards"
+        return
+    if recipe.data.train:
+        yield "data has train and stream, of which one would be ignored; keep one"
+    train, student, teacher = recipe.train, recipe.student, recipe.teacher
+    asked = {
+        "task": recipe.task is not None,
+        "data.parallel": recipe.data.parallel is not None,
+        "train.captioned_fraction": train.captioned_fraction is not None,
+        "train.cut_after_block": train.cut_after_block is not None,
+        "student.fit_projection": student.fit_projection is not None,
+        "teacher.axes: principal": teacher is not None and teacher.axes == "principal",
+    }
+    for key, wanted in asked.items():
+        if wanted:
+            yield f"{key} needs every sample before the first step and data.stream has no end; leave it out"

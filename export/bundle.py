@@ -282,7 +282,7 @@ def _data_of_run(source: object) -> str | None:
     """What the run in this folder was trained on; None for anything else."""
     if not isinstance(source, str | Path) or not (Path(source) / RECIPE).is_file():
         return None
-    return load_recipe(Path(source) / RECIPE).data.train
+    return load_recipe(Path(source) / RECIPE).data.train or None
 
 
 def _examples(source: DataSource | None) -> list[ImageCase]:

@@ -10,7 +10,7 @@ import glob
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -21,8 +21,10 @@ from pocketvlm.edge.errors import UsageError
 
 _TEXT_SUFFIXES = (".txt", ".caption", ".text")
 _BRACES = re.compile(r"\{([^{}]*)\}")
+# members that are read as text
+TEXTS = frozenset({*_TEXT_SUFFIXES, ".json", ".cls"})
 # a caption or a class number; anything longer is not what its name says
-_LONGEST_TEXT = 1 << 20
+LONGEST_TEXT = 1 << 20
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -74,11 +76,8 @@ def read_webdataset(shards: list[Path], collector: Collector) -> None:
     for shard in shards:
         members: dict[str, dict[str, tarfile.TarInfo]] = {}
         for member in _members(shard, collector):
-            folder, _, file_name = member.name.rpartition("/")
-            stem, dot, suffix = file_name.partition(".")
-            if dot and stem:
-                key = f"{folder}/{stem}" if folder else stem
-                members.setdefault(key, {}).setdefault("." + suffix.lower(), member)
+            if (named := key_of(member.name)) is not None:
+                members.setdefault(named[0], {}).setdefault(named[1], member)
         with open(shard, "rb") as file:
             for key, parts in members.items():
                 _add_sample(shard, file, key, parts, collector)
@@ -91,19 +90,33 @@ def _add_sample(shard: Path, file: BinaryIO, key: str, parts: dict[str, tarfile.
         collector.report.add("no-image-member", where, "the key has no picture among its files")
         return
     try:
-        texts: list[Any] = [_read(file, parts[suffix]).strip() for suffix in _TEXT_SUFFIXES if suffix in parts]
-        label = _read(file, parts[".cls"]).strip() if ".cls" in parts else None
-        meta = json.loads(_read(file, parts[".json"])) if ".json" in parts else {}
+        texts = {suffix: _read(file, part) for suffix, part in parts.items() if suffix in TEXTS}
+        found, label, language = described(texts)
     except ValueError as error:
         collector.report.add("unreadable-text", where, f"its text cannot be read ({error})")
         return
-    meta = meta if isinstance(meta, dict) else {}
-    texts += _as_list(meta.get("caption"))
-    captions: tuple[Caption, ...] | None = collector.captions(texts, where, meta.get("language"))
+    captions: tuple[Caption, ...] | None = collector.captions(found, where, language)
     if captions is not None:
         reference = ImageRef(path=shard, offset=image.offset_data, length=image.size)
-        label = label if label is not None else _text_or_none(meta.get("label"))
         collector.add(Sample(uid=f"{shard.stem}/{key}", image=reference, captions=captions, label=label), where)
+
+
+def described(texts: Mapping[str, str]) -> tuple[list[Any], str | None, Any]:
+    """Captions, label and language of one key from its text members by suffix (`TEXTS`).
+
+    In the JSON, "caption" and "captions" are a text, {"text", "weight", "language", "source"}, or a list of these; one
+    that says more of a text than its .txt does takes its place.
+
+    Raises:
+        ValueError: the JSON is none.
+    """
+    meta = json.loads(texts[".json"]) if ".json" in texts else {}
+    meta = meta if isinstance(meta, dict) else {}
+    told = [*_as_list(meta.get("caption")), *_as_list(meta.get("captions"))]
+    said = {caption.get("text") for caption in told if isinstance(caption, dict)}
+    plain = [texts[suffix].strip() for suffix in _TEXT_SUFFIXES if suffix in texts]
+    label = texts[".cls"].strip() if ".cls" in texts else _text_or_none(meta.get("label"))
+    return [*(text for text in plain if text not in said), *told], label, meta.get("language")
 
 
 def _members(shard: Path, collector: Collector) -> Iterator[tarfile.TarInfo]:
@@ -125,20 +138,30 @@ def _members(shard: Path, collector: Collector) -> Iterator[tarfile.TarInfo]:
                 return
             if member.isdir():
                 continue
-            if not _is_safe(member):
+            if not is_safe(member):
                 collector.report.note("unsafe-member", f"{shard}:{member.name}")
             else:
                 yield member
 
 
-def _is_safe(member: tarfile.TarInfo) -> bool:
+def key_of(name: str) -> tuple[str, str] | None:
+    """Key and suffix of a member: up to the first dot of its file name, and the rest; None for what has no dot."""
+    folder, _, file_name = name.rpartition("/")
+    stem, dot, suffix = file_name.partition(".")
+    if not dot or not stem:
+        return None
+    return (f"{folder}/{stem}" if folder else stem), "." + suffix.lower()
+
+
+def is_safe(member: tarfile.TarInfo) -> bool:
+    """Whether a member is a plain file that stays below the archive."""
     path = PurePosixPath(member.name)
     plain = member.isreg() and not member.issparse()
     return plain and not path.is_absolute() and ".." not in path.parts and "\\" not in member.name
 
 
 def _read(file: BinaryIO, member: tarfile.TarInfo) -> str:
-    if member.size > _LONGEST_TEXT:
+    if member.size > LONGEST_TEXT:
         raise ValueError(f"{member.name} has {member.size} bytes")
     file.seek(member.offset_data)
     return file.read(member.size).decode("utf-8-sig")
