@@ -1,5 +1,5 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans cache-build stream test
+.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans cache-build stream throughput memory test
 
 evidence: readme demo protocols parity text step-cost inherited
 
@@ -50,6 +50,13 @@ step-cost:
 plans:
 	python -m benchmarks.device_constants
 	python -m benchmarks.scaling_examples
+
+# beside open_clip's own loop: an hour on one idle core
+throughput:
+	python -m benchmarks.train_throughput
+
+memory:
+	python -m benchmarks.contrastive_memory
 
 test:
 	pytest -n 2

@@ -34,6 +34,7 @@ from pocketvlm.distill.guards import DivergedError as DivergedError
 from pocketvlm.distill.guards import RunStopped, StepGuard, StopSignals, locked
 from pocketvlm.distill.meter import Meter
 from pocketvlm.distill.objectives import Objective, Outputs
+from pocketvlm.distill.objectives.blocks import similarity_bytes
 from pocketvlm.distill.prepare import Prepared, prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.ranks import ALONE, Ranks, joined_ranks, restarted
@@ -152,7 +153,9 @@ class Trainer:
         self.shares = build_shares(prepared)
         self.objectives: nn.ModuleList = build_objectives(prepared, self.shares).to(device)
         groups = optim.parameter_groups(self.student, self.objectives, self.config)
-        self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas)
+        # one pass over all parameters: on a CPU a tenth of the time of the loop over them
+        fused = device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, fused=fused)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.dtype = optim.autocast_dtype(self.config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type) if self.dtype is torch.float16 else None
@@ -242,7 +245,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         parts = self._parts(batch)
         outputs = self._forward(batch) if parts is None else parts.outputs
-        loss, terms = self._loss(outputs, batch, main)
+        with similarity_bytes(int(self.config.similarity_mib * 2**20)):
+            loss, terms = self._loss(outputs, batch, main)
         value = float(loss.detach())
         bad, self.stopping = self.ranks.any(not math.isfinite(value), self.signals.asked)
         if bad:

@@ -173,6 +173,8 @@ class TrainSection(Section):
     each epoch); 0: never.
     interpolate: what is evaluated and saved is (1 - interpolate) start + interpolate trained (`optim.interpolated`);
     training itself goes on uninterpolated.
+    similarity_mib: the largest matrix of a batch's similarities that is held; larger ones are made in blocks of rows,
+    and again in backward (`objectives.blocks`), with the same values up to rounding.
     balance: "gradient-norm" scales the weights by `distill.balance.GradientBalance`, measured every `balance_every`
     steps of the main phase; the first objective is the reference. null: weights as given.
     log_every: steps between rows of metrics.jsonl and, elsewhere than on a terminal, lines of progress.
@@ -205,6 +207,7 @@ class TrainSection(Section):
     interpolate: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     balance: Literal["gradient-norm"] | None = None
     balance_every: Count = 20
+    similarity_mib: NonNegative = 64.0
     seed: CountOrZero = 0
     device: str = "auto"
     compile: bool = False

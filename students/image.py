@@ -118,7 +118,11 @@ class ImageTower(nn.Module):
 
     def standardised(self, pixels: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] -> [B, 3, S, S] with the contract's mean and std taken out."""
-        return (pixels.permute(0, 3, 1, 2).to(self.shift.dtype) - self.shift) / self.spread
+        x = pixels.permute(0, 3, 1, 2).to(self.shift.dtype)
+        if self.training and x.dtype != pixels.dtype and not torch.compiler.is_compiling():
+            # the same numbers without two more arrays of the batch's size: half the time; graphs stay functional
+            return x.sub_(self.shift).div_(self.spread)
+        return (x - self.shift) / self.spread
 
     @property
     def has_blocks(self) -> bool:

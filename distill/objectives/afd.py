@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Similarity
 from pocketvlm.distill.objectives.common import BatchObjective, Projector, Widths, choice, own_scale, positive, unit
-from pocketvlm.distill.objectives.contrastive import DUPLICATES, info_nce
+from pocketvlm.distill.objectives.contrastive import DUPLICATES, matching_loss
 
 
 def fused(projector: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
@@ -66,6 +67,5 @@ class AugmentedFeature(BatchObjective):
             return {"afd": self.zero(student)}
         their_image, their_text = rows.taught()
         image = fused(self.image_projector, rows.image, their_image)
-        logits = scale * image @ fused(self.text_projector, rows.text, their_text).T
-        both = info_nce(logits, rows.group, self.duplicates) + info_nce(logits.T, rows.group, self.duplicates)
-        return {"afd": both / 2}
+        logits = Similarity(image, fused(self.text_projector, rows.text, their_text), scale)
+        return {"afd": matching_loss(logits, rows.group, self.duplicates, both_ways=True)}

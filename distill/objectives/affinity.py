@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
-from pocketvlm.distill.objectives.common import BatchObjective, Widths, cross_entropy_rows, positive
+from pocketvlm.distill.objectives.common import BatchObjective, Widths, positive
 from pocketvlm.distill.objectives.crd import both_directions
 
 
@@ -43,4 +43,4 @@ class AffinityMimicking(BatchObjective):
         if rows is None:
             return {"affinity": self.zero(student)}
         scales = [self.logit_scale or outputs.logit_scale for outputs in (teacher, student)]
-        return {"affinity": both_directions(cross_entropy_rows, rows, *scales)}
+        return {"affinity": both_directions(rows, *scales, entropy=False)}

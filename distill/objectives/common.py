@@ -151,8 +151,10 @@ class BatchObjective(Objective):
         if count < self.minimum_rows or count == 0:
             return None
 
+        all_of_them = count == student.image.shape[0]  # then nothing is copied
+
         def rows(value: _T) -> _T:
-            return value if keep is None or not isinstance(value, Tensor) else value[keep]  # type: ignore[return-value]
+            return value if all_of_them or not isinstance(value, Tensor) else value[keep]  # type: ignore[return-value]
 
         return Pairs(
             image=rows(student.image),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Matches, Similarity, softmax_loss
 from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, unit
 
 DUPLICATES = ("ignore", "positives", "negatives")
@@ -35,6 +36,15 @@ def info_nce(logits: Tensor, group: Tensor | None, duplicates: str) -> Tensor:
     """Cross-entropy of each row of `logits` [P, P] with its own column, mean over rows; see `Contrastive`."""
     target, left_out = match_targets(logits, group, duplicates)
     return -(target * masked_log_softmax(logits, left_out)).sum(dim=-1).mean()
+
+
+def matching_loss(logits: Similarity, group: Tensor | None, duplicates: str, *, both_ways: bool) -> Tensor:
+    """`info_nce`, or with `both_ways` its mean over rows and columns; in blocks where the matrix is large."""
+    if not logits.held:
+        return softmax_loss(logits, Matches(group, duplicates), both_ways=both_ways)
+    whole = logits.whole()
+    value = info_nce(whole, group, duplicates)
+    return (value + info_nce(whole.T, group, duplicates)) / 2 if both_ways else value
 
 
 class Contrastive(BatchObjective):
@@ -68,6 +78,5 @@ class Contrastive(BatchObjective):
         rows = self.pairs(student, None)
         if rows is None:
             return {"clip": self.zero(student)}
-        logits = student.logit_scale * unit(rows.image) @ unit(rows.text).T
-        both = info_nce(logits, rows.group, self.duplicates) + info_nce(logits.T, rows.group, self.duplicates)
-        return {"clip": both / 2}
+        logits = Similarity(unit(rows.image), unit(rows.text), student.logit_scale)
+        return {"clip": matching_loss(logits, rows.group, self.duplicates, both_ways=True)}

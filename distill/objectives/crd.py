@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Similarity, Taught, softmax_loss
 from pocketvlm.distill.objectives.common import (
     BatchObjective,
     Pairs,
     Widths,
+    cross_entropy_rows,
     inverse_temperature,
     kl_rows,
     positive,
@@ -18,15 +18,19 @@ from pocketvlm.distill.objectives.common import (
 )
 
 
-def both_directions(
-    divergence: Callable[[Tensor, Tensor], Tensor], rows: Pairs, target_scale: Tensor | float, scale: Tensor | float
-) -> Tensor:
-    """Half of `divergence(teacher logits, student logits)` image to text plus half of text to image."""
-    assert rows.teacher_image is not None, "the caller asked for teacher rows"
-    assert rows.teacher_text is not None, "the caller asked for teacher rows"
-    target = target_scale * unit(rows.teacher_image) @ unit(rows.teacher_text).T
-    logits = scale * unit(rows.image) @ unit(rows.text).T
-    return (divergence(target, logits) + divergence(target.T, logits.T)) / 2
+def both_directions(rows: Pairs, target_scale: Tensor | float, scale: Tensor | float, *, entropy: bool) -> Tensor:
+    """Half of the teacher's divergence from the student image to text plus half of it text to image.
+
+    entropy: KL(teacher || student); without it their cross-entropy. In blocks where the matrices are large.
+    """
+    their_image, their_text = rows.taught()
+    target = Similarity(unit(their_image), unit(their_text), target_scale)
+    logits = Similarity(unit(rows.image), unit(rows.text), scale)
+    if not logits.held:
+        return softmax_loss(logits, Taught(target, entropy), both_ways=True)
+    divergence = kl_rows if entropy else cross_entropy_rows
+    theirs, own = target.whole(), logits.whole()
+    return (divergence(theirs, own) + divergence(theirs.T, own.T)) / 2
 
 
 class ContrastiveRelational(BatchObjective):
@@ -63,4 +67,5 @@ class ContrastiveRelational(BatchObjective):
         if rows is None:
             return {"crd": self.zero(student)}
         target_scale = inverse_temperature(self.temperature, teacher)
-        return {"crd": both_directions(kl_rows, rows, target_scale, inverse_temperature(self.temperature, student))}
+        scale = inverse_temperature(self.temperature, student)
+        return {"crd": both_directions(rows, target_scale, scale, entropy=True)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Similarity, Taught, softmax_loss
 from pocketvlm.distill.objectives.common import (
     BatchObjective,
     Widths,
@@ -56,8 +57,14 @@ class CrossDistributions(BatchObjective):
         if rows is None:
             return {"cross-kd": self.zero(student)}
         their_image, their_text = (unit(part) for part in rows.taught())
-        target = inverse_temperature(self.temperature, teacher) * their_image @ their_text.T
+        target = Similarity(their_image, their_text, inverse_temperature(self.temperature, teacher))
         scale = inverse_temperature(self.temperature, student)
-        image = scale * unit(self.image_projector(rows.image)) @ their_text.T
-        text = scale * unit(self.text_projector(rows.text)) @ their_image.T
-        return {"cross-kd": (kl_rows(target, image) + kl_rows(target.T, text)) / 2}
+        image = Similarity(unit(self.image_projector(rows.image)), their_text, scale)
+        text = Similarity(unit(self.text_projector(rows.text)), their_image, scale)
+        if target.held:
+            theirs = target.whole()
+            both = kl_rows(theirs, image.whole()) + kl_rows(theirs.T, text.whole())
+        else:
+            both = softmax_loss(image, Taught(target, entropy=True), both_ways=False)
+            both = both + softmax_loss(text, Taught(target.T, entropy=True), both_ways=False)
+        return {"cross-kd": both / 2}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Similarity
 from pocketvlm.distill.objectives.common import (
     BatchObjective,
     Widths,
@@ -17,7 +18,7 @@ from pocketvlm.distill.objectives.common import (
     projector_if_needed,
     unit,
 )
-from pocketvlm.distill.objectives.contrastive import DUPLICATES, info_nce
+from pocketvlm.distill.objectives.contrastive import DUPLICATES, matching_loss
 
 
 class Interactive(BatchObjective):
@@ -66,7 +67,7 @@ class Interactive(BatchObjective):
             return {"icl": self.zero(student)}
         assert rows.teacher_image is not None, "pairs() was given the teacher"
         assert rows.teacher_text is not None, "pairs() was given the teacher"
-        image = scale * unit(self.image_projector(rows.image)) @ unit(rows.teacher_text).T
-        text = scale * unit(self.text_projector(rows.text)) @ unit(rows.teacher_image).T
-        both = info_nce(image, rows.group, self.duplicates) + info_nce(text, rows.group, self.duplicates)
-        return {"icl": both / 2}
+        image = Similarity(unit(self.image_projector(rows.image)), unit(rows.teacher_text), scale)
+        text = Similarity(unit(self.text_projector(rows.text)), unit(rows.teacher_image), scale)
+        parts = [matching_loss(part, rows.group, self.duplicates, both_ways=False) for part in (image, text)]
+        return {"icl": (parts[0] + parts[1]) / 2}

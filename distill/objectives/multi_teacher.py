@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Similarity, Taught, softmax_loss
 from pocketvlm.distill.objectives.common import BatchObjective, Widths, kl_rows, positive, unit
 from pocketvlm.edge.errors import UsageError
 
@@ -79,12 +80,17 @@ class MultiTeacher(BatchObjective):
                 f"objective 'multi-teacher' was told of teachers {'+'.join(map(str, widths))} wide but the teacher's "
                 f"embeddings have {image.shape[-1]} columns; they would be cut in the wrong places, so correct 'widths'"
             )
-        logits = student.logit_scale * unit(rows.image) @ unit(rows.text).T
+        logits = Similarity(unit(rows.image), unit(rows.text), student.logit_scale)
+        own = logits.whole() if logits.held else None
         values = []
         for index, (v, s) in enumerate(zip(image.split(widths, dim=-1), text.split(widths, dim=-1))):
             scale = teacher.logit_scale if self.logit_scales is None else self.logit_scales[index]
-            target = scale * unit(v) @ unit(s).T
-            values.append((kl_rows(target, logits) + kl_rows(target.T, logits.T)) / 2)
+            target = Similarity(unit(v), unit(s), scale)
+            if own is None:
+                values.append(softmax_loss(logits, Taught(target, entropy=True), both_ways=True))
+            else:
+                theirs = target.whole()
+                values.append((kl_rows(theirs, own) + kl_rows(theirs.T, own.T)) / 2)
         return {"multi-teacher": torch.stack(values).mean()}
 
 

@@ -9,19 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Similarity, summed_blocks
 from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, unit
 from pocketvlm.distill.objectives.contrastive import DUPLICATES
 from pocketvlm.edge.errors import UsageError
 
 
-def pairwise_sigmoid(logits: Tensor, group: Tensor | None, duplicates: str) -> Tensor:
-    """Sum over all P^2 pairs of -log sigmoid(+-logit), divided by P; see `PairwiseSigmoid`. logits: [P, P]."""
-    right = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    same = right if group is None or duplicates == "negatives" else group[:, None] == group[None, :]
+def pairwise_sigmoid(logits: Tensor, group: Tensor | None, duplicates: str, rows: slice = slice(None)) -> Tensor:
+    """Sum over pairs of -log sigmoid(+-logit); see `PairwiseSigmoid`. logits: [R, P], the `rows` of all P x P."""
+    place = torch.arange(logits.shape[1], device=logits.device)
+    right = place[rows, None] == place
+    same = right if group is None or duplicates == "negatives" else group[rows, None] == group[None, :]
     if duplicates == "positives":
         right = same
     losses = F.softplus(torch.where(right, -logits, logits))
-    return losses.masked_fill(same & ~right, 0.0).sum() / len(logits)
+    return losses.masked_fill(same & ~right, 0.0).sum()
 
 
 class PairwiseSigmoid(BatchObjective):
@@ -40,7 +42,7 @@ class PairwiseSigmoid(BatchObjective):
     Ours: `duplicates`, for two rows of one `group`: "ignore" (default) leaves their pairs out of the sum, "positives"
     gives them y = 1, "negatives" is plain SigLIP. Rows that are left out still count in P.
     Related: `clip` normalises over the batch instead; here every pair stands alone.
-    Cost: one P x P matrix, as `clip`.
+    Cost: one P x P matrix, as `clip`; in blocks where it is large.
     """
 
     name = "siglip"
@@ -71,5 +73,10 @@ class PairwiseSigmoid(BatchObjective):
         if rows is None:
             return {"siglip": self.zero(student)}
         bias = student.logit_bias if self.bias is None else self.bias
-        logits = student.logit_scale * unit(rows.image) @ unit(rows.text).T + bias
-        return {"siglip": pairwise_sigmoid(logits, rows.group, self.duplicates)}
+        group, duplicates = rows.group, self.duplicates
+        logits = Similarity(unit(rows.image), unit(rows.text), student.logit_scale)
+        if logits.held:
+            total = pairwise_sigmoid(logits.whole() + bias, group, duplicates)
+        else:
+            total = summed_blocks(lambda block, part: pairwise_sigmoid(block + bias, group, duplicates, part), logits)
+        return {"siglip": total / len(rows.image)}

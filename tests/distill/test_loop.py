@@ -21,6 +21,7 @@ from pocketvlm.distill import checkpoint
 from pocketvlm.distill.environment import describe_environment, without_folders
 from pocketvlm.distill.loop import DivergedError, Trainer, distill_run
 from pocketvlm.distill.objectives import Objective
+from pocketvlm.distill.objectives.blocks import Similarity
 from pocketvlm.distill.prepare import prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe, load_recipe
@@ -268,6 +269,27 @@ def test_objectives_that_change_during_training_are_told_where_it_is(
         trainer.one_step(trainer.feed.make(step))
     count = sum(step == 0 for step, _ in told)  # those that have no rule of their own
     assert told[::count] == told[count - 1 :: count] == [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.5), (4, 1.0)]
+
+
+def test_a_recipe_says_how_large_a_similarity_matrix_is_held(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole: list[bool] = []
+    make = Similarity.whole
+
+    def counted(self: Similarity, rows: slice = slice(None)) -> torch.Tensor:
+        whole.append(rows == slice(None))
+        return make(self, rows)
+
+    monkeypatch.setattr(Similarity, "whole", counted)
+    losses = {}
+    for size in (64, 0):
+        arm = recipe("objectives=[{name: clip}, {name: crd}]", f"train.similarity_mib={size}")
+        trainer = Trainer(prepare(arm, SILENT), torch.device("cpu"))
+        whole.clear()
+        losses[size] = trainer.one_step(trainer.feed.make(0))
+        assert whole
+        assert all(whole) == (size == 64)
+    for name in ("loss/clip", "loss/crd", "grad_norm"):
+        assert losses[0][name] == pytest.approx(losses[64][name], rel=1e-4)
 
 
 def test_objectives_that_change_during_training_resume_where_they_were(recipe: Make) -> None:

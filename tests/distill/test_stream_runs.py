@@ -219,5 +219,5 @@ def test_a_live_teacher_has_no_mean_of_views_and_a_batch_no_odd_part(shards: Pat
     assert [part.size for part in parts] == [3, 3]
     assert not {*parts[0].group.tolist()} & {*parts[1].group.tolist()}
     position = trainer.feed.state_dict(0)
-    with pytest.raises(IntegrityError, match="made by 2 ranks.*and this run has 1"):
+    with pytest.raises(IntegrityError, match=r"made by 2 ranks.*and this run has 1"):
         trainer.restore(trainer.state([position, position]), Path("step.pt"))

@@ -211,6 +211,19 @@ def test_contract_follows_the_weights(tokenizer):
     assert borrowed.space_id == "teacher-1" != borrowed.model_id
 
 
+def test_training_standardises_to_the_same_numbers_and_leaves_the_pixels(tokenizer):
+    student = build_student("mnv4-050", embed_dim=8, tokenizer_json=tokenizer, seed=0)
+    tower, x = student.image_tower, torch.arange(2 * 4 * 4 * 3, dtype=torch.uint8).reshape(2, 4, 4, 3)
+    before = x.clone()
+    evaluated, trained = tower.eval().standardised(x), tower.train().standardised(x)
+    assert torch.equal(trained, evaluated)
+    assert trained.stride() == evaluated.stride()
+    wide = x.float()
+    assert torch.equal(tower.standardised(wide), evaluated)  # which no conversion has copied
+    assert torch.equal(wide, before.float())
+    assert torch.equal(x, before)
+
+
 def test_pixels_are_standardised_inside(tokenizer):
     """The trunk sees (x / 255 - mean) / std in channel-first order, computed here by hand."""
     student = tiny(tokenizer, "timm:lcnet_035").eval()

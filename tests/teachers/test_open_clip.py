@@ -198,6 +198,24 @@ def test_a_folder_holds_its_own_preprocessing(tmp_path: Path) -> None:
         load_teacher(f"open_clip:{folder}@{weights}")
 
 
+@pytest.mark.parametrize(("kind", "columns"), [("clip", [8, 20]), ("custom", [20, 20])])
+def test_a_causal_tower_does_not_read_padding(tmp_path: Path, kind: str, columns: list[int]) -> None:
+    """Six pieces between start and end; 60 words fill the context. A tower that pools its last place needs it all."""
+    config, weights = save_model(tmp_path, kind, ".safetensors" if kind == "clip" else ".pt")
+    model, _, tokenizer = upstream(config, weights)
+    teacher = load_teacher(f"open_clip:{config}@{weights}")
+    seen: list[int] = []
+    tower: Any = getattr(teacher.model, "text", teacher.model)
+    tower.transformer.resblocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    short = ["a photo of a black cat", "dog"]
+    for texts in (short, TEXTS):
+        with torch.no_grad():
+            wanted = model.encode_text(tokenizer(texts), normalize=True)
+        assert (teacher.encode_texts(texts).embedding - wanted).abs().max() < 1e-5
+    assert seen == columns
+    assert tower.positional_embedding.shape[0] == 20  # the model itself is as it was
+
+
 def test_the_tokenizer_travels(tmp_path: Path) -> None:
     config, weights = save_model(tmp_path, "clip")
     teacher = load_teacher(f"open_clip:{config}@{weights}")
