@@ -35,7 +35,7 @@ from benchmarks.results_folder import RESULTS, machine, write_text
 from pocketvlm.data import open_data
 from pocketvlm.data.parallel import Pair, english_key, parallel_texts
 from pocketvlm.data.source import DataSource
-from pocketvlm.data.splits import stable_hash
+from pocketvlm.data.splits import FOLDS, stable_hash
 from pocketvlm.distill.batches import Pictures, prefetch
 from pocketvlm.distill.loop import Trainer
 from pocketvlm.distill.prepare import Prepared, prepare
@@ -329,11 +329,17 @@ def kept_of_english(recall: dict[str, float]) -> dict[str, Any]:
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Seeds of one run pooled. Folds stand apart: settings were chosen on fold 0, the others are asked afterwards."""
+    """Seeds of one run pooled, fold by fold: settings were chosen on fold 0, the others are asked afterwards. Then what
+    was run on all folds pooled over them by their first seed ("fold" is "all")."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     what = ("fold", "sources", "strict", "share", "steps", "align", "pieces", "per_language")
     for row in runs:
         groups.setdefault(tuple(row[key] for key in what), []).append(row)
+    for setting in dict.fromkeys(key[1:] for key in groups):
+        folds = [groups.get((fold, *setting), []) for fold in range(FOLDS)]
+        # the first seed of each, so that no fold weighs more than another
+        if all(folds):
+            groups["all", *setting] = [min(rows, key=lambda row: int(row["seed"])) for rows in folds]
     found = []
     for key, rows in groups.items():
         recall = {tag: float(np.mean([row["recall"][tag] for row in rows])) for tag in rows[0]["recall"]}
@@ -355,7 +361,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
     order = ("fold", "steps", "align", "pairs", "pieces")
-    for row in sorted(rows, key=lambda r: (list(SOURCES).index(r["sources"]), not r["strict"], *(r[k] for k in order))):
+    for row in sorted(
+        rows,
+        key=lambda r: (list(SOURCES).index(r["sources"]), not r["strict"], str(r["fold"]), *(r[k] for k in order[1:])),
+    ):
         dictionary = {True: ", strict", False: ", as they come"}[row["strict"]]
         what = (
             f"{row['sources']}{dictionary} | {row['pairs']:,} | {row['pieces']:,} | {row['steps']:,} + {row['align']:,}"
