@@ -146,6 +146,8 @@ class CacheBuild:
         if (folder / "cache.json").exists():
             cache = TeacherCache.open(folder)
             refuse_difference(folder, cache.info.to_dict(), info.to_dict())
+            # left by a process that ended after it had named the manifest
+            (folder / "build.json").unlink(missing_ok=True)
             return cache
         self._begin()
         own = self.jobs[rank::world]

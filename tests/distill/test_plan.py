@@ -157,8 +157,9 @@ def test_cache_bytes_are_those_of_a_cache(recipe: Callable[..., Recipe], tmp_pat
     disk = make_plan(asked, device="cpu").values["disk"]
     assert disk["cache_dtype"] == dtype
     prepare(asked, Reporter(False))
-    real = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
-    assert disk["cache_bytes"] == pytest.approx(real, rel=0.02)
+    sizes = [path.stat().st_size for path in tmp_path.rglob("*.safetensors")]
+    # what the header of each file has besides its rows is not counted
+    assert 0 < sum(sizes) - disk["cache_bytes"] < 700 * len(sizes)
     assert disk["cache_bytes_bfloat16"] < disk["cache_bytes_float32"]
 
 
