@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -191,7 +191,7 @@ def _reduced(pixels: Pixels, shorter: int) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
 
 
-def prefetch(make: Callable[[int], Any], steps: range, *, depth: int = 2) -> Iterator[Any]:
+def prefetch(make: Callable[[int], Any], steps: range, *, depth: int = 2) -> Generator[Any, None, None]:
     """`make(step)` for each step in order, prepared by one background thread at most `depth` steps ahead."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
         waiting: list[Future[Any]] = []

@@ -77,11 +77,13 @@ def distill_run(
         torch.set_num_threads(recipe.train.threads)
     try:
         with joined_ranks(recipe.train.device) as ranks, full_float32(), ExitStack() as stack:
-            again = resume or restarted()
+            # each node counts its own restarts: rank 0 may have none where another node's rank was lost
+            (after_loss,) = ranks.any(restarted())
+            again = resume or after_loss
 
             def opened() -> Path | None:
                 stack.enter_context(locked(out))
-                return open_run_folder(out, recipe, resume=again, overwrite=overwrite and not restarted())
+                return open_run_folder(out, recipe, resume=again, overwrite=overwrite and not after_loss)
 
             start = ranks.from_first(opened)
             return _run(recipe, out, start, Reporter(progress and ranks.first), ranks, again)
@@ -208,8 +210,8 @@ class Trainer:
         elapsed = 0.0 if log is None else log.elapsed
         meter = Meter(self.total, self.step, elapsed=elapsed, cuda=self.device.type == "cuda")
         started = time.monotonic()
+        batches = prefetch(self.feed.make, range(self.step, self.total))
         try:
-            batches = prefetch(self.feed.make, range(self.step, self.total))
             every = self.config.log_every
             with StopSignals() as self.signals, report.training(meter, every=every) as tell:
                 while self.step < self.total:
@@ -228,6 +230,7 @@ class Trainer:
         finally:
             if log is not None:
                 log.close()
+            batches.close()  # first, or a batch that was asked for would start the closed workers again
             self.feed.close()
         if self.guard.skipped:
             report.line(f"{self.guard.skipped} of {self.total} steps were skipped (see {METRICS})")

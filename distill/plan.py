@@ -130,7 +130,7 @@ def _with(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
 def _data(recipe: Recipe, samples: float | None, ledger: Ledger) -> tuple[DataSource, bool, Recipe]:
     """(pictures to rehearse on, whether they are made up, the recipe)."""
     stream = recipe.data.stream
-    spec = recipe.data.train if stream is None else str(stream.shards)
+    key, spec = ("data.train", recipe.data.train) if stream is None else ("data.stream", str(stream.shards))
     # a plan reads nothing over a network, and no shards only to count them
     remote = stream is not None or "://" in spec or "pipe:" in spec
     try:
@@ -140,14 +140,14 @@ def _data(recipe: Recipe, samples: float | None, ledger: Ledger) -> tuple[DataSo
     except PocketvlmError as error:
         if samples is None:
             raise UsageError(
-                f"data.train {spec!r} cannot be opened here ({str(error).rstrip('.')}), so how many pictures it has is "
+                f"{key} {spec!r} cannot be opened here ({str(error).rstrip('.')}), so how many pictures it has is "
                 "not known; say so with --samples"
             ) from error
     else:
         return source.weighed(recipe.data.caption_weights), False, recipe
     asked = recipe.train.captioned_fraction
     share = 1.0 if asked is None else asked
-    ledger.assume("pictures to rehearse on", f"{MADE_UP} made up", f"data.train {spec!r} is not opened here")
+    ledger.assume("pictures to rehearse on", f"{MADE_UP} made up", f"{key} {spec!r} is not opened here")
     ledger.assume("captions of a picture", f"1 for {100 * share:.0f} %", "assumed; no data here")
     words = recipe.data.words
     kept: dict[str, Any] = {"words": WordsSection() if words is None else words.model_copy(update={"exclude": ()})}

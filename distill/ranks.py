@@ -14,6 +14,8 @@ change that. What it would gain, overlap with the backward, is little for studen
 from __future__ import annotations
 
 import os
+import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -259,7 +261,10 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         if cuda:
             torch.cuda.set_device(own)
         how: dict[str, Any] = {"device_id": own} if cuda else {}
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=STEP_TIMEOUT, **how)
+        store = _meeting(rank, count)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=count, timeout=STEP_TIMEOUT, **how
+        )
         yield Ranks(rank, count, dist.new_group(backend="gloo", timeout=WORK_TIMEOUT))
     except (dist.DistError, RuntimeError) as error:
         if isinstance(error, PocketvlmError) or not _lost(error):
@@ -271,6 +276,40 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meeting(rank: int, count: int) -> dist.Store:
+    """A store for the processes of this start alone.
+
+    torchrun keeps one for all of its starts, in which the addresses of processes that are gone lie under the names that
+    the next ones use: these would call the dead until their time is up. No number says which start this is (restarts
+    are counted by each node for itself), so rank 0 gives it a name, and each other rank takes it by a word of its own.
+
+    Raises:
+        RankError: some rank did not come.
+    """
+    store = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))[0]
+    own = uuid.uuid4().hex
+    store.set(f"pocketvlm/hello/{rank}", own)
+    if rank:
+        own = store.get(f"pocketvlm/answer/{own}").decode()
+        store.set(f"pocketvlm/heard/{own}/{rank}", "")
+        return dist.PrefixStore(own, store)
+    missing, began = set(range(1, count)), time.monotonic()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"pocketvlm/heard/{own}/{other}"]):
+                missing.discard(other)
+            elif store.check([f"pocketvlm/hello/{other}"]):
+                # perhaps of a process before, whom this does not reach
+                store.set(f"pocketvlm/answer/{store.get(f'pocketvlm/hello/{other}').decode()}", own)
+        if missing and time.monotonic() - began > STEP_TIMEOUT.total_seconds():
+            raise RankError(
+                f"ranks {sorted(missing)} of {count} did not come in {STEP_TIMEOUT}, so the run did not start; "
+                "see what they say, and start it again with --resume"
+            )
+        time.sleep(0.02)
+    return dist.PrefixStore(own, store)
 
 
 def restarted() -> bool:

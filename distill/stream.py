@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -386,13 +388,23 @@ def start_server() -> None:
     """Begin to start the process that workers come from: its imports take seconds, in which a run loads its models."""
     if sys.platform == "linux":
         _context()
-        forkserver.ensure_running()
+        if threading.current_thread() is not threading.main_thread():  # which alone may change handlers
+            forkserver.ensure_running()
+            return
+        # a signal to the whole group (torchrun, Slurm, a terminal) is for the run, which saves and ends it
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _start_worker(_: int) -> None:
     # each worker is one of many; threads of its own would only fight for cores
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if hasattr(os, "setsid"):  # a run that waits for a batch shall not lose it to a signal that asks it to save
+        os.setsid()
 
 
 def _context() -> Any:

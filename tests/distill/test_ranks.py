@@ -11,12 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -29,7 +31,7 @@ from pocketvlm.distill.loop import Trainer, distill_run
 from pocketvlm.distill.masking import NORMS
 from pocketvlm.distill.prepare import prepare
 from pocketvlm.distill.progress import Reporter
-from pocketvlm.distill.ranks import RankError, Ranks, joined_ranks, restarted
+from pocketvlm.distill.ranks import RankError, Ranks, _meeting, joined_ranks, restarted
 from pocketvlm.distill.recipe import Recipe, load_recipe
 from pocketvlm.distill.run_folder import read_metrics
 from pocketvlm.edge.errors import IntegrityError, UsageError
@@ -320,3 +322,16 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch: pytest.Monke
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+
+
+def test_ranks_that_start_again_meet_each_other_and_not_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one store, which torchrun keeps over all starts; a word that nobody follows lies there too."""
+    kept = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(kept, 0, 0)]))
+    kept.set("pocketvlm/hello/1", "of a process that is gone")
+    with ThreadPoolExecutor(3) as pool:
+        for start in ("first", "second"):
+            stores = [one.result(60) for one in [pool.submit(_meeting, rank, 3) for rank in (1, 0, 2)]]
+            assert not any(store.check(["address"]) for store in stores)
+            stores[1].set("address", start)
+            assert [store.get("address") for store in stores] == [start.encode()] * 3
