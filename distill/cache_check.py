@@ -148,8 +148,9 @@ def _row(made: MadeCaches, member: dict[str, str]) -> dict[str, Any]:
         "numbers": {"embedding": info.dim, "features": info.feature_dim, "tokens": info.token_grid**2 * info.token_dim},
         "shards": len(cache.files) + sum(file not in cache.files for file in cache.text_files),
         "megabytes": round((images + texts) / 1e6, 3),
-        "bytes_per_view": round(images / views, 1) if views else None,
-        "bytes_per_text": round(texts / len(cache.texts), 1) if texts else None,
+        # whole shards: with names, hashes, and of a cache by shards the captions that lie there
+        **({"bytes_per_view": round(images / views, 1)} if views else {}),
+        **({"bytes_per_text": round(texts / len(cache.texts), 1)} if texts else {}),
         "skipped": dict(Counter(cache.skipped.values())),
         "data": _data(made.recipe) if made.recipe is not None else None,
         "licences": [list(row) for row in info.licences],

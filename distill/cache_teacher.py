@@ -251,9 +251,13 @@ def _tell_cost(builds: Sequence[CacheBuild], out: Path, report: Reporter, shards
             what += f" x {info.views} views of every picture of {len(shards)} data shards, and their captions"
         elif build.samples:
             what += f" x {cost.pictures:,} pictures x {info.views} views = {cost.images / 1e6:,.1f} MB with their names"
-        report.line(f"{what}; {cost.texts:,} texts {cost.words / 1e6:,.1f} MB")
+        # of shards the captions are not known yet, and often there is no other text
+        report.line(f"{what}; {cost.texts:,} texts {cost.words / 1e6:,.1f} MB" if cost.texts or not shards else what)
         total += cost.total
-    report.line(f"in all {total / 1e6:,.1f} MB{' and the data shards' if shards else ''} in {out}")
+    if shards:
+        report.line(f"in all so much for each picture of the {len(shards)} shards, how many is not known yet, in {out}")
+    else:
+        report.line(f"in all {total / 1e6:,.1f} MB in {out}")
 
 
 def _write_manifest(recipe: Recipe, out: Path, builds: Sequence[CacheBuild]) -> None:

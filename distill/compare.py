@@ -300,7 +300,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    if value is None:
+    if value is None or value == "":
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 

@@ -54,7 +54,7 @@ from pocketvlm.distill.run_folder import (
 from pocketvlm.distill.state import restore, state_of
 from pocketvlm.distill.stream_feed import StreamFeed
 from pocketvlm.distill.trackers import check_trackers, open_log
-from pocketvlm.edge.errors import PocketvlmError
+from pocketvlm.edge.errors import PocketvlmError, UsageError
 from pocketvlm.teachers.device import describe_device, full_float32, pick_device
 
 
@@ -296,8 +296,16 @@ class Trainer:
         return self.last
 
     def _forward(self, batch: Step) -> dict[str, Pair]:
-        with self._precision(), checkpointed(self.recomputed):
-            return self.feed.forward(self.student, batch, self.beside)
+        try:
+            with self._precision(), checkpointed(self.recomputed):
+                return self.feed.forward(self.student, batch, self.beside)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                f"a rank's part of a step has {batch.size} picture and batch norm needs two or more; "
+                "raise train.batch_size or train.micro_batch, or hold the statistics (train.hold_statistics)"
+            ) from error
 
     def _parts(self, batch: Step) -> Parts | None:
         """The step in parts, run without a graph (`train.micro_batch`); None where it goes through at once."""

@@ -130,24 +130,25 @@ def _with(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
 def _data(recipe: Recipe, samples: float | None, ledger: Ledger) -> tuple[DataSource, bool, Recipe]:
     """(pictures to rehearse on, whether they are made up, the recipe)."""
     stream = recipe.data.stream
-    key, spec = ("data.train", recipe.data.train) if stream is None else ("data.stream", str(stream.shards))
+    spec = recipe.data.train if stream is None else str(stream.shards)
+    what = f"data.train {spec!r}" if stream is None else f"data.stream.shards {spec!r}"
     # a plan reads nothing over a network, and no shards only to count them
     remote = stream is not None or "://" in spec or "pipe:" in spec
     try:
         if remote:
-            raise UsageError("it is streamed")
+            raise UsageError("a plan reads no stream")
         source = open_data(spec, on_bad_sample="skip")
     except PocketvlmError as error:
         if samples is None:
             raise UsageError(
-                f"{key} {spec!r} cannot be opened here ({str(error).rstrip('.')}), so how many pictures it has is "
-                "not known; say so with --samples"
+                f"{what} cannot be opened here ({str(error).rstrip('.')}), so how many pictures there are is not "
+                "known; say so with --samples"
             ) from error
     else:
         return source.weighed(recipe.data.caption_weights), False, recipe
     asked = recipe.train.captioned_fraction
     share = 1.0 if asked is None else asked
-    ledger.assume("pictures to rehearse on", f"{MADE_UP} made up", f"{key} {spec!r} is not opened here")
+    ledger.assume("pictures to rehearse on", f"{MADE_UP} made up", f"{what} is not opened here")
     ledger.assume("captions of a picture", f"1 for {100 * share:.0f} %", "assumed; no data here")
     words = recipe.data.words
     kept: dict[str, Any] = {"words": WordsSection() if words is None else words.model_copy(update={"exclude": ()})}

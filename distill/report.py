@@ -92,9 +92,16 @@ def _title(recipe: str) -> dict[str, str]:
         "description": value.get("description", ""),
         "student": value["student"]["name"],
         "teacher": (value.get("teacher") or {}).get("spec", ""),
-        "data": value["data"]["train"],
+        "data": _data(value["data"]),
         "test": value["data"].get("eval") or "",
     }
+
+
+def _data(section: dict[str, Any]) -> str:
+    if not section.get("stream"):
+        return str(section["train"])
+    shards = section["stream"]["shards"]
+    return shards if isinstance(shards, str) else ", ".join(shards)
 
 
 def _cards(

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -169,3 +169,73 @@ def test_the_floors_hold() -> None:
             assert all(row["bound_points"] <= 1 for row in part["R@5"].values())
     for name, limit in (("demo.json", 900), ("demo-quick.json", 180)):
         assert _result(name)["seconds"]["total"] <= limit, name
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_to_a_heading_that_exists(page: Path) -> None:
+    missing = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in _anchors(target)):
+            missing.append(link)
+    assert not missing, missing
+
+
+def test_every_fault_names_tests_that_exist() -> None:
+    rows = [line for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if row != "| fault | what happens | test |"]
+    wrong = []
+    for row in rows:
+        named = re.findall(r"`([^`]+)`", row.strip("|").split("|")[-1])
+        for test in named or [row]:
+            file, _, function = test.partition("::")
+            path = ROOT / file if "/" in file else ROOT / "tests" / "distill" / file
+            if not path.is_file() or (function and f"\ndef {function}(" not in path.read_text(encoding="utf-8")):
+                wrong.append(test)
+    assert len(rows) > 50
+    assert not wrong, wrong
+
+
+def _keys(model: Any, prefix: str = "") -> dict[str, str]:
+    """Every key of a recipe, and the section that it lies in."""
+    from pydantic import BaseModel
+
+    found = {}
+    for name, field in model.model_fields.items():
+        kinds = [*get_args(field.annotation), field.annotation]
+        kinds += [inner for kind in kinds for inner in get_args(kind)]
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if sections:
+            found |= _keys(sections[0], f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = prefix.rstrip(".")
+    return found
+
+
+def test_every_key_of_a_recipe_is_on_its_page() -> None:
+    from pocketvlm.distill.recipe import Recipe
+
+    rows = [line for line in (ROOT / "docs" / "recipes.md").read_text().splitlines() if line.startswith("| `")]
+    keys = _keys(Recipe)
+    missing = []
+    for key, section in keys.items():
+        name = key.rpartition(".")[2]
+        # a row begins with the section, or with a key of it in full, and may go on with others by their last name
+        said = any(
+            f"`{key}`" in row or (section and f"`{name}`" in row and re.match(rf"\| `{section}[.`]", row))
+            for row in rows
+        )
+        missing += [] if said else [key]
+    assert {"data.stream.shards", "objectives.weight", "train.steps"} <= set(keys)
+    assert not missing, missing

@@ -75,7 +75,7 @@ def cache_teacher(
     ),
     shard_size: Annotated[int, arg(metavar="N", help="Pictures in one shard.")] = 512,
     by_shard: Annotated[
-        bool, arg(help="One shard for each tar of data.train, opened when its turn comes; for data too large to list.")
+        bool, arg(help="One shard for each tar, opened when its turn comes; always so with data.stream.")
     ] = False,
 ) -> None:
     """Keep what a recipe's teachers say to all views, captions and texts; also in parallel, by torchrun.

@@ -205,3 +205,11 @@ def test_a_part_knows_its_own_cells(trainer: Callable[..., Trainer]) -> None:
     counts = [int(part.cells.mask.sum()) for part in parts if part.cells is not None]
     assert counts == [len(part.cells.crops) for part in parts if part.cells is not None]
     assert torch.equal(torch.cat([part.cells.crops for part in parts if part.cells is not None]), batch.cells.crops)
+
+
+def test_a_part_of_one_picture_is_refused_where_statistics_are_made_of_it(trainer: Callable[..., Trainer]) -> None:
+    made = trainer("train.batch_size=3", "train.micro_batch=2", "train.text_batch=4")
+    with pytest.raises(UsageError, match=r"part of a step has 1 picture.*train\.hold_statistics"):
+        made.one_step(made.feed.make(0))
+    made = trainer("train.batch_size=3", "train.micro_batch=2", "train.text_batch=4", HELD)
+    assert made.one_step(made.feed.make(0))["loss"] > 0

@@ -239,6 +239,8 @@ def test_without_data_and_teacher_it_says_what_it_made_up(
     asked = recipe("data.train=wds:s3://bucket/{0000..9999}.tar")
     with pytest.raises(UsageError, match="say so with --samples"):
         make_plan(asked, device="cpu")
+    with pytest.raises(UsageError, match=r"^data\.stream\.shards 'x\.tar' cannot be opened .*--samples"):
+        make_plan(recipe("data.train=''", "data.stream={shards: x.tar}"), device="cpu")
     monkeypatch.setattr(planning, "open_teacher", lambda *a, **k: (_ for _ in ()).throw(UsageError("no weights here")))
     plan = make_plan(asked, device="cpu", samples=1e9)
     assert plan.values["disk"]["data_bytes"] == 1e9 * planning.PICTURE_BYTES

@@ -15,7 +15,7 @@ from PIL import Image
 from pocketvlm.data.sample import Caption, ImageRef, Sample
 from pocketvlm.distill.curves import _ticks, line_chart
 from pocketvlm.distill.evaluate import Embedded, Evaluation, Questions, score
-from pocketvlm.distill.report import write_report
+from pocketvlm.distill.report import _title, write_report
 from pocketvlm.distill.run_folder import read_metrics
 from pocketvlm.edge.errors import UsageError
 
@@ -138,6 +138,13 @@ def test_a_score_of_the_end_alone_has_no_chart_and_a_recorded_wait_has_one(tmp_p
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", write_report(tmp_path / "run").read_text())
     assert "Scores while training" not in titles
     assert "Data wait, share of a step" in titles
+
+
+def test_the_page_names_the_shards_of_a_stream() -> None:
+    recipe = {"name": "a", "data": {"train": "", "stream": {"shards": "pairs/{0..9}.tar"}}, "student": {"name": "s"}}
+    assert _title(json.dumps(recipe))["data"] == "pairs/{0..9}.tar"
+    recipe["data"] = {"train": "", "stream": {"shards": ["a.tar", "b.tar"]}}
+    assert _title(json.dumps(recipe))["data"] == "a.tar, b.tar"
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

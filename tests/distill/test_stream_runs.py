@@ -145,10 +145,17 @@ def test_a_cached_teacher_answers_like_the_live_one(tmp_path: Path, shards: Path
         trainer_of(other)
 
 
-def test_a_cache_by_shards_serves_a_stream_and_is_checked(tmp_path: Path, shards: Path, toy_teacher: None) -> None:
-    assert cache_teacher(load_recipe(stream_recipe(shards)), tmp_path / "made", dtype="float32", report=Reporter(False))
+def test_a_cache_by_shards_serves_a_stream_and_is_checked(
+    tmp_path: Path, shards: Path, toy_teacher: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cache_teacher(load_recipe(stream_recipe(shards)), tmp_path / "made", dtype="float32", report=Reporter(True))
     assert all(one.holds for one in verify(tmp_path / "made", samples=9, report=Reporter(False)))
+    told = capsys.readouterr().err
+    assert f"every picture of {SHARDS} data shards, and their captions\n" in told
+    assert "how many is not known yet" in told
+    assert "0.0 MB" not in told
     assert show(tmp_path / "made")[0]["data"] == str(shards)
+    assert "bytes_per_text" not in show(tmp_path / "made")[0], "captions lie with their pictures"
     live = trainer_of(stream_recipe(shards))
     cached = trainer_of(stream_recipe(shards, teacher={"spec": "toy", "cache": str(tmp_path / "made")}))
     for step in range(8):
