@@ -36,14 +36,13 @@ from pocketvlm.distill.questions import only_labels
 from pocketvlm.distill.recipe import Recipe
 from pocketvlm.distill.run_folder import differences
 from pocketvlm.distill.stream_feed import probe, samples_of_shard
-from pocketvlm.distill.student_teacher import open_teacher
+from pocketvlm.distill.student_teacher import open_teachers
 from pocketvlm.distill.taps import asked_taps
 from pocketvlm.distill.text_pool import english_of, text_pool, with_parallel
 from pocketvlm.edge.errors import IntegrityError, UsageError
 from pocketvlm.teachers.base import TextTeacher
 from pocketvlm.teachers.cache_build import CacheBuild
 from pocketvlm.teachers.cache_format import SCHEMA_VERSION, save_json
-from pocketvlm.teachers.ensemble import load_ensemble
 from pocketvlm.teachers.precomputed import PrecomputedTeacher
 from pocketvlm.teachers.tokens import token_shape
 
@@ -100,15 +99,7 @@ def cache_teacher(
         raise UsageError(f"recipe {recipe.name!r} has no teacher, so there is nothing to keep; add 'teacher'")
     samples, texts = ([], _other_texts(recipe)) if by_shard else _inputs(recipe, report)
     shards = _tars(recipe) if by_shard else None
-    with Stages(report, "teacher") as progress:
-        teachers, _ = load_ensemble(
-            recipe.teacher.specs,
-            open_teacher,
-            device=device_of_process(recipe.train.device),
-            allow_download=recipe.teacher.allow_download,
-            trust_remote_code=recipe.teacher.trust_remote_code,
-            progress=progress,
-        )
+    teachers, _ = open_teachers(recipe, report)
     tokens, builds = bool(asked_taps(recipe).teacher), []
     for place, teacher in enumerate(teachers):
         if isinstance(teacher, PrecomputedTeacher):
@@ -227,16 +218,6 @@ def _other_texts(recipe: Recipe) -> list[str]:
     for spec in words.exclude:
         withheld |= set(open_data(spec).captions())
     return list(word_list(words.name, size=words.size, exclude=withheld))
-
-
-def device_of_process(name: str) -> str:
-    """Under torchrun every process of a machine has a GPU of its own."""
-    import torch
-
-    local = os.environ.get("LOCAL_RANK", "")
-    if local.isdigit() and name in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{int(local) % torch.cuda.device_count()}"
-    return name
 
 
 def _tell_cost(builds: Sequence[CacheBuild], out: Path, report: Reporter, shards: Any) -> None:

@@ -28,7 +28,7 @@ from pocketvlm.distill.recipe import Recipe
 from pocketvlm.distill.regions import check_dense
 from pocketvlm.distill.shares import check_shares
 from pocketvlm.distill.start import start_student, tokenizer_asked
-from pocketvlm.distill.student_teacher import open_teacher
+from pocketvlm.distill.student_teacher import open_teacher, open_teachers
 from pocketvlm.distill.taps import asked_taps, tap_widths
 from pocketvlm.distill.text_pool import english_of, text_pool, with_parallel
 from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
@@ -38,7 +38,7 @@ from pocketvlm.teachers.base import Teacher, TextTeacher
 from pocketvlm.teachers.cache import TeacherCache
 from pocketvlm.teachers.cache_build import build_cache
 from pocketvlm.teachers.cache_format import digest_names
-from pocketvlm.teachers.ensemble import Ensemble, JoinedCache, joined, load_ensemble
+from pocketvlm.teachers.ensemble import Ensemble, JoinedCache, joined
 from pocketvlm.teachers.tokens import token_bytes, token_shape
 
 
@@ -196,15 +196,7 @@ def prepare(
     teachers: list[Teacher] = []
     teacher: Ensemble | None = None
     if recipe.teacher is not None:
-        with Stages(report, "teacher") as progress:
-            teachers, teacher = load_ensemble(
-                recipe.teacher.specs,
-                opener or open_teacher,
-                device=recipe.train.device,
-                allow_download=recipe.teacher.allow_download,
-                trust_remote_code=recipe.teacher.trust_remote_code,
-                progress=progress,
-            )
+        teachers, teacher = open_teachers(recipe, report, opener or open_teacher)
         check_shares(recipe, teacher)
     student = start_student(recipe, source, texts, english, teacher, classes)
     # before the teacher works for minutes on what the student cannot be compared with

@@ -38,7 +38,7 @@ from pocketvlm.distill.sections import StreamSection
 from pocketvlm.distill.shares import check_shares
 from pocketvlm.distill.start import start_student
 from pocketvlm.distill.stream import Made, StreamLoader, StreamSettings, start_server
-from pocketvlm.distill.student_teacher import open_teacher
+from pocketvlm.distill.student_teacher import open_teachers
 from pocketvlm.distill.taps import asked_taps, tap_widths
 from pocketvlm.distill.text_pool import text_pool
 from pocketvlm.edge.contract import ImageSpec
@@ -48,7 +48,7 @@ from pocketvlm.students import Student
 from pocketvlm.teachers.base import Teacher, TeacherOutput, TextTeacher
 from pocketvlm.teachers.cache import TeacherCache
 from pocketvlm.teachers.cache_format import CacheInfo, digest_names
-from pocketvlm.teachers.ensemble import Ensemble, joined, load_ensemble
+from pocketvlm.teachers.ensemble import Ensemble, joined
 from pocketvlm.teachers.tokens import gray, on_grid, token_shape
 
 # positions of so many steps are kept: more than are made ahead
@@ -318,15 +318,7 @@ def prepare_stream(recipe: Recipe, report: Reporter) -> Prepared:
     teachers: list[Teacher] = []
     teacher: Ensemble | None = None
     if recipe.teacher is not None:
-        with Stages(report, "teacher") as progress:
-            teachers, teacher = load_ensemble(
-                recipe.teacher.specs,
-                open_teacher,
-                device=recipe.train.device,
-                allow_download=recipe.teacher.allow_download,
-                trust_remote_code=recipe.teacher.trust_remote_code,
-                progress=progress,
-            )
+        teachers, teacher = open_teachers(recipe, report)
         check_shares(recipe, teacher)
     student = start_student(recipe, source, texts, texts, teacher)
     tap_widths(student, asked_taps(recipe), None)

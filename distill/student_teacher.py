@@ -1,6 +1,6 @@
-"""A trained student as the teacher of another one: "student:FOLDER" beside the specs of `teachers.load_teacher`.
+"""The teachers of a recipe, and a trained student as one: "student:FOLDER" beside the specs of `teachers.load_teacher`.
 
-It lives here because teachers and students know nothing of each other.
+That lives here because teachers and students know nothing of each other.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pocketvlm.distill.progress import Reporter, Stages
+from pocketvlm.distill.recipe import Recipe
 from pocketvlm.edge.contract import TextSpec
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.edge.tokenizer import Tokenizer
@@ -19,6 +21,7 @@ from pocketvlm.students import Student, TowerOutput, load_student
 from pocketvlm.students.student import TOKENS, weights_digest
 from pocketvlm.teachers.base import Teacher, TeacherOutput
 from pocketvlm.teachers.device import full_float32, pick_device
+from pocketvlm.teachers.ensemble import Ensemble, load_ensemble
 from pocketvlm.teachers.files import make_fingerprint
 
 KIND = "student"
@@ -47,6 +50,27 @@ def open_teacher(
     return load_teacher(
         spec, device=device, allow_download=allow_download, trust_remote_code=trust_remote_code, progress=progress
     )
+
+
+def open_teachers(
+    recipe: Recipe, report: Reporter, opener: Callable[..., Teacher] = open_teacher
+) -> tuple[list[Teacher], Ensemble]:
+    """The teachers of a recipe that has some, and the one that they are together. opener: in place of `open_teacher`.
+
+    Raises:
+        as `open_teacher` does.
+    """
+    section = recipe.teacher
+    assert section is not None, "only a recipe with a teacher asks for it"
+    with Stages(report, "teacher") as progress:
+        return load_ensemble(
+            section.specs,
+            opener,
+            device=recipe.train.device,
+            allow_download=section.allow_download,
+            trust_remote_code=section.trust_remote_code,
+            progress=progress,
+        )
 
 
 class StudentTeacher:

@@ -412,18 +412,3 @@ def test_a_cache_by_shards_serves_lists_and_single_shards(cli: Cli, world: Path,
     assert torch.equal(own.images.image(uids, 2).bfloat16(), kept.images.image(uids, 2).bfloat16())
     assert torch.equal(own.words.text(own.english).bfloat16(), kept.words.text(own.english).bfloat16())
     assert cli("cache", "verify", out, "--samples", 10).code == 0
-
-
-def test_every_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pocketvlm.distill.cache_teacher import device_of_process
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert device_of_process("auto") == "auto"
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert [device_of_process(name) for name in ("auto", "cuda", "cuda:0", "cpu")] == [
-        "cuda:1",
-        "cuda:1",
-        "cuda:0",
-        "cpu",
-    ]
