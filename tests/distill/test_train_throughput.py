@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -38,3 +41,14 @@ def test_ratios_are_held_to_their_floors():
     holds = [row["holds"] for row in summary(slow)["ratios"].values()]
     assert holds == [kind == "at most" for _, _, kind, _ in RATIOS.values()]
     assert list(summary([{"ours": {"cpu_s": 1.0, "wall_s": 1.0}}])["ratios"]) == []
+
+
+def test_the_page_shows_the_committed_result():
+    root = Path(__file__).resolve().parents[2]
+    result = json.loads((root / "benchmarks" / "results" / "train_throughput.json").read_text(encoding="utf-8"))
+    page = (root / "docs" / "throughput.md").read_text(encoding="utf-8")
+    assert {"arms": result["arms"], "ratios": result["ratios"]} == summary(result["rounds"])
+    for row in result["ratios"].values():
+        assert f"| {row['median']:.2f} | {row['lowest']:.2f} to {row['highest']:.2f} |" in page
+    for arm, row in result["arms"].items():
+        assert f"| {arm} | {1e3 * row['cpu_s_per_sample']:.1f} | {row['samples_per_wall_s']:.1f} |" in page
