@@ -100,8 +100,9 @@ def jobs(folds: Sequence[int], seeds: Sequence[int]) -> Iterator[Job]:
     for steps in (100, 900):
         yield dataclasses.replace(base, steps=steps)
     for fold in folds:
-        for align in (100, 350):
+        for align in (100, 350, 1200):
             yield Job(fold, seeds[0], "dictionaries", True, align=align)
+    yield dataclasses.replace(base, steps=1500, align=350)
     changes: tuple[dict[str, Any], ...] = (
         {"share": 0.1}, {"share": 0.3}, {"pieces": 20_000}, {"pieces": 60_000}, {"per_language": PER_LANGUAGE[1]},
     )  # fmt: skip
