@@ -213,12 +213,7 @@ def prepare(
         gone |= unfit(tokenizer, list(dict.fromkeys(texts))).keys()
     kept = [place for place, text in enumerate(texts) if text not in gone]
     texts, english = [texts[place] for place in kept], [english[place] for place in kept]
-    questions = None
-    if held_out is not None:
-        if {"hard_negatives", "all"} & set(recipe.eval.metrics):
-            held_out = with_hard_negatives(held_out)
-        held_out = held_out.within_context(tokenizer)
-        questions = questions_of(held_out, templates=recipe.eval.templates)
+    held_out, questions = questions_for(recipe, held_out, tokenizer)
     samples, pictures = _readable(recipe, source, student, policy, report)
     for what, data in (("training", source), ("evaluation", held_out)):
         if data is not None and data.report.counts:
@@ -250,6 +245,18 @@ def prepare(
     )
     principal = recipe.teacher is not None and recipe.teacher.axes == "principal"
     return turned(found, axes_of(found)) if principal else found
+
+
+def questions_for(
+    recipe: Recipe, held_out: DataSource | None, tokenizer: Tokenizer
+) -> tuple[DataSource | None, Questions | None]:
+    """The evaluation data without what the student could not read whole, and what is asked of it; None without any."""
+    if held_out is None:
+        return None, None
+    if {"hard_negatives", "all"} & set(recipe.eval.metrics):
+        held_out = with_hard_negatives(held_out)
+    held_out = held_out.within_context(tokenizer)
+    return held_out, questions_of(held_out, templates=recipe.eval.templates)
 
 
 def digest_of(

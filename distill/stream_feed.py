@@ -21,15 +21,13 @@ from torch import Tensor
 
 from pocketvlm.data import open_data
 from pocketvlm.data.augment import AugmentPolicy
-from pocketvlm.data.hard_negatives import with_hard_negatives
 from pocketvlm.data.sample import ImageRef, Sample
 from pocketvlm.data.shards import Shard, ShardOrder, digest_shards, list_shards
 from pocketvlm.data.source import DataSource, unfit
 from pocketvlm.data.stream import SampleStream
 from pocketvlm.distill.batches import Order, Pictures, Plan
-from pocketvlm.distill.evaluate import questions_of
 from pocketvlm.distill.feed import Feed, Step
-from pocketvlm.distill.prepare import Prepared, check_captions, digest_of, teacher_outputs, together
+from pocketvlm.distill.prepare import Prepared, check_captions, digest_of, questions_for, teacher_outputs, together
 from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.ranks import ALONE, Ranks
 from pocketvlm.distill.recipe import Recipe
@@ -328,12 +326,7 @@ def prepare_stream(recipe: Recipe, report: Reporter) -> Prepared:
     gone = unfit(tokenizer, texts)
     texts = [text for text in texts if text not in gone]
     source = source.within_context(tokenizer)
-    questions = None
-    if held_out is not None:
-        if {"hard_negatives", "all"} & set(recipe.eval.metrics):
-            held_out = with_hard_negatives(held_out)
-        held_out = held_out.within_context(tokenizer)
-        questions = questions_of(held_out, templates=recipe.eval.templates)
+    held_out, questions = questions_for(recipe, held_out, tokenizer)
     found = [teacher_outputs(recipe, one, (), texts, questions, policy, report) for one in teachers]
     answers = tuple(
         cache if cache is not None else _live(recipe, one, report) for one, (cache, _, _) in zip(teachers, found)
