@@ -193,10 +193,8 @@ def prepare(
     english = [*texts]
     if recipe.data.parallel is not None:
         texts, english = with_parallel(recipe, source, held_out, texts)
-    teachers: list[Teacher] = []
-    teacher: Ensemble | None = None
-    if recipe.teacher is not None:
-        teachers, teacher = open_teachers(recipe, report, opener or open_teacher)
+    teachers, teacher = open_teachers(recipe, report, opener or open_teacher)
+    if teacher is not None:
         check_shares(recipe, teacher)
     student = start_student(recipe, source, texts, english, teacher, classes)
     # before the teacher works for minutes on what the student cannot be compared with

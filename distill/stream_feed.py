@@ -313,10 +313,8 @@ def prepare_stream(recipe: Recipe, report: Reporter) -> Prepared:
             held_out = open_data(recipe.data.eval, on_bad_sample=recipe.data.on_bad_sample, progress=progress)
     check_captions(recipe, source)
     texts = text_pool(recipe, source, held_out)
-    teachers: list[Teacher] = []
-    teacher: Ensemble | None = None
-    if recipe.teacher is not None:
-        teachers, teacher = open_teachers(recipe, report)
+    teachers, teacher = open_teachers(recipe, report)
+    if teacher is not None:
         check_shares(recipe, teacher)
     student = start_student(recipe, source, texts, texts, teacher)
     tap_widths(student, asked_taps(recipe), None)

@@ -54,14 +54,17 @@ def open_teacher(
 
 def open_teachers(
     recipe: Recipe, report: Reporter, opener: Callable[..., Teacher] = open_teacher
-) -> tuple[list[Teacher], Ensemble]:
-    """The teachers of a recipe that has some, and the one that they are together. opener: in place of `open_teacher`.
+) -> tuple[list[Teacher], Ensemble | None]:
+    """The teachers of a recipe, and the one that they are together; none of either without the section.
+
+    opener: in place of `open_teacher`.
 
     Raises:
         as `open_teacher` does.
     """
     section = recipe.teacher
-    assert section is not None, "only a recipe with a teacher asks for it"
+    if section is None:
+        return [], None
     with Stages(report, "teacher") as progress:
         return load_ensemble(
             section.specs,
