@@ -18,6 +18,8 @@ from pocketvlm.edge.errors import UsageError
 _NEAR = 32.0
 # squares up to here are of rows that coincide, whose angles are 0
 _SAME = 1e-20
+# bytes of the [N, N] of all vertices that a GPU works on at once, for each of three buffers
+_TOGETHER = 64 << 20
 
 
 class SquaredDistances(torch.autograd.Function):
@@ -93,37 +95,48 @@ def lopsided(squares: Tensor) -> Tensor:
     return torch.where(squares > _SAME, squares, torch.inf).amin(dim=1) * _NEAR**2 < farthest
 
 
+def vertices_at_once(squares: Tensor) -> int:
+    """A CPU keeps the [N, N] of one vertex in its cache; a GPU waits for each kernel, and takes many at once."""
+    return 1 if squares.device.type == "cpu" else max(1, _TOGETHER // squares.nbytes)
+
+
 def _angles_at(where: Tensor, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Sum of Huber_1(psi^S - psi^T) over the vertices in `where` (bool [N]), and its gradient at the student's squares.
 
     Both in the squares' own dtype, the N^3 terms in `dtype`.
     """
     total, to_edges = student.new_zeros(()), torch.zeros_like(student)
-    vertices = where.nonzero()[:, 0].tolist()
-    if not vertices:
+    vertices = where.nonzero()[:, 0]
+    if not len(vertices):
         return total, to_edges
     ours, theirs = student.to(dtype), teacher.to(dtype)
     half, their_half = _half_inverse(student).to(dtype), _half_inverse(teacher).to(dtype)
-    to_opposite, scales, their_scales, gaps, slope = (torch.zeros_like(ours) for _ in range(5))
-    ones = torch.ones_like(ours[0])
-    for i in vertices:
-        h, g, s, t = half[i], their_half[i], ours[i], theirs[i]
+    to_opposite, ones = torch.zeros_like(ours), torch.ones_like(ours[0])
+    together = vertices_at_once(ours)
+    scales, gaps, slope = (ours.new_empty(min(together, len(vertices)), *ours.shape) for _ in range(3))
+    # views where it is one at a time
+    places = [slice(i, i + 1) for i in vertices.tolist()] if together == 1 else vertices.split(together)
+    for at in places:
+        h, g, s, t = half[at], their_half[at], ours[at], theirs[at]
+        count = len(h)
+        scale, gap, steep = scales[:count], gaps[:count], slope[:count]
         # psi^S - psi^T = (a h' + h a' - h S h') - (the same of the teacher), with a = h s
-        torch.outer(h, h, out=scales)
-        torch.outer(g, g, out=their_scales)
-        torch.mul(scales, ours, out=gaps)
-        gaps.addcmul_(their_scales, theirs, value=-1.0)
-        left, right = torch.stack([h * s, h, -g * t, -g], dim=1), torch.stack([h, h * s, g, g * t])
-        gaps.addmm_(left, right, beta=-1.0)
+        torch.mul(g[:, :, None], g[:, None, :], out=steep)
+        torch.mul(h[:, :, None], h[:, None, :], out=scale)
+        torch.mul(scale, ours, out=gap)
+        gap.addcmul_(steep, theirs, value=-1.0)
+        left, right = torch.stack([h * s, h, -g * t, -g], dim=2), torch.stack([h, h * s, g, g * t], dim=1)
+        gap.baddbmm_(left, right, beta=-1.0)
         # Huber_1(x) = x' (x - x'/2) with x' its slope
-        torch.clamp(gaps, -1.0, 1.0, out=slope)
-        total += torch.dot(slope.view(-1), gaps.sub_(slope, alpha=0.5).view(-1))
+        torch.clamp(gap, -1.0, 1.0, out=steep)
+        total += torch.dot(steep.view(-1), gap.sub_(steep, alpha=0.5).view(-1))
         # d psi_jk / d s_jk = -h_j h_k; d psi_jk / d s_ij = h_j h_k - psi_jk h_j^2, and psi_kj as much again
-        pull = scales.mul_(slope)
-        to_opposite.sub_(pull)
-        sums = torch.mv(pull, ones)
-        turned = s * sums + torch.mv(pull, s) - torch.linalg.vecdot(pull, ours)
-        to_edges[i] = 2 * (sums - h.square() * turned)
+        pull = scale.mul_(steep)
+        to_opposite.sub_(pull[0] if count == 1 else pull.sum(dim=0))
+        sums = pull @ ones
+        pulled = pull[0] @ s[0] if count == 1 else (pull @ s[:, :, None])[:, :, 0]
+        turned = s * sums + pulled - torch.linalg.vecdot(pull, ours)
+        to_edges[at] = (2 * (sums - h.square() * turned)).to(to_edges.dtype)
     return total, to_edges + to_opposite
 
 

@@ -38,6 +38,7 @@ from pocketvlm.distill.objectives import (
     list_objectives,
     objective_needs,
     objective_options,
+    rkd,
 )
 from pocketvlm.distill.objectives.rkd import AngleLoss, lopsided, squared_distances
 from pocketvlm.distill.objectives.table import markdown, objective_rows
@@ -449,11 +450,14 @@ def test_coinciding_rows_do_not_explode_rkd():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("close", [12, 6, 0])
-def test_angles_of_close_rows_are_those_of_their_differences(dtype, close):
+@pytest.mark.parametrize("at_once", [1, 5])
+def test_angles_of_close_rows_are_those_of_their_differences(dtype, close, at_once, monkeypatch):
     """Value and gradient against all differences at once, where products cancel: clusters 1e-4 wide, and equal rows.
 
     Of 12 rows the first `close` lie in clusters of three, so that float32 has to tell the vertices that it may do.
     """
+
+    monkeypatch.setattr(rkd, "vertices_at_once", lambda _: at_once)
 
     def psi(z: torch.Tensor) -> torch.Tensor:
         difference = z[None] - z[:, None]
