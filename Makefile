@@ -1,5 +1,5 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans cache-build stream throughput memory test
+.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans gpu-constants cache-build stream throughput memory test
 
 evidence: readme demo protocols parity text step-cost inherited
 
@@ -50,6 +50,11 @@ step-cost:
 plans:
 	python -m benchmarks.device_constants
 	python -m benchmarks.scaling_examples
+
+# the same of this machine's GPU, and runs beside what plans say of them: two minutes
+gpu-constants:
+	python -m benchmarks.device_constants --device cuda
+	python -m benchmarks.plan_check --device cuda
 
 # beside open_clip's own loop: an hour on one idle core
 throughput:

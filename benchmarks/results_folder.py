@@ -16,9 +16,9 @@ from pocketvlm.students import load_config
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def write(name: str, value: Any) -> Path:
-    """Write `value` as JSON under the results folder, whole or not at all."""
-    return write_text(RESULTS / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def write(name: str, value: Any, folder: Path = RESULTS) -> Path:
+    """Write `value` as JSON under the results folder, or another, whole or not at all."""
+    return write_text(folder / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -21,14 +21,15 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- examples:begin -->", "<!-- examples:end -->"
 # CLIP-KD's sum for a student from scratch, over stored answers to four views
 COMMON = (
-    "clip-kd data.train=pairs/{00000..99999}.tar student.name=mnv4-050 tokenizer.source=texts train.lr_scale={} "
+    "clip-kd student.name=mnv4-050 tokenizer.source=texts train.lr_scale={} "
     "student.fit_projection=null student.fit_text_projection=null train.cut_after_block=null train.hold_statistics=[] "
     "train.captioned_fraction=null teacher.cache_dtype=bfloat16 views.count=4"
 )
+STREAM = """data.train="''" data.stream.shards="pairs/{00000..99999}.tar" data.stream.workers=14"""
 SIZES = {
-    "10 k": "train.batch_size=256 --samples 1e4 --epochs 30 --device cpu --count 2",
-    "10 M": "train.batch_size=4096 --samples 1e7 --epochs 10 --device h100 --count 1",
-    "1 B": "train.batch_size=32768 --samples 1e9 --epochs 3 --device h100 --count 64",
+    "10 k": "data.train=pairs.jsonl train.batch_size=256 --samples 1e4 --epochs 30 --device cpu --count 2",
+    "10 M": f"{STREAM} train.batch_size=4096 --samples 1e7 --epochs 10 --device h100 --count 1",
+    "1 B": f"{STREAM} train.batch_size=32768 --samples 1e9 --epochs 3 --device h100 --count 64",
 }
 LEFT_OUT = "cache, other dtype"
 

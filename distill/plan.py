@@ -8,6 +8,7 @@ was measured, is the vendor's, or is assumed.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,12 @@ from pocketvlm.distill.devices import Device, Ledger, load_devices
 from pocketvlm.distill.prepare import wants_texts
 from pocketvlm.distill.recipe import Recipe
 from pocketvlm.distill.rehearsal import Phase, Rehearsed, captioned_share, rehearse
-from pocketvlm.distill.sections import WordsSection
+from pocketvlm.distill.sections import StreamSection, WordsSection
 from pocketvlm.distill.stand_in import TeacherShapes, made_up_pictures, teacher_shapes
 from pocketvlm.distill.student_teacher import open_teacher
 from pocketvlm.distill.taps import asked_taps
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
+from pocketvlm.teachers.cache_build import DECODERS
 
 HERE = "here"
 # where the data is not at hand
@@ -62,24 +64,30 @@ def make_plan(
     *,
     samples: float | None = None,
     epochs: float | None = None,
-    device: str = HERE,
+    device: str | Device = HERE,
     count: int = 1,
     price: float | None = None,
 ) -> Plan:
     """Plan a run of `recipe`.
 
     samples: pictures of the data (None: what `data.train` has here). epochs: passes over them, in place of
-    `train.steps` (None: 1 where samples are given, else `train.steps`). device: "here", timed for some seconds, or a
-    name of `load_devices`. count: of such devices. price: of one for an hour.
+    `train.steps` (None: 1 where samples are given, else `train.steps`). device: "here", timed for some seconds, a name
+    of `load_devices`, or constants of another. count: of such devices. price: of one for an hour.
 
     Raises:
         UsageError: numbers that cannot be, or no data here and no `samples`. UnknownNameError: no such device.
     """
-    devices = load_devices()
-    if device != HERE and device not in devices:
-        raise unknown_name("device of a plan", device, [HERE, *devices])
+    known: Device | None = None
+    if isinstance(device, Device):
+        known, device = device, device.name
+    elif device != HERE:
+        devices = load_devices()
+        if device not in devices:
+            raise unknown_name("device of a plan", device, [HERE, *devices])
+        known = devices[device]
     _check(samples, epochs, count, price)
     ledger = Ledger()
+    stream = recipe.data.stream
     source, full_texts, recipe = _data(recipe, samples, ledger)
     total = round(samples) if samples is not None else len(source)
     recipe = _steps(recipe, total, samples is not None, epochs, ledger)
@@ -87,9 +95,9 @@ def make_plan(
     if device not in (HERE, "cpu") and recipe.train.precision == "auto":
         # what `auto` means there; a CPU keeps the same bytes for the backward under it
         recipe = _with(recipe, train={"precision": "bf16"})
-    if device != HERE:
+    if known is not None:
         recipe = _with(recipe, train={"device": "cpu"})
-    timed = device == HERE
+    timed = known is None
     texts = [caption.text for sample in source.samples[:64] for caption in sample.captions][:8]
     specs = recipe.teacher.specs if recipe.teacher is not None else ()
     teachers = {spec: _teacher(recipe, spec, texts, timed, ledger) for spec in specs}
@@ -101,7 +109,7 @@ def make_plan(
         "tokens of a text", f"{found.length} of {found.context}",
         "assumed: texts fill the context; no data here" if full_texts else "the longest of a batch, over 32 draws",
     )  # fmt: skip
-    planner = Planner(recipe, found, teachers, total, count, source, ledger, devices.get(device))
+    planner = Planner(recipe, found, teachers, total, count, source, ledger, known, stream)
     values = planner.values(price)
     return Plan(recipe.name, device, count, values, ledger.rows)
 
@@ -208,8 +216,9 @@ class Planner:
 
     def __init__(
         self, recipe: Recipe, found: Rehearsed, teachers: dict[str, TeacherShapes], total: int, count: int,
-        source: DataSource, ledger: Ledger, device: Device | None,
+        source: DataSource, ledger: Ledger, device: Device | None, stream: StreamSection | None = None,
     ) -> None:  # fmt: skip
+        self.stream = stream
         self.recipe, self.found, self.total, self.count = recipe, found, total, count
         self.teachers, self.source, self.ledger, self.device = list(teachers.values()), source, ledger, device
         self.train, self.views = recipe.train, recipe.views.count
@@ -360,27 +369,41 @@ class Planner:
         """(views that training makes, whether they are then kept in memory)."""
         uses, distinct = float(self.train.steps * self.train.batch_size), float(self.total * self.views)
         decoded = 4 / 3 * 3 * (self.recipe.data.source_px or 512) ** 2
-        kept = self.total * (decoded + self.views * self.found.view_pixels) <= self.recipe.data.ram_gb * 2**30
+        fits = self.total * (decoded + self.views * self.found.view_pixels) <= self.recipe.data.ram_gb * 2**30
+        kept = fits and self.stream is None
         return (distinct * -math.expm1(-uses / distinct) if kept else uses), kept
+
+    def _readers(self, cores: float) -> float:
+        """What decodes pictures beside the training of one device."""
+        if self.stream is None:
+            asked, why = 1, "listed data is made ready by one thread of each device"
+        else:
+            asked, why = max(1, self.stream.workers), "data.stream.workers of each device"
+        if asked > cores:
+            why += f"; more than the {cores:g} cores beside it decode no faster"
+        self.ledger.assume("threads that decode for training", f"{asked}", why)
+        return min(asked, cores)
 
     def _there(self, device: Device) -> dict[str, Any]:
         """Seconds by a device's constants."""
         found, ledger, count = self.found, self.ledger, self.count
         least = device.step_floor_s
         compute = sum(max(least, device.seconds(self.step_work(p, count), ledger)) * p.steps for p in found.phases)
-        rate = device.decode_per_core * device.cores * count
+        rate = device.decode_per_core * count
         for name in ("step_floor_s", "decode_per_core", "cores"):
             device.told(name, ledger)
         makes, kept = self._uses()
         if kept:
             ledger.assume("pictures in memory", "made once", f"they fit into data.ram_gb {self.recipe.data.ram_gb:g}")
-        decode = 0.0 if self.cut else makes / rate
+        decode = 0.0 if self.cut else makes / (rate * self._readers(device.cores))
         ledger.assume("decoding", "beside the device", "assumed: a step takes the longer of decoding and computing")
         ledger.assume("optimizer and average", "0 s", "assumed: their time is small beside a step's")
         _, _, known = self._teacher_work()
         views = self.total * self.views
         teacher = device.seconds(self._cache_work(), ledger) / count
         cached = any(not t.stored for t in self.teachers)
+        if cached:
+            ledger.assume("threads that decode for the cache", f"{DECODERS}", "at most, of each device")
         lower = max(views / rate, device.seconds(found.lower.times(views), ledger) / count) if self.cut else 0.0
         picture, caption, _ = self._teacher_work()
         online = picture.times(self.train.batch_size) + caption.times(self.share * self.train.batch_size)
@@ -388,7 +411,9 @@ class Planner:
             "training_s": max(compute, decode), "compute_s": compute, "decode_s": decode,
             "bound": "decoding" if decode > compute else "computing",
             "step_s": max(compute, decode) / max(1, sum(p.steps for p in found.phases)),
-            "cache_s": (max(teacher, views / rate) if cached else 0.0) if known else None,
+            "cache_s": (max(teacher, views / (rate * min(DECODERS, device.cores))) if cached else 0.0)
+            if known
+            else None,
             "online_teacher_s": device.seconds(online, ledger) / count * self.train.steps if known else None,
             "prepare_s": lower,
         }  # fmt: skip
@@ -415,7 +440,10 @@ class Planner:
             steps.append({"phase": phase.name, "steps": phase.steps, "step_s": step.wall_s, "step_cpu_s": step.cpu_s})
         makes, kept = self._uses()
         each = found.view + (Seconds() if kept else found.decode)
-        data = Seconds() if self.cut else each.times(makes / count)
+        data = Seconds()
+        if not self.cut:
+            data = each.times(makes / count)
+            data = Seconds(data.cpu_s, data.wall_s / self._readers(os.cpu_count() or 1))
         first = found.decode.times(self.total / count)
         if self.cut and found.lower_s is not None:
             first = first + (found.view + found.lower_s).times(self.total * self.views / count)
@@ -435,7 +463,9 @@ class Planner:
         if not self.cut:
             self.ledger.assume(
                 "pictures in training", "made once" if kept else "made at every use",
-                f"they {'fit' if kept else 'do not fit'} into data.ram_gb {self.recipe.data.ram_gb:g}",
+                "a stream keeps none"
+                if self.stream is not None
+                else f"they {'fit' if kept else 'do not fit'} into data.ram_gb {self.recipe.data.ram_gb:g}",
             )  # fmt: skip
         _, _, known = self._teacher_work()
         online = (picture + caption.times(self.share)).times(self.train.steps * self.train.batch_size / count)

@@ -42,6 +42,8 @@ from pocketvlm.teachers.device import full_float32, pick_device
 
 # pictures of a rehearsal: few are enough to count, and so many that a step takes about a second to time it
 COUNTED, TIMED, TIMED_MACS = 32, 128, 2e10
+# on a GPU a step over few pictures waits for kernels to be launched, which takes no longer over many
+TIMED_CUDA, TIMED_MACS_CUDA = 1024, 2e12
 # samples whose captions make the tokenizer
 MANY = 50_000
 
@@ -136,7 +138,7 @@ class Stage:
         folder.mkdir(parents=True, exist_ok=True)
         self.device = pick_device(recipe.train.device)
         self.share = captioned_share(recipe, source)
-        most = min(recipe.train.batch_size, TIMED if timed else COUNTED)
+        most = timed_pictures(recipe, self.device, 0.0) if timed else min(recipe.train.batch_size, COUNTED)
         self._know_all_texts()
         few = dataclasses.replace(source, samples=interleaved(source.samples, most, self.share))
         prepared = prepare(
@@ -147,7 +149,7 @@ class Stage:
         with torch.no_grad():
             self._forwards(prepared)
         if timed:
-            most = min(most, max(8, int(TIMED_MACS / max(1.0, self.picture.macs))))
+            most = timed_pictures(recipe, self.device, self.picture.macs)
         most = min(most, len(prepared.samples))
         self.batch = self._batch(most)
         small = self._small(self.batch)
@@ -319,6 +321,17 @@ class Stage:
             with torch.no_grad():
                 found["lower_s"] = timing(lambda: student.image_tower.until_block(pixels, cut)).times(1 / len(some))
         return found
+
+
+def timed_pictures(recipe: Recipe, device: torch.device, macs: float) -> int:
+    """How many pictures a timed step has, `macs` each: on a GPU as many as go through the towers at once in the run, so
+    that it neither waits where the run does not nor needs memory that the run does not."""
+    train, most, work = recipe.train, TIMED, TIMED_MACS
+    whole = train.batch_size
+    if device.type == "cuda":
+        most, work = TIMED_CUDA, TIMED_MACS_CUDA
+        whole = min(whole, max(8, train.micro_batch or whole))
+    return min(whole, most, max(8, int(work / max(1.0, macs))))
 
 
 def _bytes(tensors: Any) -> int:

@@ -46,6 +46,8 @@ from pocketvlm.teachers.tokens import on_grid
 
 # batches that are decoded ahead of the teacher
 _AHEAD = 2
+# threads that decode, where there are so many cores
+DECODERS = 4
 _TEXTS = 4096
 
 # its views [K, S, S, 3] uint8, the same packed, and the sha256 of its bytes; or why it cannot be decoded
@@ -220,7 +222,7 @@ class CacheBuild:
 
     def _make(self, jobs: Sequence[_Job], tell: _Teller) -> None:
         """All shards of `jobs`, one after the other; the next batches are decoded while the teacher works."""
-        workers = min(4, os.cpu_count() or 1)
+        workers = min(DECODERS, os.cpu_count() or 1)
         with ThreadPoolExecutor(workers, "decode") as pool, ThreadPoolExecutor(1, "write") as writer:
             waiting: deque[tuple[_Job, Sequence[Sample], list[Future[Loaded]], list[str] | None]] = deque()
             batches = self._batches(jobs)

@@ -23,7 +23,7 @@ from pocketvlm.distill.plan import make_plan
 from pocketvlm.distill.prepare import prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe, load_recipe
-from pocketvlm.distill.rehearsal import interleaved
+from pocketvlm.distill.rehearsal import interleaved, timed_pictures
 from pocketvlm.edge.errors import UnknownNameError, UsageError
 from pocketvlm.students import build_student, train_tokenizer
 
@@ -114,6 +114,17 @@ def test_every_beginning_of_the_few_has_the_share_of_captions(world: Path) -> No
     for size in (4, 8, 20, 40):
         assert sum(bool(sample.captions) for sample in found[:size]) == size // 4
     assert len({sample.uid for sample in found}) == 40
+
+
+def test_a_gpu_is_timed_over_what_goes_through_it_at_once(recipe: Callable[..., Recipe]) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    small, large = 1e7, 2e10
+    assert timed_pictures(recipe("train.batch_size=16"), cuda, small) == 16
+    whole = recipe("train.batch_size=4096")
+    assert [timed_pictures(whole, cuda, macs) for macs in (0.0, small, large)] == [1024, 1024, 100]
+    assert [timed_pictures(whole, cpu, macs) for macs in (0.0, small, large)] == [128, 128, 8]
+    parts = recipe("train.batch_size=4096", "train.micro_batch=64")
+    assert [timed_pictures(parts, device, small) for device in (cuda, cpu)] == [64, 128]
 
 
 # --- a plan against a run ---------------------------------------------------------------------------------------------
@@ -256,16 +267,33 @@ def test_without_data_and_teacher_it_says_what_it_made_up(
 
 
 def test_the_table_says_where_its_constants_are_from() -> None:
-    measured = json.loads((ROOT / "benchmarks/results/device_constants.json").read_text())
-    for name, device in load_devices().items():
+    """What a result was committed for is in the table as it was measured, and nothing else is called measured."""
+    folder, devices = ROOT / "benchmarks/results", load_devices()
+    files = {"cpu": folder / "device_constants.json"}
+    files |= {path.stem.removeprefix("device_constants_"): path for path in folder.glob("device_constants_*.json")}
+    results = {name: json.loads(path.read_text()) for name, path in files.items()}
+    for name, device in devices.items():
         for key, (kind, source) in device.sources.items():
             assert kind in ("measured", "vendor", "assumed"), (name, key)
             assert source, (name, key)
-        assert device.decode_per_core == measured["constants"]["decode_per_core"]
-    cpu = load_devices()["cpu"]
-    assert cpu.matrix_flops == measured["constants"]["matrix_flops"]
-    assert cpu.convolution_flops == measured["constants"]["convolution_flops"]
-    assert measured["command"] in cpu.sources["matrix_flops"][1]
+            assert kind != "measured" or name in results, (name, key)
+        if name not in results:
+            assert device.decode_per_core == devices["cpu"].decode_per_core
+    for name, result in results.items():
+        for key, value in result["constants"].items():
+            assert getattr(devices[name], key) == value, (name, key)
+            assert devices[name].sources[key] == ("measured", result["command"]), (name, key)
+
+
+def test_constants_may_be_given_in_place_of_a_name(recipe: Callable[..., Recipe]) -> None:
+    table = load_devices()["h100"]
+    named, given = (make_plan(recipe(), device=device) for device in ("h100", table))
+    assert given.values == named.values
+    assert given.assumptions == named.assumptions
+    other = dataclasses.replace(table, name="mine", step_floor_s=3.0)
+    plan = make_plan(recipe(), device=other)
+    assert plan.device == "mine"
+    assert plan.values["time"]["step_s"] == 3.0
 
 
 @pytest.mark.parametrize(
@@ -282,6 +310,24 @@ def test_the_table_says_where_its_constants_are_from() -> None:
 def test_numbers_that_cannot_be_are_refused(recipe: Callable[..., Recipe], given: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         make_plan(recipe(), device="cpu", **given)
+
+
+def test_pictures_are_decoded_by_as_many_as_the_loop_has(recipe: Callable[..., Recipe]) -> None:
+    """Listed data by one thread, a stream by its workers while there are cores; a stream keeps no picture."""
+    device = dataclasses.replace(load_devices()["h100"], cores=8)
+
+    def decode_s(*overrides: str, ram: float = 0) -> float:
+        plan = make_plan(recipe(f"data.ram_gb={ram}", *overrides), device=device, samples=1e5, epochs=10)
+        return float(plan.values["time"]["decode_s"])
+
+    def stream(workers: int) -> tuple[str, ...]:
+        return "data.train=''", f"data.stream={{shards: x.tar, workers: {workers}}}"
+
+    one = 1e6 / device.decode_per_core
+    assert decode_s() == pytest.approx(one, rel=1e-3)
+    assert [decode_s(*stream(workers)) for workers in (0, 2, 99)] == pytest.approx([one, one / 2, one / 8], rel=1e-3)
+    assert decode_s(ram=1e4) < 0.5 * one
+    assert decode_s(*stream(0), ram=1e4) == pytest.approx(one, rel=1e-3)
 
 
 def test_an_unknown_device_is_answered_with_the_nearest(recipe: Callable[..., Recipe]) -> None:
