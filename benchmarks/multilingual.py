@@ -53,6 +53,8 @@ FLOORS = {"mean": 80.0, "worst": 60.0}
 """Per cent of its English R@5 that the student shall keep."""
 PER_LANGUAGE = (6000, 20_000)
 """Dictionary pairs in each language at most, the most frequent English first; a pack for each."""
+LONG = 1200
+"""Steps of stage 2, of the longest runs."""
 SOURCES = {
     "names": ("captions",),
     "keywords": ("captions", "annotations"),
@@ -100,15 +102,18 @@ def jobs(folds: Sequence[int], seeds: Sequence[int]) -> Iterator[Job]:
     for steps in (100, 900):
         yield dataclasses.replace(base, steps=steps)
     for fold in folds:
-        for align in (100, 350, 1200):
+        for align in (100, 350):
             yield Job(fold, seeds[0], "dictionaries", True, align=align)
+        for seed in seeds:
+            yield Job(fold, seed, "dictionaries", True, align=LONG)
+        yield Job(fold, seeds[0], "names", True, align=LONG)
     yield dataclasses.replace(base, steps=1500, align=350)
     changes: tuple[dict[str, Any], ...] = (
         {"share": 0.1}, {"share": 0.3}, {"pieces": 20_000}, {"pieces": 60_000}, {"per_language": PER_LANGUAGE[1]},
     )  # fmt: skip
     for change in changes:
-        yield dataclasses.replace(base, **start, **change)
-        yield dataclasses.replace(base, **change)
+        for length in (start, {}, {"align": LONG}):
+            yield dataclasses.replace(base, **{**length, **change})
 
 
 def recipe_of(job: Job) -> Recipe:
@@ -338,9 +343,10 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(tuple(row[key] for key in what), []).append(row)
     for setting in dict.fromkeys(key[1:] for key in groups):
         folds = [groups.get((fold, *setting), []) for fold in range(FOLDS)]
-        # the first seed of each, so that no fold weighs more than another
-        if all(folds):
-            groups["all", *setting] = [min(rows, key=lambda row: int(row["seed"])) for rows in folds]
+        # seeds that all folds have, so that no fold weighs more than another
+        common = set.intersection(*({row["seed"] for row in rows} for rows in folds))
+        if common:
+            groups["all", *setting] = [row for rows in folds for row in rows if row["seed"] in common]
     found = []
     for key, rows in groups.items():
         recall = {tag: float(np.mean([row["recall"][tag] for row in rows])) for tag in rows[0]["recall"]}
@@ -388,7 +394,7 @@ def keep(path: Path, row: dict[str, Any] | None) -> None:
     value = load(path)
     if row is not None:
         value["runs"] = [*(old for old in value["runs"] if old["digest"] != row["digest"]), row]
-        value["machine"] = machine()
+        value["machines"] = value.get("machines", {}) | {row["device"]: machine()}
     value["summary"] = summary(value["runs"])
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
