@@ -6,10 +6,10 @@ runs again, with a graph, and its piece of that gradient goes back through it. T
 rounding, for any objective over `Outputs`, and not the mean over parts, which for a contrastive loss is another loss.
 The price is the second forward.
 
-Both forwards of a part draw the same random numbers (dropout, drop-path): the generators' state is kept per part.
-Running statistics move in the first forward alone. Not equal to the whole batch: batch norm in training mode, which
-normalises every part by its own rows (`train.hold_statistics` or a frozen tower makes it exact), and dropout, whose
-numbers come in another order.
+Dropout and drop-path drop what they would of the whole batch, in both forwards (`distill.dropout`); what else a
+backbone draws from a generator is at least the same in both forwards of a part. Running statistics move in the first
+forward alone. Not equal to the whole batch: batch norm in training mode, which normalises every part by its own rows
+(`train.hold_statistics` or a frozen tower makes it exact).
 """
 
 from __future__ import annotations
@@ -50,7 +50,16 @@ def _part(batch: Step, place: int, count: int) -> Step:
     if batch.pixels is not None:
         rows = share(batch.size)
         found["size"] = rows.stop - rows.start
-        for name in ("pixels", "group", "teacher_image", "teacher_features", "teacher_tokens", "masked", "label"):
+        for name in (
+            "pixels",
+            "group",
+            "teacher_image",
+            "teacher_features",
+            "teacher_tokens",
+            "masked",
+            "label",
+            "image_keys",
+        ):
             found[name] = None if (value := getattr(batch, name)) is None else value[rows]
         if with_text is not None:
             captioned = len(with_text)
@@ -65,6 +74,8 @@ def _part(batch: Step, place: int, count: int) -> Step:
     if batch.ids is not None:
         own = torch.cat([batch.ids[:captioned][captions], batch.ids[captioned:][texts]])
         found["ids"] = own if len(own) else None
+    if batch.text_keys is not None:
+        found["text_keys"] = torch.cat([batch.text_keys[:captioned][captions], batch.text_keys[captioned:][texts]])
     for name, where in (("captions", captions), ("caption_features", captions), ("texts", texts)):
         found[f"teacher_{name}"] = None if (value := getattr(batch, f"teacher_{name}")) is None else value[where]
     if batch.teacher_text_features is not None:

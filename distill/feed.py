@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.distill.batches import Order, Plan
+from pocketvlm.distill.dropout import row_keys, rows_keyed
 from pocketvlm.distill.fusion import PieceMasking, asked_pieces, masked_words
 from pocketvlm.distill.gather import Pair
 from pocketvlm.distill.lower import lower_outputs
@@ -39,6 +40,7 @@ class Step:
     cells: of the pictures, where an objective asks for them.
     hidden: int64 [C, K], the places of each caption whose pieces are masked, -1 for none, where an objective asks.
     label: int64 [B] of a task, -1 where the student has no label.
+    image_keys, text_keys: int64 of each row of pixels and of ids, where the student drops parts (`distill.dropout`).
     """
 
     phase: str
@@ -59,6 +61,8 @@ class Step:
     hidden: Tensor | None = None
     cells: Cells | None = None
     label: Tensor | None = None
+    image_keys: Tensor | None = None
+    text_keys: Tensor | None = None
 
     def pictures_and_captions(self) -> Step:
         """The same step without its texts, masked pictures and teacher: what a model needs to embed its pairs."""
@@ -80,13 +84,13 @@ class Feed:
     """Makes steps, of which each rank has its own rows, and runs the student over them.
 
     uniform: whether every part of a batch has the same outputs, also one without a caption: as several ranks need it,
-    or several parts of one rank.
+    or several parts of one rank. keyed: whether the student drops parts of its rows, which then have keys.
     """
 
     def __init__(self, prepared: Prepared, order: Order, device: torch.device, ranks: Ranks = ALONE) -> None:
         self.prepared, self.order, self.device, self.ranks = prepared, order, device, ranks
         self.uniform = ranks.count > 1 or prepared.recipe.train.micro_batch is not None
-        self.pretrain = prepared.recipe.train.text_pretrain_steps
+        self.pretrain, self.keyed = prepared.recipe.train.text_pretrain_steps, False
         if "ids" not in prepared.memo:
             texts = dict.fromkeys([*prepared.texts, *(c.text for s in prepared.samples for c in s.captions)])
             prepared.memo["ids"] = dict(zip(texts, prepared.tokenizer.encode(list(texts)))) if texts else {}
@@ -144,21 +148,20 @@ class Feed:
             words = words[self.ranks.part(len(words))]
             batch = Step("texts", len(words))
             self._add_texts(batch, words, [])
+            self._add_keys(batch, step, words)
             return batch
         plan = self.order.plan(step - self.pretrain)
         plan = plan.part(self.ranks.part(len(plan.rows)), self.ranks.part(len(plan.words)))
         batch = Step("pairs", len(plan.rows))
         batch.pixels = self._below(plan.rows, plan.views)
+        pictures, uids = self.prepared.pictures, [self.prepared.samples[row].uid for row in plan.rows]
+        seed = self.prepared.recipe.train.seed
         if self.masking is not None:
-            pictures, uids = self.prepared.pictures, [self.prepared.samples[row].uid for row in plan.rows]
             # under a cut, `pixels` are what lies below it
             whole = batch.pixels.numpy() if self.cut is None else pictures.batch(plan.rows, plan.views)
-            seed = self.prepared.recipe.train.seed
             batch.masked = torch.from_numpy(self.masking.paint(whole, seed, step, uids, pictures.spec))
         if self.regions is not None:
-            pictures, uids = self.prepared.pictures, [self.prepared.samples[row].uid for row in plan.rows]
             large = [pictures.view(row, view, FINER) for row, view in zip(plan.rows, plan.views)]
-            seed = self.prepared.recipe.train.seed
             batch.cells = self.regions.batch(large, seed, step, uids, pictures.spec.size)
         batch.group = torch.from_numpy(plan.group)
         if self.prepared.task is not None:
@@ -169,11 +172,16 @@ class Feed:
         captions = [text for text in plan.captions if text is not None]
         self._add_texts(batch, plan.words, captions)
         if self.pieces is not None and batch.ids is not None:
-            uids = [self.prepared.samples[plan.rows[i]].uid for i in batch.with_text.tolist()]
-            seed = self.prepared.recipe.train.seed
-            batch.hidden = self.pieces.places(batch.ids[: len(captions)].numpy(), seed, step, uids)
+            own = [uids[i] for i in batch.with_text.tolist()]
+            batch.hidden = self.pieces.places(batch.ids[: len(captions)].numpy(), seed, step, own)
         self._add_teacher(batch, plan, captions)
+        self._add_keys(batch, step, plan.words, uids, plan.views, plan.captions)
         return batch
+
+    def _add_keys(self, batch: Step, step: int, words: list[int], *pairs: Any) -> None:
+        if self.keyed:
+            texts, seed = [self.prepared.texts[i] for i in words], self.prepared.recipe.train.seed
+            batch.image_keys, batch.text_keys = row_keys(seed, step, texts, *pairs)
 
     def data(self) -> str:
         """What is trained on, for people."""
@@ -309,10 +317,10 @@ class Feed:
     def _image(self, student: Student, x: Tensor) -> TowerOutput:
         return encode_image(student, x.to(self.device), self.cut)
 
-    def _masked(self, student: Student, pixels: Tensor) -> Tensor:
+    def _masked(self, student: Student, pixels: Tensor, keys: Tensor | None = None) -> Tensor:
         """[B, D] embeddings of masked pictures, which leave no trace in the running statistics."""
         x, tower = pixels.to(self.device), student.image_tower
-        with statistics_kept(tower):
+        with statistics_kept(tower), rows_keyed(keys, "masked"):
             if self.cut is not None:
                 with torch.no_grad():
                     x = tower.until_block(x, self.cut)
@@ -328,7 +336,9 @@ class Feed:
         pieces = torch.full((size, slots), -1, dtype=torch.int64, device=self.device)
         if batch.ids is not None and batch.hidden is not None and len(rows):
             ids, places = batch.ids[: len(rows)].to(self.device), batch.hidden.to(self.device)
-            found, those = masked_words(student, fusion, ids, places, outputs.image[rows])
+            keys = None if batch.text_keys is None else batch.text_keys[: len(rows)].to(self.device)
+            with rows_keyed(keys, "masked"):
+                found, those = masked_words(student, fusion, ids, places, outputs.image[rows])
             words, pieces = words.index_copy(0, rows, found), pieces.index_copy(0, rows, those)
         outputs.masked_words, outputs.masked_pieces, outputs.token_table = words, pieces, tower.token.weight
 
@@ -351,11 +361,14 @@ class Feed:
         asked = self.taps if tapped else Taps((), (), ())
         text, text_features, taps = None, None, {}
         ids = batch.ids
+        seen, read = (None if k is None else k.to(self.device) for k in (batch.image_keys, batch.text_keys))
         if ids is None and self.uniform:
             # a part without any text: one of padding alone, of which nothing is kept, gives the outputs their widths
             ids = torch.full((1, 1), student.text_spec.pad_id, dtype=torch.int32)
+            read = None if read is None else read.new_zeros(1)
         if ids is not None:
-            output = student.encode_text(ids.to(self.device), taps=asked.text)
+            with rows_keyed(read):
+                output = student.encode_text(ids.to(self.device), taps=asked.text)
             text, text_features = output.embedding.float(), output.features.float()
             taps = text_taps(output.taps, student.text_spec.context_length)
         captioned = 0 if batch.with_text is None else len(batch.with_text)
@@ -372,7 +385,8 @@ class Feed:
         if batch.pixels is not None:
             x, beside = batch.pixels.to(self.device), beside or Beside()
             more = map_taps(student, self.cut) if beside.original is not None else ()
-            pictures = encode_image(student, x, self.cut, tuple(dict.fromkeys((*asked.image, *more))))
+            with rows_keyed(seen):
+                pictures = encode_image(student, x, self.cut, tuple(dict.fromkeys((*asked.image, *more))))
             image, features = pictures.embedding.float(), pictures.features.float()
             found["pairs"] = self._pairs(batch, image, features, text, text_features, captioned, scale, bias)
             outputs, teacher = found["pairs"]
@@ -388,11 +402,12 @@ class Feed:
                 cosine = nn.functional.normalize(self.joint.embedding(teacher.image), dim=-1) @ self.classes.T
                 teacher.class_logits = teacher.logit_scale * cosine
             if batch.masked is not None:
-                outputs.masked_image = self._masked(student, batch.masked)
+                outputs.masked_image = self._masked(student, batch.masked, seen)
             if beside.fusion is not None:
                 self._add_masked_words(student, batch, outputs, beside.fusion)
             if beside.original is not None and batch.cells is not None:
-                chart = dense_map(student, x, pictures.taps, self.cut)
+                with rows_keyed(seen, "places"):
+                    chart = dense_map(student, x, pictures.taps, self.cut)
                 self._add_regions(outputs, batch.cells, chart, beside.original)
             if teacher is not None and batch.teacher_tokens is not None:
                 teacher.taps = {TOKENS: batch.teacher_tokens.to(self.device)}

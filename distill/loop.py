@@ -23,6 +23,7 @@ from pocketvlm.distill.balance import GradientBalance
 from pocketvlm.distill.batches import Order, prefetch
 from pocketvlm.distill.building import build_objectives, build_shares
 from pocketvlm.distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_text_atomically
+from pocketvlm.distill.dropout import drawn_otherwise, key_by_sample
 from pocketvlm.distill.encoders import scored
 from pocketvlm.distill.environment import run_environment
 from pocketvlm.distill.evaluate import Evaluation, embed_questions, score
@@ -113,6 +114,8 @@ def _run(recipe: Recipe, out: Path, checkpoint: Path | None, report: Reporter, r
         trainer.restore(load_checkpoint(checkpoint), checkpoint)
         report.line(f"continuing after step {trainer.step} from {checkpoint.name}")
     report.line(trainer.summary())
+    if trainer.unkeyed:
+        report.line(trainer.unkeyed)
     seconds = trainer.train(out, report)
     evaluation = finish(trainer, out, report) if ranks.first else None
     ranks.wait()
@@ -130,7 +133,10 @@ def _run(recipe: Recipe, out: Path, checkpoint: Path | None, report: Reporter, r
 
 
 class Trainer:
-    """State of a run. step: steps done so far. total: steps of both phases. last: the row of the last step."""
+    """State of a run. step: steps done so far. total: steps of both phases. last: the row of the last step.
+
+    unkeyed: what is drawn otherwise than by sample, where that makes a difference.
+    """
 
     def __init__(self, prepared: Prepared, device: torch.device, ranks: Ranks = ALONE) -> None:
         recipe = prepared.recipe
@@ -152,6 +158,9 @@ class Trainer:
         )
         ranks.check_batches(self.order.batch_size, self.order.text_batch)
         self.feed = (Feed if prepared.stream is None else StreamFeed)(prepared, self.order, device, ranks)
+        self.feed.keyed = key_by_sample(self.student)
+        # before compiling, which would see a batch of its own
+        self.unkeyed = drawn_otherwise(self.student) if self.feed.uniform else ""
         self.shares = build_shares(prepared)
         self.objectives: nn.ModuleList = build_objectives(prepared, self.shares).to(device)
         groups = optim.parameter_groups(self.student, self.objectives, self.config)

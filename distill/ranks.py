@@ -2,8 +2,8 @@
 
 Every rank holds the same student, takes its contiguous part of each step's global batch, and computes the same global
 loss over the gathered outputs (`distill.gather`), so that a run is the same function of its recipe whatever the number
-of ranks. What is not so: batch norm (each rank normalises by its own rows, unless `train.sync_batchnorm`), and dropout
-and drop-path, whose random numbers are keyed by (seed, step, rank).
+of ranks, dropout and drop-path included (`distill.dropout`). What is not so: batch norm (each rank normalises by its
+own rows, unless `train.sync_batchnorm`).
 
 Gradients are averaged in one all-reduce per dtype after the backward, and not by torch's DistributedDataParallel: that
 one hooks into the backward and must know beforehand which parameters get a gradient, in which order and from how many
@@ -76,7 +76,7 @@ class Ranks:
                 )
 
     def seed(self, seed: int, step: int) -> None:
-        """Seed torch's generators for this rank and step; one rank alone keeps its one stream."""
+        """Seed torch's generators, for what is not keyed by sample; one rank alone keeps its one stream."""
         if self.count > 1:
             torch.manual_seed(stable_hash(f"rank/{seed}/{step}/{self.rank}") % 2**63)
 

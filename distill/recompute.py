@@ -1,6 +1,6 @@
 """Activation checkpointing: a block keeps only its input and runs again in the backward (Chen et al. 2016, 1604.06174).
 
-About a third more computation for a part of the memory. The numbers are the same: random numbers are replayed, and
+About a third more computation for a part of the memory. The numbers are the same: the same parts are dropped, and
 running statistics of batch norms move in the first run alone.
 """
 
@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pocketvlm.distill.dropout import current_keys, rows_keyed
 from pocketvlm.distill.masking import statistics_kept
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.students import Student
@@ -53,4 +54,10 @@ def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return nullcontext(), statistics_kept(block)
+    return nullcontext(), _again(block, current_keys())
+
+
+@contextmanager
+def _again(block: nn.Module, keys: Tensor | None) -> Iterator[None]:
+    with statistics_kept(block), rows_keyed(keys):
+        yield

@@ -35,7 +35,9 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.act = QuickGelu() if config.activation == "quick_gelu" else nn.GELU()
         self.fc2 = nn.Linear(hidden, width)
-        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        # one each, so that neither's place in the tower is ambiguous
+        self.drop1 = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.drop2 = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         if self.norm_last:
@@ -51,10 +53,10 @@ class Block(nn.Module):
         # written out instead of scaled_dot_product_attention: one arithmetic on every device and dtype
         scores = torch.matmul(q * self.head_width**-0.5, k.transpose(-2, -1)) + bias
         mixed = torch.matmul(scores.softmax(dim=-1), v).transpose(1, 2)
-        return self.drop(self.out(mixed.reshape(-1, length, self.heads * self.head_width)))
+        return self.drop1(self.out(mixed.reshape(-1, length, self.heads * self.head_width)))
 
     def _mlp(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.act(self.fc1(x))))
+        return self.drop2(self.fc2(self.act(self.fc1(x))))
 
 
 class QuickGelu(nn.Module):

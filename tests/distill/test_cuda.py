@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocketvlm.distill import optim
 from pocketvlm.distill.checkpoint import latest_checkpoint, load_checkpoint
+from pocketvlm.distill.dropout import kept, sample_keys
 from pocketvlm.distill.encoders import StudentEncoder, evaluate_path
 from pocketvlm.distill.loop import RunResult, Trainer, distill_run
 from pocketvlm.distill.objectives import Outputs
@@ -131,7 +132,7 @@ def test_fp16_lowers_its_loss_scale_instead_of_stopping(recipe: Make) -> None:
 def test_a_stopped_run_resumes_to_the_same_loss(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    """Dropout draws from the GPU's generator, whose state is in the checkpoint. Deterministic kernels where there are
+    """With dropout, and the state of the GPU's generator in the checkpoint. Deterministic kernels where there are
     some, so that 1e-4 is met; training by itself does not ask for them."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     wanted = recipe(
@@ -163,6 +164,12 @@ def test_a_stopped_run_resumes_to_the_same_loss(
     torch.cuda.manual_seed(99)
     resumed = distill_run(wanted, tmp_path / "killed", resume=True, progress=False)
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_what_is_dropped_does_not_depend_on_the_device() -> None:
+    keys = sample_keys(map(str, range(64)), 0, 0)
+    for count in (1, 6, 1001):
+        assert torch.equal(kept(keys.to(CUDA), 5, count, 0.3).cpu(), kept(keys, 5, count, 0.3))
 
 
 def test_generator_states_of_the_gpu_are_put_back() -> None:

@@ -44,12 +44,17 @@ HELD = ("train.hold_statistics=[image_tower]", "train.batch_size=7", "train.text
 # captioned pictures come first in a batch, so that rank 1 has none
 FEW = ("train.captioned_fraction=0.3", "train.text_batch=0", "train.freeze={image_tower: 2}")
 TAPPED = "objectives=[{name: clip}, {name: token-alignment}, {name: masked-language}]"
+DROPPED = (
+    "student.overrides.text.dropout=0.1",
+    "student.overrides.image.backbone_args={drop_rate: 0.1, drop_path_rate: 0.1}",
+)
 SCENARIOS: dict[str, tuple[str, ...]] = {
     "pairs, texts and projectors": HELD,
     "a text phase first, and a fixed bank": (*HELD, "train.text_pretrain_steps=1", "train.bank=20", "train.seed=3"),
     "a rank without captions": (*HELD, *FEW, "objectives=[{name: crd}, {name: clip}, {name: hint}]"),
     "taps and a train-only module": (*HELD, *FEW, TAPPED),
     "the momentum model": (*HELD, *FEW, "objectives=[{name: momentum}, {name: feature}]"),
+    "dropout and drop-path, in parts": (*HELD, *FEW, *DROPPED, TAPPED, "train.micro_batch=2"),
     "balanced, in parts": (*HELD, "train.balance=gradient-norm", "train.micro_batch=2"),
 }
 
