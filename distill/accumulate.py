@@ -50,16 +50,8 @@ def _part(batch: Step, place: int, count: int) -> Step:
     if batch.pixels is not None:
         rows = share(batch.size)
         found["size"] = rows.stop - rows.start
-        for name in (
-            "pixels",
-            "group",
-            "teacher_image",
-            "teacher_features",
-            "teacher_tokens",
-            "masked",
-            "label",
-            "image_keys",
-        ):
+        names = ("pixels", "group", "teacher_image", "teacher_features", "teacher_tokens", "masked", "label")
+        for name in (*names, "teacher_logits", "teacher_ids", "image_keys"):
             found[name] = None if (value := getattr(batch, name)) is None else value[rows]
         if with_text is not None:
             captioned = len(with_text)

@@ -11,7 +11,9 @@ import numpy as np
 
 from pocketvlm.distill.encoders import TeacherEncoder
 from pocketvlm.distill.evaluate import Embedded, Questions, embed_questions
-from pocketvlm.edge.errors import BadSampleError
+from pocketvlm.distill.progress import Reporter
+from pocketvlm.edge.errors import BadSampleError, counted
+from pocketvlm.teachers.cache import TeacherCache
 from pocketvlm.teachers.cache_format import digest_names
 from pocketvlm.teachers.ensemble import Ensemble
 
@@ -46,7 +48,8 @@ def teacher_answers(
             images, texts = found["images"], found["texts"]
             return Embedded(teacher.name, teacher.space_id, uids, images, texts, bad, float(teacher.logit_scale))
     if say is not None:
-        say(f"teacher: answering {len(questions.samples)} evaluation pictures and {len(questions.texts)} texts")
+        asked = f"{counted(len(questions.samples), 'picture')} and {counted(len(questions.texts), 'text')}"
+        say(f"teacher: answering the evaluation's {asked}")
     answers = embed_questions(TeacherEncoder(teacher), questions, name=teacher.name, batch_size=batch_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.npz")
@@ -89,3 +92,15 @@ def joined_answers(found: Sequence[Embedded | None], teacher: Ensemble) -> Embed
 def slug(name: str) -> str:
     """A teacher's name as part of a file's name."""
     return "".join(c if c.isalnum() or c in "-." else "-" for c in name)[:48].strip("-.") or "teacher"
+
+
+def answers_on_disk(cache: TeacherCache, questions: Questions, report: Reporter) -> Embedded | None:
+    """Precomputed embeddings of the evaluation data, where they cover it."""
+    uids = [sample.uid for sample in questions.samples]
+    known = set(cache.texts)
+    if not all(uid in cache for uid in uids) or not known.issuperset(questions.texts):
+        report.line("teacher: the embeddings on disk do not cover the evaluation data, so it is scored without them")
+        return None
+    info = cache.info
+    images, texts = cache.image(uids).numpy(), cache.text(questions.texts).numpy()
+    return Embedded(info.name, info.space_id, uids, images, texts, logit_scale=info.logit_scale)

@@ -18,16 +18,19 @@ from pocketvlm.data import open_data
 from pocketvlm.data.augment import apply_view
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.shards import list_shards
-from pocketvlm.distill.made_cache import MadeCaches
+from pocketvlm.distill.made_cache import MadeCaches, check_logits
+from pocketvlm.distill.plan_table import size
 from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.recipe import Recipe, load_recipe
 from pocketvlm.distill.student_teacher import open_teacher
-from pocketvlm.edge.errors import IntegrityError, UsageError
+from pocketvlm.distill.text_pool import asked_logits
+from pocketvlm.edge.errors import IntegrityError, UsageError, counted
 from pocketvlm.edge.preprocess import decode_image, resize_image
 from pocketvlm.teachers.base import Teacher, TeacherOutput, TokenTeacher
 from pocketvlm.teachers.cache import TeacherCache
 from pocketvlm.teachers.cache_format import refuse_difference
 from pocketvlm.teachers.tokens import on_grid
+from pocketvlm.teachers.top_logits import agreement, log_shares, text_rows
 
 # bfloat16 keeps 8 bits: a vector rounded to it has a cosine of 0.999998 or more to itself, so that what falls below
 # this is another answer and no rounding (tests/distill/test_cache_teacher.py measures it)
@@ -37,9 +40,10 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Compared:
-    """One kind of output ("image", "features", "tokens", "text", "text_features") of one cache against its teacher.
+    """One kind of output ("image", "features", "tokens", "logits", "text", "text_features") of one cache against its
+    teacher.
 
-    worst: uid and view, or text, of the lowest cosine.
+    cosine: the lowest; of logits, between the square roots of the shares. worst: its uid and view, or text.
     """
 
     teacher: str
@@ -81,7 +85,7 @@ def verify(
     report, made = report or Reporter(), MadeCaches.need(folder)
     caches = [TeacherCache.open(made.path(member)) for member in made.members]
     for cache in caches:
-        report.line(f"{cache.folder}: {cache.check() / 1e6:,.1f} MB hash to what cache.json says")
+        report.line(f"{cache.folder}: {size(cache.check())} hash to what cache.json says")
     if recipe is None and made.recipe is None:
         raise UsageError(
             f"{folder} does not say from which data it was made, so nothing can be computed again; name the recipe by "
@@ -107,7 +111,10 @@ def verify(
         if len(cache):
             wanted["image"] = json.loads(json.dumps(dataclasses.asdict(teacher.image)))
         refuse_difference(cache.folder, cache.info.to_dict(), wanted)
-        found += _pictures(cache, teacher, by_uid, uids, rng)
+        logits = asked_logits(recipe) if cache.info.top_logits else None
+        check_logits(cache, logits)
+        anchors = None if logits is None else text_rows(teacher, logits.texts)
+        found += _pictures(cache, teacher, by_uid, uids, rng, anchors)
         found += _texts(cache, teacher, _some(cache.texts, samples, rng))
     return found
 
@@ -129,7 +136,12 @@ def _row(made: MadeCaches, member: dict[str, str]) -> dict[str, Any]:
         cache = TeacherCache.open(path)
     except UsageError:
         there = sum(1 for _ in path.glob("*.safetensors"))
-        return {"folder": member["folder"], "teacher": member["name"], "state": f"unfinished, {there} shards", **data}
+        return {
+            "folder": member["folder"],
+            "teacher": member["name"],
+            "state": f"unfinished, {counted(there, 'shard')}",
+            **data,
+        }
     info = cache.info
     images = sum((path / file).stat().st_size for file in cache.files)
     texts = sum((path / file).stat().st_size for file in cache.text_files if file not in cache.files)
@@ -146,6 +158,7 @@ def _row(made: MadeCaches, member: dict[str, str]) -> dict[str, Any]:
         "texts": len(cache.texts),
         "dtype": info.dtype,
         "numbers": {"embedding": info.dim, "features": info.feature_dim, "tokens": info.token_grid**2 * info.token_dim},
+        **({"logits": f"the {info.top_logits} largest over {info.logit_count:,} texts"} if info.top_logits else {}),
         "shards": len(cache.files) + sum(file not in cache.files for file in cache.text_files),
         "megabytes": round((images + texts) / 1e6, 3),
         # whole shards: with names, hashes, and of a cache by shards the captions that lie there
@@ -183,7 +196,12 @@ def _some(names: Sequence[str], count: int, rng: np.random.Generator) -> list[st
 
 
 def _pictures(
-    cache: TeacherCache, teacher: Teacher, by_uid: dict[str, Sample], uids: Sequence[str], rng: np.random.Generator
+    cache: TeacherCache,
+    teacher: Teacher,
+    by_uid: dict[str, Sample],
+    uids: Sequence[str],
+    rng: np.random.Generator,
+    anchors: Tensor | None,
 ) -> Iterator[Compared]:
     absent = [uid for uid in uids if uid not in by_uid]
     if absent:
@@ -202,10 +220,13 @@ def _pictures(
     for start in range(0, len(uids), _BATCH):
         part = zip(uids[start : start + _BATCH], views[start : start + _BATCH])
         pixels = np.stack([_shown(cache, teacher, by_uid[uid], view) for uid, view in part])
-        for what, rows in _answers(cache, teacher, torch.from_numpy(pixels)).items():
+        for what, rows in _answers(cache, teacher, torch.from_numpy(pixels), anchors).items():
             told.setdefault(what, []).append(rows)
     for what, parts in told.items():
-        yield _compared(cache, what, torch.cat(parts), getattr(cache, what)(uids, views), names)
+        if what == "logits":
+            yield _least(cache, what, agreement(*cache.logits(uids, views), torch.cat(parts)), names)
+        else:
+            yield _compared(cache, what, torch.cat(parts), getattr(cache, what)(uids, views), names)
 
 
 def _shown(cache: TeacherCache, teacher: Teacher, sample: Sample, view: int) -> np.ndarray:
@@ -216,7 +237,7 @@ def _shown(cache: TeacherCache, teacher: Teacher, sample: Sample, view: int) -> 
     return apply_view(pixels, params, spec.size, spec.background)
 
 
-def _answers(cache: TeacherCache, teacher: Teacher, pixels: Tensor) -> dict[str, Tensor]:
+def _answers(cache: TeacherCache, teacher: Teacher, pixels: Tensor, anchors: Tensor | None) -> dict[str, Tensor]:
     info, found = cache.info, {}
     if info.token_grid:
         assert isinstance(teacher, TokenTeacher), "the fingerprint is that of the teacher that gave tokens"
@@ -226,6 +247,8 @@ def _answers(cache: TeacherCache, teacher: Teacher, pixels: Tensor) -> dict[str,
         output = teacher.encode_images(pixels)
     if info.feature_dim and output.features is not None:
         found["features"] = output.features
+    if anchors is not None:
+        found["logits"] = log_shares(output.embedding, anchors, teacher.logit_scale).cpu()
     return {"image": output.embedding, **found}
 
 
@@ -241,5 +264,9 @@ def _texts(cache: TeacherCache, teacher: Teacher, texts: Sequence[str]) -> Itera
 
 def _compared(cache: TeacherCache, what: str, told: Tensor, kept: Tensor, names: Sequence[str]) -> Compared:
     cosine = torch.cosine_similarity(told.double().cpu().flatten(1), kept.double().flatten(1), dim=1)
+    return _least(cache, what, cosine, names)
+
+
+def _least(cache: TeacherCache, what: str, cosine: Tensor, names: Sequence[str]) -> Compared:
     lowest = int(cosine.argmin())
     return Compared(cache.info.name, what, len(names), float(cosine[lowest]), names[lowest])

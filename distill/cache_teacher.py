@@ -30,6 +30,7 @@ from pocketvlm.data.spec import parse_spec
 from pocketvlm.distill.answers import slug
 from pocketvlm.distill.labels import task_classes, task_labels
 from pocketvlm.distill.made_cache import MANIFEST, MadeCaches, features_read
+from pocketvlm.distill.plan_table import size
 from pocketvlm.distill.prepare import wants_texts
 from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.questions import only_labels
@@ -38,11 +39,11 @@ from pocketvlm.distill.run_folder import differences
 from pocketvlm.distill.stream_feed import probe, samples_of_shard
 from pocketvlm.distill.student_teacher import open_teachers
 from pocketvlm.distill.taps import asked_taps
-from pocketvlm.distill.text_pool import english_of, text_pool, with_parallel
-from pocketvlm.edge.errors import IntegrityError, UsageError
+from pocketvlm.distill.text_pool import asked_logits, english_of, text_pool, with_parallel
+from pocketvlm.edge.errors import IntegrityError, UsageError, counted
 from pocketvlm.teachers.base import TextTeacher
 from pocketvlm.teachers.cache_build import CacheBuild
-from pocketvlm.teachers.cache_format import SCHEMA_VERSION, save_json
+from pocketvlm.teachers.cache_format import DTYPES, SCHEMA_VERSION, save_json
 from pocketvlm.teachers.precomputed import PrecomputedTeacher
 from pocketvlm.teachers.tokens import token_shape
 
@@ -85,7 +86,8 @@ def cache_teacher(
 ) -> bool:
     """Make the caches that the recipe's run will read, or this process's share of them; True when they are finished.
 
-    The pooled features and token maps are kept where an objective of the recipe reads them. by_shard: one shard for
+    The pooled features and token maps are kept where an objective of the recipe reads them, and the largest logits over
+    the texts of `teacher.logits`. by_shard: one shard for
     each tar of `data.train`, opened when its turn comes, with its captions in it (always so with `data.stream`); the
     texts that the recipe names besides (words, class prompts, parallel texts) lie in shards of their own.
 
@@ -99,6 +101,7 @@ def cache_teacher(
         raise UsageError(f"recipe {recipe.name!r} has no teacher, so there is nothing to keep; add 'teacher'")
     samples, texts = ([], _other_texts(recipe)) if by_shard else _inputs(recipe, report)
     shards = _tars(recipe) if by_shard else None
+    logits = asked_logits(recipe)
     teachers, _ = open_teachers(recipe, report)
     tokens, builds = bool(asked_taps(recipe).teacher), []
     for place, teacher in enumerate(teachers):
@@ -108,11 +111,6 @@ def cache_teacher(
             )
         blind = isinstance(teacher, TextTeacher)
         grid = token_shape(teacher, recipe.teacher.token_grid)[0] if tokens and not blind else 0
-        if blind and by_shard:
-            raise UsageError(
-                f"teacher {teacher.name!r} reads texts only, and a cache by shards is one of pictures; leave it out, "
-                "or leave out --by-shard"
-            )
         builds.append(
             CacheBuild(
                 teacher,
@@ -129,6 +127,7 @@ def cache_teacher(
                 features=bool(features_read(recipe)),
                 on_bad_sample=recipe.data.on_bad_sample,
                 data_shards=shards,
+                logits=None if blind else logits,
             )
         )
     _tell_cost(builds, out, report, shards)
@@ -139,7 +138,8 @@ def cache_teacher(
             cache = build.run(progress, rank=share.rank, world=share.world)
         finished = finished and cache is not None
         if cache is not None and cache.skipped:
-            report.line(f"left out by {build.teacher.name}: {len(cache.skipped)} pictures that cannot be decoded")
+            gone = counted(len(cache.skipped), "picture")
+            report.line(f"left out by {build.teacher.name}: {gone} that cannot be decoded")
     return finished
 
 
@@ -227,18 +227,29 @@ def _tell_cost(builds: Sequence[CacheBuild], out: Path, report: Reporter, shards
         parts = [f"{info.dim} numbers"]
         parts += [f"{info.feature_dim} of features"] if info.feature_dim else []
         parts += [f"{info.token_grid} x {info.token_grid} x {info.token_dim} of tokens"] if info.token_grid else []
+        parts += [f"the {info.top_logits} largest logits of {info.logit_count:,} texts"] if info.top_logits else []
         what = f"teacher {build.teacher.name}: {cost.view:,} bytes a view ({', '.join(parts)} in {info.dtype})"
-        if shards:
-            what += f" x {info.views} views of every picture of {len(shards)} data shards, and their captions"
+        if shards and isinstance(build.teacher, TextTeacher):
+            each = info.dim + info.text_feature_dim
+            what = (
+                f"teacher {build.teacher.name}: {each * DTYPES[info.dtype].itemsize:,} bytes a caption ({each} numbers "
+            )
+            what += f"in {info.dtype}) and its text, of all captions of {counted(len(shards), 'data shard')}"
+        elif shards:
+            what += f" x {counted(info.views, 'view')} of every picture of {counted(len(shards), 'data shard')}"
+            what += ", and their captions"
         elif build.samples:
-            what += f" x {cost.pictures:,} pictures x {info.views} views = {cost.images / 1e6:,.1f} MB with their names"
+            what += f" x {counted(cost.pictures, 'picture')} x {counted(info.views, 'view')} = "
+            what += f"{size(cost.images)} with their names"
         # of shards the captions are not known yet, and often there is no other text
-        report.line(f"{what}; {cost.texts:,} texts {cost.words / 1e6:,.1f} MB" if cost.texts or not shards else what)
+        texts = f"; {counted(cost.texts, 'text')} {size(cost.words)}" if cost.texts or not shards else ""
+        report.line(what + texts)
         total += cost.total
     if shards:
-        report.line(f"in all so much for each picture of the {len(shards)} shards, how many is not known yet, in {out}")
+        known = f"{counted(len(shards), 'shard')}, how many is not known yet, in {out}"
+        report.line(f"in all so much for each picture of the {known}")
     else:
-        report.line(f"in all {total / 1e6:,.1f} MB in {out}")
+        report.line(f"in all {size(total)} in {out}")
 
 
 def _write_manifest(recipe: Recipe, out: Path, builds: Sequence[CacheBuild]) -> None:

@@ -123,6 +123,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
+def step_of(checkpoint: Path) -> int:
+    """How many steps were done when it was saved, by its name."""
+    return int(checkpoint.stem.rpartition("-")[2])
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Replace a small text file so that a reader sees the old or the new one, never half of it."""
     temporary = _temporary(path)

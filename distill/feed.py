@@ -24,8 +24,10 @@ from pocketvlm.distill.regions import FINER, Cells, asked_regions, dense_map, ma
 from pocketvlm.distill.shares import share_of
 from pocketvlm.distill.taps import Taps, asked_taps, encode_image, text_length, text_taps
 from pocketvlm.edge.contract import TextSpec
+from pocketvlm.edge.errors import counted
 from pocketvlm.students import Student, TowerOutput, fit_projection
 from pocketvlm.students.student import TOKENS
+from pocketvlm.teachers.ensemble import JoinedCache
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Step:
     phase: "pairs", or "texts" while the text tower is trained alone. size: pictures (texts in the text phase).
     pixels: uint8 [B, S, S, 3], or, under `train.cut_after_block`, float32 [B, C, H, W] from below the cut.
     ids: int32 [C + T, L], captions of the C rows in `with_text`, then T texts.
-    The teacher's embeddings, features and tokens [B, N, W] for the same rows, or None.
+    The teacher's embeddings, features, tokens [B, N, W] and top logits with their ids for the same rows, or None.
     masked: uint8 [B, S, S, 3], the same pictures with patches masked, where an objective asks for them.
     cells: of the pictures, where an objective asks for them.
     hidden: int64 [C, K], the places of each caption whose pieces are masked, -1 for none, where an objective asks.
@@ -57,6 +59,8 @@ class Step:
     teacher_texts: Tensor | None = None
     teacher_text_features: Tensor | None = None
     teacher_tokens: Tensor | None = None
+    teacher_logits: Tensor | None = None
+    teacher_ids: Tensor | None = None
     masked: Tensor | None = None
     hidden: Tensor | None = None
     cells: Cells | None = None
@@ -106,7 +110,9 @@ class Feed:
         self.lower = lower_outputs(prepared, device) if self.cut is not None else None
 
     def _fixed_bank(self) -> Tensor | None:
-        """[N, D] teacher embeddings of the same N texts all along (`train.bank: N`), or None."""
+        """[N, D] teacher embeddings of the same N texts all along (`teacher.logits`, `train.bank: N`), or None."""
+        if self.prepared.bank and self.prepared.images is not None:
+            return self.prepared.images.text(self.prepared.bank).to(self.device)
         count, words = self.prepared.recipe.train.bank, self.prepared.words
         if not isinstance(count, int) or words is None:
             return None
@@ -186,7 +192,8 @@ class Feed:
     def data(self) -> str:
         """What is trained on, for people."""
         pictures = self.prepared.samples
-        return f"{len(pictures)} pictures ({sum(bool(sample.captions) for sample in pictures)} with captions)"
+        captioned = sum(bool(sample.captions) for sample in pictures)
+        return f"{counted(len(pictures), 'picture')} ({captioned:,} with captions)"
 
     def state_dict(self, step: int) -> dict[str, Any] | None:
         """Where the data stands after `step` steps, where the step number alone does not say it; see `StreamFeed`."""
@@ -225,6 +232,9 @@ class Feed:
             batch.teacher_features = cache.features(uids, plan.views)
         if self.taps.teacher:
             batch.teacher_tokens = cache.tokens(uids, plan.views)
+        if self.prepared.bank:
+            assert not isinstance(cache, JoinedCache), "the recipe was seen to have one teacher"
+            batch.teacher_logits, batch.teacher_ids = cache.logits(uids, plan.views)
         if captions or self.uniform:
             english = self.prepared.read(captions)
             batch.teacher_captions = cache.text(english)
@@ -411,6 +421,9 @@ class Feed:
                 self._add_regions(outputs, batch.cells, chart, beside.original)
             if teacher is not None and batch.teacher_tokens is not None:
                 teacher.taps = {TOKENS: batch.teacher_tokens.to(self.device)}
+            if teacher is not None and batch.teacher_logits is not None and batch.teacher_ids is not None:
+                teacher.top_logits = batch.teacher_logits.to(self.device)
+                teacher.top_ids = batch.teacher_ids.to(self.device)
         return found
 
     def _caption_taps(self, taps: dict[str, Tensor], batch: Step, captioned: int) -> dict[str, Tensor]:

@@ -23,17 +23,17 @@ from pocketvlm.edge.errors import UsageError
 Pair = tuple[Outputs, Outputs | None]
 
 ROWS: tuple[str, ...] = ("image", "text", "image_features", "text_features", "masked_image", "masked_words", "regions")
-ROWS += ("region_targets", "class_logits", "taught_logits")
-LABELS = ("has_text", "group", "text_mask", "masked_pieces", "region_mask", "label")
+ROWS += ("region_targets", "class_logits", "taught_logits", "top_logits")
+LABELS = ("has_text", "group", "text_mask", "masked_pieces", "region_mask", "label", "top_ids")
 
 
 def gather_outputs(outputs: Outputs, group: Any = None) -> Outputs:
     """The outputs of all ranks' batches, concatenated in rank order; ranks may hold different numbers of rows.
 
     Gathered: image, text, image_features, text_features, masked_image, masked_words, regions and their targets,
-    class_logits, taught_logits, taps (with gradient), has_text, text_mask, masked_pieces, region_mask, label, group
-    (group ids must be global). Not gathered, because every rank holds the same: logit_scale, logit_bias, bank (but see
-    `gather_step`), token_table.
+    class_logits, taught_logits, top_logits, taps (with gradient), has_text, text_mask, masked_pieces, region_mask,
+    label, top_ids, group (group ids must be global). Not gathered, because every rank holds the same: logit_scale,
+    logit_bias, bank (but see `gather_step`), token_table.
     Without an initialised process group, or with one rank, `outputs` itself is returned.
 
     Args:

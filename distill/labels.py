@@ -11,7 +11,7 @@ import torch
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.splits import stable_hash
 from pocketvlm.distill.questions import prompt
-from pocketvlm.edge.errors import UsageError
+from pocketvlm.edge.errors import UsageError, counted
 from pocketvlm.students import Classes, Student
 from pocketvlm.students.task import SHARES, choose_mixing
 
@@ -101,5 +101,5 @@ def mix_heads(prepared: Prepared, student: Student, feed: Feed) -> str:
     heads.temperature.fill_(temperature if section.temperature is None else section.temperature)
     return (
         f"classifier: {float(heads.share):.2f} of the taught head at temperature {float(heads.temperature):g}, "
-        f"mixed by {section.mix}, {len(rows)} labels held out for the choice"
+        f"mixed by {section.mix}, {counted(len(rows), 'label')} held out for the choice"
     )

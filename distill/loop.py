@@ -22,7 +22,13 @@ from pocketvlm.distill.accumulate import Parts, joined, parts_of
 from pocketvlm.distill.balance import GradientBalance
 from pocketvlm.distill.batches import Order, prefetch
 from pocketvlm.distill.building import build_objectives, build_shares
-from pocketvlm.distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_text_atomically
+from pocketvlm.distill.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    step_of,
+    write_text_atomically,
+)
 from pocketvlm.distill.dropout import drawn_otherwise, key_by_sample
 from pocketvlm.distill.encoders import scored
 from pocketvlm.distill.environment import run_environment
@@ -55,7 +61,7 @@ from pocketvlm.distill.run_folder import (
 from pocketvlm.distill.state import restore, state_of
 from pocketvlm.distill.stream_feed import StreamFeed
 from pocketvlm.distill.trackers import check_trackers, open_log
-from pocketvlm.edge.errors import PocketvlmError, UsageError
+from pocketvlm.edge.errors import PocketvlmError, UsageError, counted
 from pocketvlm.teachers.device import describe_device, full_float32, pick_device
 
 
@@ -93,6 +99,12 @@ def distill_run(
 
 
 def _run(recipe: Recipe, out: Path, checkpoint: Path | None, report: Reporter, ranks: Ranks, resume: bool) -> RunResult:
+    if checkpoint is not None:
+        # what is made ready before the first step takes a while
+        total = recipe.train.text_pretrain_steps + recipe.train.steps
+        report.line(
+            f"resuming {out} after step {step_of(checkpoint):,} of {total:,}; making its data and teacher ready"
+        )
     try:
         device = pick_device(recipe.train.device)
         check_trackers(recipe.train.trackers)
@@ -204,7 +216,8 @@ class Trainer:
         teacher = self.prepared.teacher.name if self.prepared.teacher else "no teacher"
         return (
             f"{self.student.config.name} ({size / 1e6:.2f} M parameters), {teacher}: {self.feed.data()}, "
-            f"{len(self.prepared.texts)} texts, {self.total} steps of {self.order.batch_size} pictures, "
+            f"{counted(len(self.prepared.texts), 'text')}, {counted(self.total, 'step')} of "
+            f"{counted(self.order.batch_size, 'picture')}, "
             f"{self._where()}, {str(self.dtype or torch.float32).removeprefix('torch.')}"
         )
 
@@ -242,7 +255,7 @@ class Trainer:
             batches.close()  # first, or a batch that was asked for would start the closed workers again
             self.feed.close()
         if self.guard.skipped:
-            report.line(f"{self.guard.skipped} of {self.total} steps were skipped (see {METRICS})")
+            report.line(f"{self.guard.skipped} of {counted(self.total, 'step')} were skipped (see {METRICS})")
         return time.monotonic() - started
 
     def one_step(self, batch: Step) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from typing import Any
 from pocketvlm.data.augment import VIEW_VERSION, AugmentPolicy
 from pocketvlm.data.sample import Sample
 from pocketvlm.distill.recipe import Recipe
+from pocketvlm.distill.taps import asked_taps
 from pocketvlm.edge.errors import IntegrityError, UsageError
 from pocketvlm.teachers.base import TextTeacher
 from pocketvlm.teachers.cache import TeacherCache
-from pocketvlm.teachers.cache_format import check_version, refuse_difference
+from pocketvlm.teachers.cache_format import check_version, digest_names, refuse_difference
+from pocketvlm.teachers.top_logits import TopLogits
 
 MANIFEST = "teacher-cache.json"
 
@@ -78,10 +80,12 @@ class MadeCaches:
         texts: Sequence[str],
         policy: AugmentPolicy,
         grid: int,
+        logits: TopLogits | None = None,
     ) -> TeacherCache:
         """The cache of `teacher`, which holds these pictures and texts in the views of the recipe.
 
-        It may hold more of all that. grid: places in a row of the token maps that the run reads; 0: none.
+        It may hold more of all that. grid: places in a row of the token maps that the run reads; 0: none. logits: those
+        that it reads.
 
         Raises:
             IntegrityError: made by other weights, preprocessing or augmentation, in another dtype, or from other
@@ -111,6 +115,7 @@ class MadeCaches:
                 f"cache {folder} keeps no pooled features, which {reading[0]} reads, so it would have no target; make "
                 "the cache with this recipe, or leave the objective out"
             )
+        check_logits(cache, logits)
         _refuse_other_data(cache, samples, texts)
         return cache
 
@@ -120,6 +125,23 @@ def features_read(recipe: Recipe) -> list[str]:
     from pocketvlm.distill.objectives import objective_needs
 
     return [s.name for s in recipe.objectives if (n := objective_needs(s.name, s.options)).features and n.teacher]
+
+
+def check_logits(cache: TeacherCache, logits: TopLogits | None) -> None:
+    """Raises IntegrityError, which names what differs, where other logits are kept than `logits`, which may be None."""
+    if logits is None:
+        return
+    if not cache.info.top_logits:
+        raise IntegrityError(
+            f"cache {cache.folder} keeps no logits, which teacher.logits asks for, so there would be no target; make "
+            "the cache with this recipe, or leave teacher.logits out"
+        )
+    wanted = {
+        "top_logits": logits.top,
+        "logit_count": len(logits.texts),
+        "logit_texts": digest_names(logits.texts),
+    }
+    refuse_difference(cache.folder, cache.info.to_dict(), wanted)
 
 
 def _refuse_other_data(cache: TeacherCache, samples: Sequence[Sample], texts: Sequence[str]) -> None:
@@ -145,4 +167,38 @@ def _refuse_other_data(cache: TeacherCache, samples: Sequence[Sample], texts: Se
         raise IntegrityError(
             f"the teacher cache {cache.folder} was made from other pictures: {len(changed)} of {len(samples)} have "
             f"other bytes now (first {changed[0]!r}), so the student would be taught about other pictures; {remedy}"
+        )
+
+
+def check_precomputed(recipe: Recipe, cache: TeacherCache, samples: Sequence[Sample], texts: Sequence[str]) -> None:
+    """Raises UsageError where embeddings on disk do not hold what the run asks about, and no model could say it."""
+    if recipe.views.count > cache.info.views:
+        raise UsageError(
+            f"views.count is {recipe.views.count} but the embeddings on disk hold {cache.info.views} view(s), so the "
+            f"teacher could not answer for the others; set views.count to {cache.info.views}"
+        )
+    if (taps := asked_taps(recipe).teacher) and not cache.info.token_grid:
+        raise UsageError(
+            f"the recipe's objectives read the teacher's {taps[0]!r} and the embeddings on disk hold no token maps, so "
+            "there is nothing to learn from; use a teacher with weights, or leave these objectives out"
+        )
+    grid = recipe.teacher.token_grid if recipe.teacher is not None else None
+    if grid not in (None, cache.info.token_grid):
+        kept = cache.info.token_grid
+        raise UsageError(
+            f"teacher.token_grid is {grid} but the embeddings on disk keep maps of {kept} x {kept} places, and there "
+            "is no model to make others; leave teacher.token_grid out"
+        )
+    absent = [s.uid for s in samples if s.uid not in cache]
+    if absent:
+        raise UsageError(
+            f"{len(absent)} of {len(samples)} training pictures (first {absent[0]!r}) are not among the embeddings on "
+            f"disk of {cache.info.name!r}, so they would have no teacher; add them, or leave them out of data.train"
+        )
+    known = set(cache.texts)
+    missing = [text for text in texts if text not in known]
+    if missing:
+        raise UsageError(
+            f"{len(missing)} training texts (first {missing[0]!r}) are not among the embeddings on disk of "
+            f"{cache.info.name!r}; add them there, or leave out data.words and the captions"
         )

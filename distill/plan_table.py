@@ -18,7 +18,7 @@ def plan_rows(plan: Plan) -> list[dict[str, str]]:
     clock = "timed here" if plan.device == "here" else "by the device's constants"
     rows: list[tuple[str, str, str]] = [
         ("pictures", amount(run["pictures"]), f"{100 * run['captioned_share']:.0f} % of a batch with captions"),
-        ("steps", f"{run['steps']:,}", f"of {run['batch']:,} pictures; {run['epochs']:.3g} passes"),
+        ("steps", f"{run['steps']:,}", f"of {run['batch']:,} pictures; {run['epochs']:.3g} passes over them"),
     ]
     if run["text_batch"]:
         rows.append(
@@ -82,8 +82,10 @@ def plan_rows(plan: Plan) -> list[dict[str, str]]:
         rows.append(("train, processor", span(time["training_cpu_s"]), "seconds of all threads together"))
     if taught:
         rows.append(("teacher online", span(time["online_teacher_s"]), "what a run without a cache would add"))
+    hours = time["device_hours"]
+    told = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
     rows += [
-        ("in all", span(time["total_s"]), f"{time['device_hours']:,.3g} device-hours on {plan.count} x {plan.device}"),
+        ("in all", span(time["total_s"]), f"{told} device-hours on {plan.count} x {plan.device}"),
     ]
     if time["cost"] is not None:
         rows.append(("cost", f"{time['cost']:,.2f}", "device-hours x --price"))
@@ -122,7 +124,7 @@ def macs(value: float | None) -> str:
 def size(value: float) -> str:
     """Bytes, in powers of a thousand."""
     for limit, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= limit:
+        if value >= 0.9995 * limit:  # what three digits would round up to a thousand is one of the next unit
             return f"{value / limit:,.3g} {unit}"
     return f"{value:,.0f} B"
 

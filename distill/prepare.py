@@ -15,13 +15,14 @@ from pocketvlm.data.augment import AugmentPolicy
 from pocketvlm.data.hard_negatives import with_hard_negatives
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource, unfit
-from pocketvlm.distill.answers import joined_answers, slug, teacher_answers
+from pocketvlm.distill.answers import answers_on_disk, joined_answers, slug, teacher_answers
 from pocketvlm.distill.axes import TurnedCache, axes_of, turned
 from pocketvlm.distill.batches import Pictures
 from pocketvlm.distill.evaluate import Embedded, Questions, questions_of
 from pocketvlm.distill.labels import TaskLabels, task_classes, task_labels
-from pocketvlm.distill.made_cache import MadeCaches
+from pocketvlm.distill.made_cache import MadeCaches, check_logits, check_precomputed
 from pocketvlm.distill.masking import asked_masking
+from pocketvlm.distill.plan_table import size
 from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.questions import only_labels
 from pocketvlm.distill.recipe import Recipe
@@ -30,8 +31,8 @@ from pocketvlm.distill.shares import check_shares
 from pocketvlm.distill.start import start_student, tokenizer_asked
 from pocketvlm.distill.student_teacher import open_teacher, open_teachers
 from pocketvlm.distill.taps import asked_taps, tap_widths
-from pocketvlm.distill.text_pool import english_of, text_pool, with_parallel
-from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError
+from pocketvlm.distill.text_pool import asked_logits, english_of, text_pool, with_parallel
+from pocketvlm.edge.errors import BadSampleError, IntegrityError, UsageError, counted
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.students import Student
 from pocketvlm.teachers.base import Teacher, TextTeacher
@@ -40,6 +41,7 @@ from pocketvlm.teachers.cache_build import build_cache
 from pocketvlm.teachers.cache_format import digest_names
 from pocketvlm.teachers.ensemble import Ensemble, JoinedCache, joined
 from pocketvlm.teachers.tokens import token_bytes, token_shape
+from pocketvlm.teachers.top_logits import TopLogits, logit_bytes
 
 
 @dataclass
@@ -51,8 +53,9 @@ class Prepared:
     images / words: the teachers' caches of pictures with captions, and of `texts`; None without a teacher.
     digest: over everything that decides the run's arithmetic besides the recipe; a resumed run must match it.
     pictures_digest: over uids and sources of the pictures. report: where progress is told.
-    task: classes and labels of a recipe with a task. stream: of a recipe with `data.stream` (`stream_feed`), of which
-    `source` and `samples` are only a look at the beginning.
+    task: classes and labels of a recipe with a task. bank: texts of `teacher.logits`, in order.
+    stream: of a recipe with `data.stream` (`stream_feed`), of which `source` and `samples` are only a look at the
+    beginning.
     memo: what runs over the same inputs share (token ids, outputs below the cut), filled by the first that needs it.
     """
 
@@ -74,6 +77,7 @@ class Prepared:
     pictures_digest: str
     report: Reporter
     task: TaskLabels | None = None
+    bank: tuple[str, ...] = ()
     stream: Any = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -89,7 +93,7 @@ class Prepared:
         own, other = self.recipe, recipe
         differ = [part for part in ("data", "views", "task") if getattr(own, part) != getattr(other, part)]
         if other.teacher is not None:
-            kept = ("spec", "cache", "cache_dtype", "token_grid")
+            kept = ("spec", "cache", "cache_dtype", "token_grid", "logits")
             if own.teacher is None or any(getattr(own.teacher, k) != getattr(other.teacher, k) for k in kept):
                 differ.append("teacher")
             elif (other.teacher.axes == "principal") != isinstance(self.images, TurnedCache):
@@ -130,7 +134,15 @@ class Prepared:
             images=None if alone else self.images,
             words=self.words if not alone and wants_texts(other) else None,
             teacher_answers=None if alone else self.teacher_answers,
-            digest=digest_of(self.samples, self.texts, self.english, student, None if alone else self.teacher),
+            bank=() if alone else self.bank,
+            digest=digest_of(
+                self.samples,
+                self.texts,
+                self.english,
+                student,
+                None if alone else self.teacher,
+                () if alone else self.bank,
+            ),
         )
 
     def read(self, captions: Sequence[str]) -> list[str]:
@@ -193,6 +205,7 @@ def prepare(
     english = [*texts]
     if recipe.data.parallel is not None:
         texts, english = with_parallel(recipe, source, held_out, texts)
+    logits = asked_logits(recipe)
     teachers, teacher = open_teachers(recipe, report, opener or open_teacher)
     if teacher is not None:
         check_shares(recipe, teacher)
@@ -215,11 +228,15 @@ def prepare(
     samples, pictures = _readable(recipe, source, student, policy, report)
     for what, data in (("training", source), ("evaluation", held_out)):
         if data is not None and data.report.counts:
-            report.line(f"left out of the {what} data {data.name}: {dict(sorted(data.report.counts.items()))}")
+            why_not = ", ".join(f"{count} x {reason}" for reason, count in sorted(data.report.counts.items()))
+            report.line(f"left out of the {what} data {data.name}: {why_not}")
     check_captions(recipe, source)
     section = recipe.task
     task = task_labels(classes, samples, section.validation) if classes is not None and section is not None else None
-    outputs = [teacher_outputs(recipe, one, samples, english, questions, policy, report, task) for one in teachers]
+    outputs = [
+        teacher_outputs(recipe, one, samples, english, questions, policy, report, task, logits) for one in teachers
+    ]
+    bank = logits.texts if logits is not None else ()
     images, words, answers = together(teacher, outputs)
     found = Prepared(
         recipe=recipe,
@@ -236,10 +253,11 @@ def prepare(
         words=words,
         questions=questions,
         teacher_answers=answers,
-        digest=digest_of(samples, texts, english, student, teacher),
+        digest=digest_of(samples, texts, english, student, teacher, bank),
         pictures_digest=pictures.digest(),
         report=report,
         task=task,
+        bank=bank,
     )
     principal = recipe.teacher is not None and recipe.teacher.axes == "principal"
     return turned(found, axes_of(found)) if principal else found
@@ -258,7 +276,12 @@ def questions_for(
 
 
 def digest_of(
-    samples: Sequence[Sample], texts: Sequence[str], english: Sequence[str], student: Student, teacher: Any
+    samples: Sequence[Sample],
+    texts: Sequence[str],
+    english: Sequence[str],
+    student: Student,
+    teacher: Any,
+    bank: Sequence[str] = (),
 ) -> str:
     facts = {
         "samples": digest_names([f"{s.uid} {_drawn(s)}" for s in samples]),
@@ -270,6 +293,8 @@ def digest_of(
     }
     if student.heads is not None:
         facts["classes"] = [list(student.heads.classes.labels), [sample.label for sample in samples]]
+    if bank:
+        facts["bank"] = digest_names(bank)
     if english != texts:
         facts["english"] = digest_names(english)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -343,17 +368,20 @@ def teacher_outputs(
     policy: AugmentPolicy,
     report: Reporter,
     task: TaskLabels | None = None,
+    logits: TopLogits | None = None,
 ) -> tuple[TeacherCache | None, TeacherCache | None, Embedded | None]:
     """One teacher's caches of pictures with captions and of `texts`, and its answers to the evaluation."""
     assert recipe.teacher is not None, "only a run with a teacher asks for its outputs"
     section, views, blind = recipe.teacher, recipe.views.count, isinstance(teacher, TextTeacher)
     prompts = [text for row in task.prompts for text in row] if task is not None else []
+    prompts += logits.texts if logits is not None else ()
     known, texts = english_of(recipe, samples), list(dict.fromkeys(texts))
     # prompts first: runs that differ in which pictures are labelled then share one cache
     captions = list(dict.fromkeys([*prompts, *(known.get(c.text, c.text) for s in samples for c in s.captions)]))
     made, dtype = MadeCaches.find(section.cache), section.cache_dtype or "float32"
     root = Path(section.cache) if section.cache and made is None else cache_dir() / "teacher"
 
+    shown = f"{counted(len(samples), 'picture')} x {counted(views, 'view')}"
     tokens: dict[str, Any] = {}
     if (
         samples
@@ -365,11 +393,18 @@ def teacher_outputs(
         cost = token_bytes(len(samples), views, grid, width, dtype)
         if made is None:
             report.line(
-                f"teacher: token maps of {len(samples)} pictures x {views} views, {grid} x {grid} places of {width} "
-                f"numbers in {dtype}: {cost / 1e6:.1f} MB in {root}"
+                f"teacher: token maps of {shown}, {grid} x {grid} places of {width} "
+                f"numbers in {dtype}: {size(cost)} in {root}"
             )
         # a shard is held in memory while it is made
         tokens = {"token_grid": grid, "shard_size": max(1, min(512, (1 << 28) * len(samples) // max(1, cost)))}
+
+    if logits is not None and made is None and not isinstance(getattr(teacher, "cache", None), TeacherCache):
+        cost = len(samples) * views * logit_bytes(logits.top, len(logits.texts))
+        report.line(
+            f"teacher: the {logits.top} largest logits over {len(logits.texts):,} texts of {shown}: {size(cost)} in "
+            f"{root}"
+        )
 
     def cached(part: str, pictures: Sequence[Sample], words: Sequence[str], **how: Any) -> TeacherCache:
         facts = [part, teacher.fingerprint, dtype, section.batch_size, str(how), policy.digest()]
@@ -392,11 +427,12 @@ def teacher_outputs(
         # precomputed embeddings are a cache already; there is no model that could fill another one
         images: TeacherCache | None = ready
         words_cache: TeacherCache | None = ready
-        _check_precomputed(recipe, ready, samples, [*captions, *(texts if wants_texts(recipe) else ())])
+        check_logits(ready, logits)
+        check_precomputed(recipe, ready, samples, [*captions, *(texts if wants_texts(recipe) else ())])
     elif made is not None:
         asked = [*captions, *(texts if wants_texts(recipe) else ())]
-        kept = made.of(recipe, teacher, () if blind else samples, asked, policy, tokens.get("token_grid", 0))
-        images = kept if captions or not blind else None
+        kept = made.of(recipe, teacher, () if blind else samples, asked, policy, tokens.get("token_grid", 0), logits)
+        images = kept if captions or not blind or kept.data_shards else None
         words_cache = kept if wants_texts(recipe) and texts else None
         report.line(f"teacher: outputs of {teacher.name} from {kept.folder}")
     elif blind or not samples:  # a stream's pictures come later
@@ -411,12 +447,13 @@ def teacher_outputs(
             policy=policy if views > 1 else None,
             seed=recipe.views.seed,
             **tokens,
+            **({} if logits is None else {"logits": logits}),
         )
         words_cache = cached("texts", (), texts) if wants_texts(recipe) and texts else None
     answers = None
     if questions is not None and not blind:
         if isinstance(ready, TeacherCache):
-            answers = _answers_on_disk(ready, questions, report)
+            answers = answers_on_disk(ready, questions, report)
         else:
             answers = teacher_answers(teacher, questions, root, batch_size=recipe.eval.batch_size, say=report.line)
     return images, words_cache, answers
@@ -436,48 +473,3 @@ def together(
 def wants_texts(recipe: Recipe) -> bool:
     train, student = recipe.train, recipe.student
     return bool(train.text_batch or isinstance(train.bank, int) or student.fit_text_projection is not None)
-
-
-def _check_precomputed(recipe: Recipe, cache: TeacherCache, samples: Sequence[Sample], texts: Sequence[str]) -> None:
-    if recipe.views.count > cache.info.views:
-        raise UsageError(
-            f"views.count is {recipe.views.count} but the embeddings on disk hold {cache.info.views} view(s), so the "
-            f"teacher could not answer for the others; set views.count to {cache.info.views}"
-        )
-    if (taps := asked_taps(recipe).teacher) and not cache.info.token_grid:
-        raise UsageError(
-            f"the recipe's objectives read the teacher's {taps[0]!r} and the embeddings on disk hold no token maps, so "
-            "there is nothing to learn from; use a teacher with weights, or leave these objectives out"
-        )
-    grid = recipe.teacher.token_grid if recipe.teacher is not None else None
-    if grid not in (None, cache.info.token_grid):
-        kept = cache.info.token_grid
-        raise UsageError(
-            f"teacher.token_grid is {grid} but the embeddings on disk keep maps of {kept} x {kept} places, and there "
-            "is no model to make others; leave teacher.token_grid out"
-        )
-    absent = [s.uid for s in samples if s.uid not in cache]
-    if absent:
-        raise UsageError(
-            f"{len(absent)} of {len(samples)} training pictures (first {absent[0]!r}) are not among the embeddings on "
-            f"disk of {cache.info.name!r}, so they would have no teacher; add them, or leave them out of data.train"
-        )
-    known = set(cache.texts)
-    missing = [text for text in texts if text not in known]
-    if missing:
-        raise UsageError(
-            f"{len(missing)} training texts (first {missing[0]!r}) are not among the embeddings on disk of "
-            f"{cache.info.name!r}; add them there, or leave out data.words and the captions"
-        )
-
-
-def _answers_on_disk(cache: TeacherCache, questions: Questions, report: Reporter) -> Embedded | None:
-    """Precomputed embeddings of the evaluation data, where they cover it."""
-    uids = [sample.uid for sample in questions.samples]
-    known = set(cache.texts)
-    if not all(uid in cache for uid in uids) or not known.issuperset(questions.texts):
-        report.line("teacher: the embeddings on disk do not cover the evaluation data, so it is scored without them")
-        return None
-    info = cache.info
-    images, texts = cache.image(uids).numpy(), cache.text(questions.texts).numpy()
-    return Embedded(info.name, info.space_id, uids, images, texts, logit_scale=info.logit_scale)

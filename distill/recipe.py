@@ -21,6 +21,7 @@ from pocketvlm.distill.sections import (
     Count,
     CountOrZero,
     Fraction,
+    LogitsSection,
     NonNegative,
     ParallelSection,
     Positive,
@@ -76,6 +77,7 @@ class TeacherSection(Section):
     allow_download lets a spec that names a hub id reach the network. trust_remote_code runs Python code that comes
     with a Hugging Face checkpoint. batch_size: of the teacher's forward. token_grid: places in a row of the token maps
     that are kept where an objective reads them (null: the teacher's own); their bytes are told before they are made.
+    logits: a fixed bank of texts in place of `train.bank`, of the teacher's logits over which the largest are kept.
     The target of a picture's view is unit(unit((1 - smooth) * view + smooth * mean of its views) + caption_mix *
     caption), the caption part only where the student may see the caption; 0 and 0 is the teacher's own embedding.
     axes: "principal" turns the teacher's space so that the first numbers keep the most (`distill.axes`); cosines stay.
@@ -88,6 +90,7 @@ class TeacherSection(Section):
     cache_dtype: Literal["float32", "bfloat16"] | None = None
     batch_size: Count = 32
     token_grid: Count | None = None
+    logits: LogitsSection | None = None
     axes: Literal["own", "principal"] = "own"
     allow_download: bool = False
     trust_remote_code: bool = False
@@ -443,11 +446,19 @@ def _cross_checks(recipe: Recipe) -> Iterator[str]:
                 f"{here} learns from the student's moving average and train.ema_decay is 0, so there is none; set it, "
                 "for instance to 0.995"
             )
-        if needs.bank and isinstance(train.bank, str) and train.text_batch < 1:
+        fixed = recipe.teacher is not None and recipe.teacher.logits is not None
+        if needs.logits and not fixed:
+            yield (
+                f"{here} learns from the teacher's top logits and teacher.logits names no texts for them; set it, for "
+                "instance to {texts: prompts.txt, top: 32}"
+            )
+        elif needs.bank and isinstance(train.bank, str) and train.text_batch < 1 and not fixed:
             yield (
                 f"{here} needs a bank of texts, and train.text_batch is 0; set train.text_batch, or train.bank "
                 "to a number of texts"
             )
+        if needs.logits and spec.batch == "texts":
+            yield f"{here} learns how pictures are scored, which a text-only batch has not; use batch: pairs"
         if needs.captions and spec.batch == "texts":
             yield f"{here} needs picture-caption pairs, which a text-only batch has not; use batch: pairs"
         if spec.batch == "texts" and train.text_batch < 2:

@@ -465,7 +465,9 @@ def cache_sizes(root: Path) -> tuple[tuple[float, float], float, tuple[float, fl
         rows, count_views = len(first), 1 if of_texts else first.shape[1]
         own = np.zeros(2)
         for tensor in tensors.values():
-            sizes = (2, 4) if tensor.is_floating_point() else (tensor.itemsize, tensor.itemsize)
+            # logits are float16 in either
+            either = tensor.is_floating_point() and tensor.dtype != torch.float16
+            sizes = (2, 4) if either else (tensor.itemsize, tensor.itemsize)
             own += np.array(sizes) * tensor[0].numel() / count_views
         beside = told / rows
         if of_texts:

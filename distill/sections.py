@@ -35,6 +35,14 @@ class TaskSection(Section):
     validation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
 
 
+class LogitsSection(Section):
+    """texts: a UTF-8 file with one text a line (class prompts, words); empty lines are passed over. top: how many of
+    the largest of the teacher's logits over these are kept for each view, beside the share of all others."""
+
+    texts: str
+    top: Count = 32
+
+
 class StreamSection(Section):
     """Tar shards in the WebDataset layout, read one after the other (`data.stream`), in place of `data.train`.
 

@@ -27,6 +27,7 @@ from pocketvlm.data.source import DataSource, unfit
 from pocketvlm.data.stream import SampleStream
 from pocketvlm.distill.batches import Order, Pictures, Plan
 from pocketvlm.distill.feed import Feed, Step
+from pocketvlm.distill.made_cache import MadeCaches
 from pocketvlm.distill.prepare import Prepared, check_captions, digest_of, questions_for, teacher_outputs, together
 from pocketvlm.distill.progress import Reporter, Stages
 from pocketvlm.distill.ranks import ALONE, Ranks
@@ -38,9 +39,9 @@ from pocketvlm.distill.start import start_student
 from pocketvlm.distill.stream import Made, StreamLoader, StreamSettings, start_server
 from pocketvlm.distill.student_teacher import open_teachers
 from pocketvlm.distill.taps import asked_taps, tap_widths
-from pocketvlm.distill.text_pool import text_pool
+from pocketvlm.distill.text_pool import asked_logits, text_pool
 from pocketvlm.edge.contract import ImageSpec
-from pocketvlm.edge.errors import UsageError
+from pocketvlm.edge.errors import UsageError, counted
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.students import Student
 from pocketvlm.teachers.base import Teacher, TeacherOutput, TextTeacher
@@ -153,6 +154,11 @@ class _FromShards:
     def text_features(self, texts: Sequence[str]) -> Tensor:
         return self._texts("text_features", texts, self.info.text_feature_dim)
 
+    def logits(self, uids: Sequence[str], views: int | Sequence[int] = 0) -> tuple[Tensor, Tensor]:
+        wanted = [views] * len(uids) if isinstance(views, int) else list(views)
+        kept, ids = zip(*(self._of_uid[uid].logits([uid], [view]) for uid, view in zip(uids, wanted)))
+        return torch.cat(kept), torch.cat(ids)
+
     def _pictures(self, what: str, uids: Sequence[str], views: int | Sequence[int]) -> Tensor:
         wanted = [views] * len(uids) if isinstance(views, int) else list(views)
         return torch.cat([getattr(self._of_uid[uid], what)([uid], [view]) for uid, view in zip(uids, wanted)])
@@ -229,7 +235,7 @@ class StreamFeed(Feed):
 
     def data(self) -> str:
         """What is trained on, for people."""
-        return f"a stream of {len(self.source.shards)} shards"
+        return f"a stream of {counted(len(self.source.shards), 'shard')}"
 
     def state_dict(self, step: int) -> dict[str, Any] | None:
         """The position of the data after `step` steps."""
@@ -313,6 +319,12 @@ def prepare_stream(recipe: Recipe, report: Reporter) -> Prepared:
             held_out = open_data(recipe.data.eval, on_bad_sample=recipe.data.on_bad_sample, progress=progress)
     check_captions(recipe, source)
     texts = text_pool(recipe, source, held_out)
+    logits = asked_logits(recipe)
+    if logits is not None and MadeCaches.find(recipe.teacher.cache if recipe.teacher is not None else None) is None:
+        raise UsageError(
+            "teacher.logits are read from a cache, and without one a stream's teacher answers each batch as it comes; "
+            "make it by `pocketvlm cache-teacher` and name it as teacher.cache, or use a bank with target: embeddings"
+        )
     teachers, teacher = open_teachers(recipe, report)
     if teacher is not None:
         check_shares(recipe, teacher)
@@ -325,7 +337,8 @@ def prepare_stream(recipe: Recipe, report: Reporter) -> Prepared:
     texts = [text for text in texts if text not in gone]
     source = source.within_context(tokenizer)
     held_out, questions = questions_for(recipe, held_out, tokenizer)
-    found = [teacher_outputs(recipe, one, (), texts, questions, policy, report) for one in teachers]
+    found = [teacher_outputs(recipe, one, (), texts, questions, policy, report, logits=logits) for one in teachers]
+    bank = logits.texts if logits is not None else ()
     answers = tuple(
         cache if cache is not None else _live(recipe, one, report) for one, (cache, _, _) in zip(teachers, found)
     )
@@ -333,8 +346,8 @@ def prepare_stream(recipe: Recipe, report: Reporter) -> Prepared:
     images, words, theirs = together(teacher, outputs)
     settings = _settings(recipe, section, shards, student, policy, answers)
     report.line(
-        f"stream: {len(shards)} shards ({shards[0].name} … {shards[-1].name}), {section.order}, {section.workers} "
-        f"workers, {'draft' if section.draft else 'whole'} decoding"
+        f"stream: {counted(len(shards), 'shard')} ({shards[0].name} … {shards[-1].name}), {section.order}, "
+        f"{counted(section.workers, 'worker')}, {'draft' if section.draft else 'whole'} decoding"
     )
     return Prepared(
         recipe=recipe,
@@ -351,9 +364,10 @@ def prepare_stream(recipe: Recipe, report: Reporter) -> Prepared:
         words=words,
         questions=questions,
         teacher_answers=theirs,
-        digest=_digest(source, texts, student, teacher, settings),
+        digest=_digest(source, texts, student, teacher, settings, bank),
         pictures_digest="",
         report=report,
+        bank=bank,
         stream=StreamSource(shards, settings, answers),
     )
 
@@ -433,8 +447,13 @@ def _settings(
 
 
 def _digest(
-    source: DataSource, texts: list[str], student: Student, teacher: Ensemble | None, settings: StreamSettings
+    source: DataSource,
+    texts: list[str],
+    student: Student,
+    teacher: Ensemble | None,
+    settings: StreamSettings,
+    bank: Sequence[str],
 ) -> str:
     """Over what decides a step's arithmetic: the names of the shards stand for their samples."""
-    inputs = digest_of(source.samples, texts, texts, student, teacher)
+    inputs = digest_of(source.samples, texts, texts, student, teacher, bank)
     return hashlib.sha256(json.dumps([inputs, digest_shards(settings.shards)]).encode()).hexdigest()

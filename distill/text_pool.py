@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from pocketvlm.data import open_data
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource
 from pocketvlm.distill.recipe import Recipe
+from pocketvlm.edge.errors import UsageError
 from pocketvlm.students import Classes
+from pocketvlm.teachers.top_logits import TopLogits
 
 
 def text_pool(
@@ -65,3 +68,25 @@ def english_of(recipe: Recipe, samples: Sequence[Sample]) -> dict[str, str]:
     for text in {c.text for s in samples for c in s.captions if c.language == "en"}:
         found.pop(text, None)
     return found
+
+
+def asked_logits(recipe: Recipe) -> TopLogits | None:
+    """What `teacher.logits` asks of a teacher with an image tower; None where it asks nothing.
+
+    Raises:
+        UsageError: a file that cannot be read, a text given twice, or no fewer entries than texts.
+    """
+    section = recipe.teacher.logits if recipe.teacher is not None else None
+    if section is None:
+        return None
+    try:
+        lines = Path(section.texts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"teacher.logits.texts {section.texts} cannot be read ({error}), so there is nothing to score pictures by; "
+            "name a UTF-8 file with one text a line"
+        ) from error
+    try:
+        return TopLogits(tuple(text for line in lines if (text := line.strip())), section.top)
+    except UsageError as error:
+        raise UsageError(f"teacher.logits of {section.texts}: {error}") from error

@@ -164,10 +164,36 @@ def _policy(recipe: Recipe) -> Iterator[str]:
 
 def _teachers(recipe: Recipe) -> Iterator[str]:
     specs = () if recipe.teacher is None else recipe.teacher.specs
+    if recipe.teacher is not None and recipe.teacher.logits is not None:
+        yield from _logits(recipe, len(specs))
     if recipe.teacher is not None and not specs:
         yield "teacher.spec is an empty list, so there is nobody to learn from; name a teacher, or set teacher to null"
     for spec in sorted({spec for spec in specs if specs.count(spec) > 1}):
         yield f"teacher.spec names {spec!r} twice, whose opinion would merely count double; name it once"
+
+
+def _logits(recipe: Recipe, teachers: int) -> Iterator[str]:
+    from pocketvlm.distill.objectives import objective_needs
+
+    asked = []
+    for spec in recipe.objectives:
+        with suppress(UsageError):  # said of the objective itself
+            asked.append(objective_needs(spec.name, spec.options).logits)
+    if not any(asked):
+        yield (
+            "teacher.logits is set and no objective reads the teacher's top logits; add {name: bank, options: {target: "
+            "top-logits}}, or leave it out"
+        )
+    if teachers > 1:
+        yield (
+            f"teacher.logits keeps how one teacher scores pictures and teacher.spec names {teachers}, which would have "
+            "a bank each; name one teacher, or leave teacher.logits out"
+        )
+    if isinstance(recipe.train.bank, int):
+        yield (
+            f"train.bank is {recipe.train.bank} and teacher.logits names a bank too, of which one would be ignored; "
+            "leave train.bank out"
+        )
 
 
 def _task(recipe: Recipe) -> Iterator[str]:

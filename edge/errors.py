@@ -54,6 +54,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError
     return UnknownNameError(f"unknown {kind} {name!r}; {hint}")
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 thread", "1,024 threads": of a noun whose plural ends in s."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import `module`, or say which extra of pocketvlm installs it.
 

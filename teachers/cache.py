@@ -5,6 +5,8 @@ safetensors format:
 
     shard-00000.safetensors   image [n, K, D], features [n, K, F] (if the teacher has them),
                               tokens [n, K, G G, W] (if asked for: the last image tokens on a grid of G x G places),
+                              logits [n, K, T + 1] float16 and logit_ids [n, K, T] (if asked for: the T largest shares
+                              of a list of texts and that of all others, see `top_logits`),
                               views [n, K, 9] int32 (if K > 1: `ViewParams.packed` of each view that was shown)
     text-00000.safetensors    text [m, D], features [m, G] (if the teacher has them)
 
@@ -204,6 +206,20 @@ class TeacherCache:
             )
         return self._gather("tokens", uids, views)
 
+    def logits(self, uids: Sequence[str], views: int | Sequence[int] = 0) -> tuple[Tensor, Tensor]:
+        """[B, T + 1] float32 logarithms of the T largest shares of a list of texts, falling, and of the sum of all
+        others; [B, T] int64, the places of these texts in the list (`top_logits.largest`).
+
+        Raises:
+            UsageError: none are kept here.
+        """
+        if not self.info.top_logits:
+            raise UsageError(
+                f"{self.folder} keeps embeddings of {self.info.name!r} and no logits; leave objectives on its top "
+                "logits out of the recipe, or build a cache with them"
+            )
+        return self._gather("logits", uids, views), self._gather("logit_ids", uids, views).long()
+
     def text(self, texts: Sequence[str]) -> Tensor:
         """[M, D] float32 text embeddings, L2-normalised, looked up by the exact string."""
         return self._gather_text("text", texts)
@@ -274,6 +290,8 @@ class TeacherCache:
             rows.append(self._shard(self._files[shard])[key][row, view])
         info = self.info
         empty = {"image": (info.dim,), "features": (info.feature_dim,), "tokens": (info.token_grid**2, info.token_dim)}
+        empty |= {"logits": (info.top_logits + 1,), "logit_ids": (info.top_logits,)}
+        # float32 counts 2^24 texts exactly
         return _finite(torch.stack(rows).float(), uids) if rows else torch.zeros(0, *empty[key])
 
     def _gather_text(self, key: str, texts: Sequence[str]) -> Tensor:

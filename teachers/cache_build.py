@@ -26,7 +26,7 @@ from pocketvlm.data.augment import VIEW_NUMBERS, AugmentPolicy, ViewParams, appl
 from pocketvlm.data.sample import Sample
 from pocketvlm.edge.errors import BadSampleError, IntegrityError
 from pocketvlm.edge.preprocess import decode_image, resize_image
-from pocketvlm.teachers.base import Teacher, TeacherOutput, TokenTeacher
+from pocketvlm.teachers.base import Teacher, TeacherOutput, TextTeacher, TokenTeacher
 from pocketvlm.teachers.cache import TeacherCache
 from pocketvlm.teachers.cache_format import (
     DTYPES,
@@ -43,6 +43,7 @@ from pocketvlm.teachers.cache_format import (
 from pocketvlm.teachers.cache_request import Cost, check_request, describe
 from pocketvlm.teachers.files import Progress, remove_leftovers, sha256_file
 from pocketvlm.teachers.tokens import on_grid
+from pocketvlm.teachers.top_logits import TopLogits, id_dtype, largest, log_shares, text_rows
 
 # batches that are decoded ahead of the teacher
 _AHEAD = 2
@@ -100,15 +101,18 @@ class CacheBuild:
         features: bool = True,
         on_bad_sample: Literal["refuse", "skip"] = "refuse",
         data_shards: Mapping[str, Callable[[], Sequence[Sample]]] | None = None,
+        logits: TopLogits | None = None,
     ) -> None:
         """Arguments as in `build_cache`.
 
         data_shards: in place of `samples`, name -> the samples of one data shard, opened when their turn comes; each
-        becomes one shard of the cache, with its captions in it (`TeacherCache.of_shard`).
+        becomes one shard of the cache, with its captions in it (`TeacherCache.of_shard`), or of a teacher of texts
+        alone with nothing else in it.
         """
         self.teacher, self.folder, self.on_bad_sample = teacher, Path(folder), on_bad_sample
-        texts = list(dict.fromkeys(texts))
-        shards = dict(data_shards or {})
+        self.logits, self._anchors = logits, torch.zeros(0)
+        texts = list(dict.fromkeys([*texts, *(logits.texts if logits is not None else ())]))
+        shards, blind = dict(data_shards or {}), isinstance(teacher, TextTeacher)
         check_request([s.uid for s in samples], texts, shards, views, policy, dtype)
         # one view needs no policy, and two caches of plain pictures are the same cache
         self.policy = policy if views > 1 else None
@@ -122,12 +126,13 @@ class CacheBuild:
             size=shard_size,
             grid=token_grid,
             features=features,
-            pictures=bool(samples or shards),
+            pictures=bool(samples or (shards and not blind)),
             samples=digest_names([s.uid for s in samples] if not shards else ["data shards", *shards]),
             texts=digest_names(texts),
             any_text=bool(texts or shards),
+            logits=logits,
         )
-        self.jobs = [*_by_data(shards)] if shards else [*_slices(samples, shard_size)]
+        self.jobs = [*_by_data(shards, blind)] if shards else [*_slices(samples, shard_size)]
         self.jobs += _text_slices(texts, max(shard_size, _TEXTS))
 
     def cost(self) -> Cost:
@@ -222,6 +227,8 @@ class CacheBuild:
 
     def _make(self, jobs: Sequence[_Job], tell: _Teller) -> None:
         """All shards of `jobs`, one after the other; the next batches are decoded while the teacher works."""
+        if self.logits is not None and any(job.pictures for job in jobs):
+            self._anchors = text_rows(self.teacher, self.logits.texts)
         workers = min(DECODERS, os.cpu_count() or 1)
         with ThreadPoolExecutor(workers, "decode") as pool, ThreadPoolExecutor(1, "write") as writer:
             waiting: deque[tuple[_Job, Sequence[Sample], list[Future[Loaded]], list[str] | None]] = deque()
@@ -293,14 +300,18 @@ class CacheBuild:
             rows.outputs.append(self._encoded(torch.from_numpy(np.concatenate(good))))
 
     def _encoded(self, pixels: Tensor) -> TeacherOutput:
-        teacher, info = self.teacher, self.info
-        if not info.token_grid:
-            return _to_cpu(teacher.encode_images(pixels), teacher.name)
-        assert isinstance(teacher, TokenTeacher), "token_shape asked before"
-        output = teacher.encode_image_tokens(pixels)
-        # at once in the stored form: a shard's maps in full would be the largest thing in memory
-        tokens = on_grid(output.taps["tokens"].float(), info.token_grid).to(DTYPES[info.dtype])
-        return _to_cpu(TeacherOutput(output.embedding, output.features, {"tokens": tokens}), teacher.name)
+        teacher, info, taps = self.teacher, self.info, {}
+        if info.token_grid:
+            assert isinstance(teacher, TokenTeacher), "token_shape asked before"
+            output = teacher.encode_image_tokens(pixels)
+            # at once in the stored form: a shard's maps in full would be the largest thing in memory
+            taps["tokens"] = on_grid(output.taps["tokens"].float(), info.token_grid).to(DTYPES[info.dtype])
+        else:
+            output = teacher.encode_images(pixels)
+        if info.top_logits:
+            shares = log_shares(output.embedding, self._anchors, teacher.logit_scale)
+            taps["logits"], taps["logit_ids"] = largest(shares, info.top_logits)
+        return _to_cpu(TeacherOutput(output.embedding, output.features, taps), teacher.name)
 
     def _shard(
         self, job: _Job, rows: _Rows, words: Sequence[str], tell: _Teller
@@ -345,6 +356,7 @@ def build_cache(
     views: K; view 0 is plain preprocessing, views 1..K-1 are drawn by `data.augment.view_params(uid, view, seed,
     policy)`, so a student can replay them at its own size. dtype: storage only; the teacher computes in float32.
     token_grid: keep the last image tokens too, averaged to this many places in a row (0: none; see `token_bytes`).
+    logits: keep of each view the largest logits over a list of texts, which are kept as texts too (`top_logits`).
     features: keep the pooled features where the teacher has them.
     on_bad_sample: "skip" leaves undecodable images out and lists them in `TeacherCache.skipped`.
     progress: called as (done, total, "teacher images" | "teacher texts").
@@ -415,13 +427,15 @@ def _text_slices(texts: Sequence[str], size: int) -> Iterator[_Job]:
         yield _Job(f"text-{number:05d}.safetensors", lambda block=block: ((), block), False, words=block)  # type: ignore[misc]
 
 
-def _by_data(shards: Mapping[str, Callable[[], Sequence[Sample]]]) -> Iterator[_Job]:
+def _by_data(shards: Mapping[str, Callable[[], Sequence[Sample]]], blind: bool) -> Iterator[_Job]:
     for number, (name, load) in enumerate(shards.items()):
-        yield _Job(f"shard-{number:05d}.safetensors", lambda load=load: _with_texts(load()), True, data=name)  # type: ignore[misc]
+        yield _Job(f"shard-{number:05d}.safetensors", lambda load=load: _with_texts(load(), blind), True, data=name)  # type: ignore[misc]
 
 
-def _with_texts(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[str]]:
-    return samples, list(dict.fromkeys(caption.text for sample in samples for caption in sample.captions))
+def _with_texts(samples: Sequence[Sample], blind: bool) -> tuple[Sequence[Sample], Sequence[str]]:
+    """A shard's pictures and captions; of a teacher without an image tower the captions alone."""
+    texts = list(dict.fromkeys(caption.text for sample in samples for caption in sample.captions))
+    return () if blind else samples, texts
 
 
 def _to_cpu(output: TeacherOutput, name: str) -> TeacherOutput:
@@ -446,4 +460,10 @@ def _stack(rows: list[TeacherOutput], info: CacheInfo, key: str, dim: int, featu
     if info.token_grid and key == "image":
         empty = torch.zeros(0, info.token_grid**2, info.token_dim, dtype=dtype)
         out["tokens"] = torch.cat([empty, *(r.taps["tokens"] for r in rows)])
-    return {k: v.to(dtype) for k, v in out.items()}
+    out = {k: v.to(dtype) for k, v in out.items()}
+    if info.top_logits and key == "image":
+        top, ids = info.top_logits, id_dtype(info.logit_count)
+        kept = [torch.zeros(0, top + 1, dtype=torch.float16), *(r.taps["logits"] for r in rows)]
+        which = [torch.zeros(0, top, dtype=torch.int64), *(r.taps["logit_ids"] for r in rows)]
+        out |= {"logits": torch.cat(kept), "logit_ids": torch.cat(which).to(ids)}
+    return out

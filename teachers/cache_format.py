@@ -20,8 +20,9 @@ from pocketvlm.edge.contract import ImageSpec
 from pocketvlm.edge.errors import IntegrityError, PocketvlmError, VersionError
 from pocketvlm.teachers.files import sha256_file, write_atomic, write_json
 
-# 1.1: token maps; 1.2: the drawn parameters of every view, and shards named by the data shard that they are of
-SCHEMA_VERSION = "1.2"
+# 1.1: token maps; 1.2: the drawn parameters of every view, and shards named by the data shard that they are of;
+# 1.3: the largest logits over a list of texts
+SCHEMA_VERSION = "1.3"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -35,7 +36,8 @@ class CacheInfo:
 
     policy: the augmentation policy's fields, or None for plain preprocessing only. dim / feature_dim /
     text_feature_dim: widths D, F and G (0 where the teacher has no such features). token_grid / token_dim: places in a
-    row of the kept token maps, and their width W (0 where none are kept).
+    row of the kept token maps, and their width W (0 where none are kept). top_logits: how many of the largest logits
+    over a list of texts are kept; logit_count, logit_texts: how many texts these are, and their digest.
     samples / texts: digests of the uids and of the texts, in order.
     """
 
@@ -58,6 +60,9 @@ class CacheInfo:
     licences: tuple[tuple[str, str, str], ...]
     token_grid: int = 0
     token_dim: int = 0
+    top_logits: int = 0
+    logit_count: int = 0
+    logit_texts: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -178,6 +183,8 @@ def refuse_difference(folder: Path, found: dict[str, Any], wanted: dict[str, Any
         "texts": "set of texts",
         "fingerprint": "teacher fingerprint",
         "image": "preprocessing",
+        "logit_count": "number of texts of the logits",
+        "logit_texts": "texts of the logits",
     }
     differing: dict[str, tuple[Any, Any]] = {}
     for key in wanted:

@@ -12,8 +12,9 @@ import torch
 from pocketvlm.data.augment import VIEW_NUMBERS, VIEW_VERSION, AugmentPolicy
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.teachers.base import Teacher, TeacherOutput, TextTeacher
-from pocketvlm.teachers.cache_format import DTYPES, CacheInfo
+from pocketvlm.teachers.cache_format import DTYPES, CacheInfo, digest_names
 from pocketvlm.teachers.tokens import gray, token_shape
+from pocketvlm.teachers.top_logits import TopLogits, logit_bytes
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Cost:
         size = DTYPES[info.dtype].itemsize
         drawn = 4 * VIEW_NUMBERS if info.policy is not None else 0
         view = size * (info.dim + info.feature_dim + info.token_grid**2 * info.token_dim) + drawn
+        view += logit_bytes(info.top_logits, info.logit_count)
         # in the metadata a name stands in quotes and after a comma, a picture with its hash
         words = sum(_written(text) + size * (info.dim + info.text_feature_dim) for text in texts)
         names = sum(_written(uid) + 68 for uid in uids)
@@ -90,6 +92,7 @@ def describe(
     samples: str,
     texts: str,
     any_text: bool,
+    logits: TopLogits | None = None,
 ) -> CacheInfo:
     """What the cache will be made from.
 
@@ -129,4 +132,7 @@ def describe(
         licences=teacher.licences,
         token_grid=grid,
         token_dim=token_dim,
+        top_logits=0 if logits is None else logits.top,
+        logit_count=0 if logits is None else len(logits.texts),
+        logit_texts="" if logits is None else digest_names(logits.texts),
     )

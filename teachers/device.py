@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from pocketvlm.edge.errors import UsageError, unknown_name
+from pocketvlm.edge.errors import UsageError, counted, unknown_name
 
 _NAMES = ("auto", "cpu", "cuda", "mps", "meta")
 
@@ -71,7 +71,7 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
-        return f"cpu ({torch.get_num_threads()} threads)"
+        return f"cpu ({counted(torch.get_num_threads(), 'thread')})"
     return device.type
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
@@ -29,7 +33,14 @@ class Bank(BatchObjective):
     KL direction: teacher || student. Reduction: mean over pictures (all rows, captioned or not); no factor tau^2.
     Temperature: `temperature` is tau_S and, unless `teacher_temperature` is given, tau_T; None (default) takes each
     model's own logit scale, and the student's is then trained.
-    Inputs: image [B, D], bank [N, D] of both models, N >= 2, the same texts in the same order. Output: {"bank"}.
+    target "top-logits": instead of the teacher's embeddings, what its cache keeps of its distribution
+    (`teacher.logits`): the T largest shares p_n, n in K, and that of all others together, r = 1 - sum_K p_n,
+        L = mean_i [ sum_K p_n log(p_n / q_n) + r log(r / (1 - sum_K q_n)) ], q the student's softmax over all N texts:
+    the divergence after all others were put into one event. It is at most the whole divergence, equal to it for
+    T = N - 1, and 0 where the student's shares are the teacher's. These are at the teacher's own logit scale, so
+    `teacher_temperature` is refused and `temperature` is tau_S alone; `teacher.smooth` and `caption_mix` do not enter.
+    Inputs: image [B, D], bank [N, D] of both models, N >= 2, the same texts in the same order; with "top-logits" the
+    teacher's top_logits [B, T + 1] and top_ids [B, T] in place of its image. Output: {"bank"}.
     A batch of one is fine: pictures are compared with texts, not with each other.
     Cost: one B x N matrix for each model; anchors "student" run the text tower over the bank in every step.
     This is our construction: a cross-modal relative of SEED (Fang et al. 2021, 2101.04731), which matches distributions
@@ -52,13 +63,25 @@ class Bank(BatchObjective):
         anchors: str = "student",
         temperature: float | None = None,
         teacher_temperature: float | None = None,
+        target: str = "embeddings",
     ) -> None:
         super().__init__()
         self.anchors = choice("anchors", anchors, ("student", "teacher"))
         self.temperature = positive("temperature", temperature)
         self.teacher_temperature = positive("teacher_temperature", teacher_temperature) or self.temperature
+        self.target = choice("target", target, ("embeddings", "top-logits"))
+        if self.target == "top-logits" and teacher_temperature is not None:
+            raise UsageError(
+                f"objective 'bank' has teacher_temperature {teacher_temperature:g} and learns from top logits, which "
+                "were kept at the teacher's own; leave it out, or use target: embeddings"
+            )
+        self.needs = self.needs_with({"target": target})
         width = (teacher or student).embedding if anchors == "teacher" else student.embedding
         self.projector = projector_if_needed(student.embedding, width, seed=seed, tag="bank")
+
+    @classmethod
+    def needs_with(cls, options: Mapping[str, Any]) -> Needs:
+        return Needs(bank=True, logits=options.get("target") == "top-logits")
 
     def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         anchors = teacher.bank if self.anchors == "teacher" else student.bank
@@ -74,6 +97,24 @@ class Bank(BatchObjective):
             )
         if not len(student.image):
             return {"bank": self.zero(student)}
-        target = inverse_temperature(self.teacher_temperature, teacher) * unit(teacher.image) @ unit(teacher.bank).T
         logits = inverse_temperature(self.temperature, student) * unit(self.projector(student.image)) @ unit(anchors).T
+        if self.target == "top-logits":
+            return {"bank": _kl_of_largest(teacher, logits)}
+        target = inverse_temperature(self.teacher_temperature, teacher) * unit(teacher.image) @ unit(teacher.bank).T
         return {"bank": kl_rows(target, logits)}
+
+
+def _kl_of_largest(teacher: Outputs, logits: Tensor) -> Tensor:
+    kept, ids = teacher.top_logits, teacher.top_ids
+    if kept is None or ids is None:
+        raise UsageError(
+            "objective 'bank' was given a teacher without top logits, so it has no target; set teacher.logits in the "
+            "recipe, or use target: embeddings"
+        )
+    if int(ids.max()) >= logits.shape[1]:
+        raise UsageError(
+            f"objective 'bank' was given top logits of text {int(ids.max())} and a bank of {logits.shape[1]}, so they "
+            "are of another list; give both the same texts"
+        )
+    others = logits.scatter(1, ids, -torch.inf).logsumexp(dim=1, keepdim=True)
+    return kl_rows(kept, torch.cat([logits.gather(1, ids), others], dim=1))

@@ -34,6 +34,8 @@ class Outputs:
     before training says of these cells cut out, or None; region_mask: bool [B, R], which of them there are.
     token_table: [V, E] the text tower's token embedding, or None.
     bank: [N, D] embeddings of a fixed list of texts (the same texts for student and teacher), or None.
+    top_logits: [B, T + 1] logarithms of the T largest shares of the bank by the teacher's softmax at its own logit
+    scale, and of the sum of all others; top_ids: int64 [B, T], which texts of the bank these are; or None.
     group: int64 [B]; equal values mean the same concept (duplicate captions), or None.
     class_logits: [B, K] over the recipe's classes, of the teacher's zero-shot classifier, or of the student's head that
     learns from labels; None without classes. taught_logits: [B, K] of the student's head that learns from the teacher.
@@ -49,6 +51,8 @@ class Outputs:
     text_features: Tensor | None = None
     taps: dict[str, Tensor] = field(default_factory=dict)
     bank: Tensor | None = None
+    top_logits: Tensor | None = None
+    top_ids: Tensor | None = None
     group: Tensor | None = None
     text_mask: Tensor | None = None
     masked_image: Tensor | None = None
@@ -78,6 +82,7 @@ class Needs:
     regions: wants the student's map over cells of the picture, and the untrained student's view of these, as its option
     `cells` says.
     classes: reads the logits of a fixed list of classes (the recipe's `task`).
+    logits: reads the teacher's `top_logits` over the bank (the recipe's `teacher.logits`).
     """
 
     captions: bool = False
@@ -91,6 +96,7 @@ class Needs:
     momentum: bool = False
     teacher_image: bool = True
     classes: bool = False
+    logits: bool = False
 
     @property
     def targets(self) -> bool:

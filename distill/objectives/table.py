@@ -39,6 +39,7 @@ def _needs(needs: Needs) -> str:
         "a masked view": needs.masked_view,
         "masked captions": needs.masked_text,
         "cells of a student that does not start at random": needs.regions,
+        "logits over the bank (`teacher.logits`)": needs.logits,
         "classes (`task`)": needs.classes,
         "`train.ema_decay`": needs.momentum,
         "no teacher": not needs.teacher,

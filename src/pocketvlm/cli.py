@@ -73,7 +73,8 @@ def list_names(what: Annotated[Positional[Names], arg(help="What to list.")], as
     from pocketvlm.listing import listing
 
     rows = listing(what)
-    emit(rows, as_json, title=what)
+    long = [key for key in ("objectives", "formula", "paper", "description") if rows and key in rows[0]]
+    emit(rows, as_json, title=what, below=() if what == "data" else long)
 
 
 @teacher_app.command(name="check")

@@ -14,7 +14,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from pocketvlm.edge.errors import IntegrityError, UsageError
-from pocketvlm.table import emit
+from pocketvlm.table import emit, emit_record
 
 cache_app = tyro.extras.SubcommandApp()
 
@@ -110,9 +110,7 @@ def cache_show(made: Positional[Made], as_json: Json = False) -> None:
         emit(rows, True, title="cache")
         return
     for row in rows:
-        emit(
-            [{"what": key.replace("_", " "), "value": value} for key, value in row.items()], False, title=row["folder"]
-        )
+        emit_record({key: value for key, value in row.items() if key != "folder"}, title=row["folder"])
 
 
 @cache_app.command(name="verify")
@@ -176,4 +174,16 @@ def report(
     if as_json:
         print(json.dumps(values, indent=2))
     else:
+        emit([_in_short(run) for run in values["runs"]], False, title="runs")
         print(f"report: {out}")
+
+
+def _in_short(run: dict[str, Any]) -> dict[str, str]:
+    """One line of a compared run; the page says with what uncertainty."""
+    told = {"run": run["name"], "state": run["state"], "steps": f"{run['step']:,} of {run['total']:,}"}
+    told["loss"] = "-" if run["loss"] is None else f"{run['loss']:.4g}"
+    for part in ("image_to_text", "text_to_image", "zero_shot"):
+        scores = run["scores"].get(part, {})
+        metric = "top-1" if part == "zero_shot" else "R@5"
+        told[f"{part} {metric}"] = f"{scores[metric]:.1%}" if metric in scores else "-"
+    return told

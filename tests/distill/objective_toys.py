@@ -9,6 +9,7 @@ import torch
 from pocketvlm.distill.objectives import Objective, Outputs, Widths, build_objective
 
 B, N, D, F, K = 6, 7, 5, 4, 3
+TOP = 3
 HAS_TEXT = [True, True, False, True, True, True]
 LABEL = [2, -1, 0, 0, -1, 1]
 GROUP = [3, 1, -1, 3, 2, 0]  # rows 0 and 3 share a caption
@@ -53,6 +54,13 @@ def outputs(seed: int, *, dim: int = D, features: int = F, dtype: torch.dtype = 
     found.region_mask = torch.tensor([[place < count for place in range(3)] for count in CELLS])
     found.class_logits, found.taught_logits = draw(B, K), draw(B, K)
     found.label = torch.tensor(LABEL)
+    with torch.no_grad():  # its own three largest of the seven texts, and the rest
+        pictures, texts = (torch.nn.functional.normalize(part.double(), dim=1) for part in (found.image, found.bank))
+        shares = ((4.0 + seed) * pictures @ texts.T).softmax(dim=1)
+        found.top_ids = shares.argsort(dim=1, descending=True)[:, :TOP]
+        kept = shares.gather(1, found.top_ids)
+        found.top_logits = torch.cat([kept, 1 - kept.sum(dim=1, keepdim=True)], dim=1).log().to(dtype)
+    found.top_logits.requires_grad_(grad)
     found.text_mask = torch.tensor([[place < length for place in range(L)] for length in LENGTHS])
     return found
 

@@ -257,7 +257,13 @@ def test_the_command_writes_a_page_or_json(tmp_path: Path, capsys: pytest.Captur
     runs = [str(make_run(tmp_path / "a")), str(make_run(tmp_path / "b"))]
     page = tmp_path / "page.html"
     main(["report", *runs, "--out", str(page)])
-    assert capsys.readouterr().out == f"report: {page}\n"
+    *table, last = capsys.readouterr().out.splitlines()
+    assert last == f"report: {page}"
+    rows = [line.split() for line in table if line.split()[:1] in (["a"], ["b"])]
+    wanted = compare(read_runs([Path(run) for run in runs]))["runs"]
+    for row, run in zip(rows, wanted, strict=True):
+        assert row[:2] == [run["name"], run["state"]]
+        assert f"{run['scores']['image_to_text']['R@5']:.1%}" in row
     assert page.read_text().startswith("<!doctype html>")
     main(["report", *runs, "--json"])
     assert json.loads(capsys.readouterr().out)["runs"][1]["name"] == "b"

@@ -67,8 +67,8 @@ def test_prepare_leaves_them_out_of_training_and_of_evaluation(both: tuple[Path,
     assert prepared.questions.left_out == {"too-long-text": 1}
     said = [line for line in heard.lines if line.startswith("left out of")]
     assert said == [
-        "left out of the training data world: {'too-long-text': 2}",
-        "left out of the evaluation data world: {'too-long-text': 1}",
+        "left out of the training data world: 2 x too-long-text",
+        "left out of the evaluation data world: 1 x too-long-text",
     ]
 
 

@@ -84,6 +84,8 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
         image_features=draw["features"][start:stop],
         bank=draw["bank"],
         class_logits=draw["classes"][start:stop],
+        top_logits=draw["classes"][start:stop].log_softmax(dim=1),
+        top_ids=draw["features"][start:stop, :N].argsort(dim=1)[:, :2],
         taps={"tokens": draw["tokens"][start:stop].reshape(-1, 4, 2)},
     )
     inputs = {"pixels": draw["pixels"][start:stop], "ids": draw["ids"][start:stop], "words": draw["words"]}
@@ -96,7 +98,8 @@ def batch(start: int, stop: int) -> tuple[dict[str, torch.Tensor], Outputs]:
 
 
 def objectives() -> list[tuple[str, dict[str, object]]]:
-    extra = [("bank", {"anchors": "teacher"}), ("gram", {"variant": "spkd", "of": ("image", "text")})]
+    extra = [("bank", {"anchors": "teacher"}), ("bank", {"target": "top-logits"})]
+    extra += [("gram", {"variant": "spkd", "of": ("image", "text")})]
     extra += [("order", {"of": ("image", "text", "image-to-text", "text-to-image"), "neighbours": 2})]
     extra += [("matryoshka", {"inner": {"name": "icl"}, "dims": (2, 4)}), ("token-gram", {"variant": "scd"})]
     extra += [("matryoshka", {"inner": {"name": "momentum"}})]

@@ -173,9 +173,13 @@ def bank_oracle(o, s, t):
     scale_t = 1 / o.teacher_temperature if o.teacher_temperature else float(t.logit_scale)
     anchors, t_anchors = rows(t.bank if o.anchors == "teacher" else s.bank), rows(t.bank)
     value = 0.0
-    for x, y in zip(project(o.projector, rows(s.image)), rows(t.image)):
-        p = softmax([scale_t * cosine(y, a) for a in t_anchors])
-        value += kl(p, softmax([scale_s * cosine(x, a) for a in anchors])) / B
+    for i, (x, y) in enumerate(zip(project(o.projector, rows(s.image)), rows(t.image))):
+        p, q = softmax([scale_t * cosine(y, a) for a in t_anchors]), softmax([scale_s * cosine(x, a) for a in anchors])
+        if o.target == "top-logits":
+            ids = t.top_ids[i].tolist()
+            p = softmax(rows(t.top_logits)[i])
+            q = [*(q[n] for n in ids), math.fsum(q[n] for n in range(len(q)) if n not in ids)]
+        value += kl(p, q) / B
     return value
 
 
@@ -206,6 +210,8 @@ CASES = [
     ("bank", bank_oracle, {}),
     ("bank", bank_oracle, {"anchors": "teacher", "temperature": 0.2}),
     ("bank", bank_oracle, {"temperature": 0.2, "teacher_temperature": 0.4}),
+    ("bank", bank_oracle, {"target": "top-logits"}),
+    ("bank", bank_oracle, {"target": "top-logits", "anchors": "teacher", "temperature": 1 / 6}),
     *CONTRASTIVE_CASES,
 ]
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items()) or 'default'}" for name, _, options in CASES]

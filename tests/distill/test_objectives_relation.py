@@ -293,7 +293,7 @@ def test_batch_without_captions_is_zero_with_a_graph(name, oracle, options, how)
 def cut(o: Outputs, keep) -> Outputs:
     """The rows `keep`; the bank is no row."""
     keys = ("image", "text", "has_text", "image_features", "text_features", "group", "masked_image", "text_mask")
-    keys += ("masked_words", "masked_pieces", "regions", "region_targets", "region_mask")
+    keys += ("masked_words", "masked_pieces", "regions", "region_targets", "region_mask", "top_logits", "top_ids")
     changed = {key: getattr(o, key)[keep] for key in keys}
     return dataclasses.replace(o, **changed, taps={k: v[keep] for k, v in o.taps.items()})
 

@@ -24,6 +24,7 @@ from pocketvlm.distill.recipe import load_recipe
 from pocketvlm.distill.stream_feed import StreamFeed
 from pocketvlm.edge.errors import IntegrityError, UsageError
 from pocketvlm.students import save_student
+from pocketvlm.teachers.cache import TeacherCache
 from pocketvlm.teachers.cache_build import build_cache
 
 CPU = torch.device("cpu")
@@ -143,6 +144,38 @@ def test_a_cached_teacher_answers_like_the_live_one(tmp_path: Path, shards: Path
     other = stream_recipe(shards, teacher={"spec": "toy", "cache": str(tmp_path / "cache")}, views={"count": 4})
     with pytest.raises(IntegrityError, match="has views 3 but 4 was expected"):
         trainer_of(other)
+
+
+def test_a_teacher_of_texts_alone_is_kept_by_shards_too(
+    tmp_path: Path, shards: Path, toy_teacher: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = {"spec": ["toy", "toy-text"]}
+    objectives = [{"name": "crd"}, {"name": "gram", "teacher": 1, "options": {"of": "text"}}]
+    value = stream_recipe(shards, teacher=several, objectives=objectives)
+    made = tmp_path / "made"
+    assert cache_teacher(load_recipe(value), made, dtype="float32", report=Reporter(True))
+    told = capsys.readouterr().err
+    assert (
+        f"teacher toy-text: 24 bytes a caption (6 numbers in float32) and its text, of all captions of {SHARDS} "
+        in told
+    )
+    cache = TeacherCache.open(made / "1-toy-text")
+    assert len(cache) == 0
+    assert len(cache.of_shard(cache.data_shards[0]).texts) == SAMPLES
+    assert [(row.teacher, row.what) for row in verify(made, samples=5, report=Reporter(False))] == [
+        ("toy", "image"), ("toy", "text"), ("toy-text", "text"),
+    ]  # fmt: skip
+    live = trainer_of(value)
+    cached = trainer_of(stream_recipe(shards, teacher=several | {"cache": str(made)}, objectives=objectives))
+    capsys.readouterr()
+    assert all(isinstance(one, TeacherCache) for one in cached.prepared.stream.answers)
+    for step in range(4):
+        a, b = live.feed.make(step), cached.feed.make(step)
+        for name in ("teacher_image", "teacher_captions"):
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=1e-6)
+    assert a.teacher_captions is not None
+    assert a.teacher_captions.shape[1] == 16 + 6
+    assert live.one_step(a)["loss"] == pytest.approx(cached.one_step(b)["loss"], rel=1e-4)
 
 
 def test_a_cache_by_shards_serves_a_stream_and_is_checked(

@@ -128,7 +128,7 @@ def test_the_cost_of_token_maps_is_told_before_they_are_made(
     monkeypatch.setattr(Reporter, "line", lambda self, text: told.append(text))
     prepare(recipe(f"teacher.cache={tmp_path}", "teacher.cache_dtype=bfloat16"), SILENT)
     # 40 x 3 x 4 x 12 numbers of two bytes
-    cost = "token maps of 40 pictures x 3 views, 2 x 2 places of 12 numbers in bfloat16: 0.0 MB"
+    cost = "token maps of 40 pictures x 3 views, 2 x 2 places of 12 numbers in bfloat16: 11.5 kB"
     assert [cost in line for line in told].count(True) == 1
     assert (
         sum(40 * 3 * 4 * 12 * 2 for path in tmp_path.glob("*views*") if (path / "cache.json").exists())
