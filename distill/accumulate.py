@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketvlm.distill.feed import Step
 from pocketvlm.distill.gather import LABELS, ROWS, Pair
 from pocketvlm.distill.masking import statistics_kept
 from pocketvlm.distill.objectives import Outputs
 from pocketvlm.distill.optim import rng_state, set_rng_state
 from pocketvlm.distill.regions import Cells
+from pocketvlm.distill.step import Step
 from pocketvlm.students import Student
 
 Forward = Callable[[Step], dict[str, Pair]]

@@ -33,7 +33,7 @@ from pocketvlm.distill.dropout import drawn_otherwise, key_by_sample
 from pocketvlm.distill.encoders import scored
 from pocketvlm.distill.environment import run_environment
 from pocketvlm.distill.evaluate import Evaluation, embed_questions, score
-from pocketvlm.distill.feed import Beside, Feed, Pair, Step
+from pocketvlm.distill.feed import Beside, Feed, Pair
 from pocketvlm.distill.finish import RunResult, finish, scores
 from pocketvlm.distill.fusion import fusion_of
 from pocketvlm.distill.gather import gather_outputs, gather_step
@@ -59,6 +59,7 @@ from pocketvlm.distill.run_folder import (
     open_run_folder,
 )
 from pocketvlm.distill.state import restore, state_of
+from pocketvlm.distill.step import Step
 from pocketvlm.distill.stream_feed import StreamFeed
 from pocketvlm.distill.trackers import check_trackers, open_log
 from pocketvlm.edge.errors import PocketvlmError, UsageError, counted

@@ -28,7 +28,6 @@ from pocketvlm.data import DataSource, Sample
 from pocketvlm.distill import optim
 from pocketvlm.distill.batches import Pictures
 from pocketvlm.distill.counting import Growth, Seconds, Work, count, timing
-from pocketvlm.distill.feed import Step
 from pocketvlm.distill.loop import Trainer
 from pocketvlm.distill.objectives import Outputs
 from pocketvlm.distill.prepare import Prepared, prepare
@@ -36,6 +35,7 @@ from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.recipe import Recipe
 from pocketvlm.distill.stand_in import TeacherShapes
 from pocketvlm.distill.start import TOKENIZER_MAKERS, tokenizer_asked
+from pocketvlm.distill.step import Step
 from pocketvlm.distill.taps import gray
 from pocketvlm.distill.text_pool import text_pool
 from pocketvlm.teachers.device import full_float32, pick_device

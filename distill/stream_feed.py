@@ -26,7 +26,7 @@ from pocketvlm.data.shards import Shard, ShardOrder, digest_shards, list_shards
 from pocketvlm.data.source import DataSource, unfit
 from pocketvlm.data.stream import SampleStream
 from pocketvlm.distill.batches import Order, Pictures, Plan
-from pocketvlm.distill.feed import Feed, Step
+from pocketvlm.distill.feed import Feed
 from pocketvlm.distill.made_cache import MadeCaches
 from pocketvlm.distill.prepare import Prepared, check_captions, digest_of, questions_for, teacher_outputs, together
 from pocketvlm.distill.progress import Reporter, Stages
@@ -36,6 +36,7 @@ from pocketvlm.distill.regions import FINER, asked_regions, check_dense
 from pocketvlm.distill.sections import StreamSection
 from pocketvlm.distill.shares import check_shares
 from pocketvlm.distill.start import start_student
+from pocketvlm.distill.step import Step
 from pocketvlm.distill.stream import Made, StreamLoader, StreamSettings, start_server
 from pocketvlm.distill.student_teacher import open_teachers
 from pocketvlm.distill.taps import asked_taps, tap_widths
