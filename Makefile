@@ -62,6 +62,7 @@ throughput:
 
 memory:
 	python -m benchmarks.contrastive_memory
+	python -m benchmarks.shared_loss
 
 test:
 	pytest -n 2

@@ -31,8 +31,8 @@ import tyro
 from torch import Tensor
 
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective
-from pocketvlm.distill.objectives.blocks import Similarity, similarity_bytes, summed_blocks
-from pocketvlm.distill.objectives.common import unit
+from pocketvlm.distill.objectives.blocks import Similarity, similarity_bytes, summed_rows
+from pocketvlm.distill.objectives.once import made_once, unit
 
 DIM, FLOOR_BYTES, FLOOR_ROWS = 384, 1.5e9, 32_768
 CASES = {
@@ -80,13 +80,13 @@ def checkpointed_clip(student: Outputs) -> Tensor:
         def loss(block: Tensor, rows: slice) -> Tensor:
             return -block.log_softmax(dim=-1).diagonal(rows.start).sum()
 
-        total = total + summed_blocks(loss, Similarity(queries, keys, student.logit_scale)) / (2 * len(image))
+        total = total + summed_rows(loss, Similarity(queries, keys, student.logit_scale)) / (2 * len(image))
     return total
 
 
 def run(objectives: Sequence[Any], arm: str, student: Outputs, teacher: Outputs, limit: int) -> Tensor:
     """Forward and backward of the objectives' sum."""
-    with similarity_bytes(1 << 62 if arm == "whole" else limit):
+    with similarity_bytes(1 << 62 if arm == "whole" else limit), made_once():
         if arm == "checkpoint":
             loss = checkpointed_clip(student)
         else:
@@ -94,7 +94,7 @@ def run(objectives: Sequence[Any], arm: str, student: Outputs, teacher: Outputs,
             for objective in objectives:
                 given = teacher if objective.needs.targets else None
                 loss = loss + sum(objective(student=student, teacher=given).values())
-        loss.backward()
+    loss.backward()
     return loss
 
 

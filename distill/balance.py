@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class GradientBalance:
     factor 1: objectives that read no embedding (`hint`, `masked-language`, `region-self`, `dho`), and all until the
     first was measured.
     Cost: at a measurement, each objective's backward once more, down to the embeddings and not into the towers.
-    Ranks: each measures the same gathered batch and comes to the same factors without speaking to the others.
+    Ranks: the gradient is averaged over ranks first, as some losses are shared out (`objectives.blocks`), so that all
+    come to the same factors.
 
     Sources: this is the rule of the loss balancer of EnCodec (Defossez et al. 2022, 2210.13438; written from memory),
     with the first objective's norm as the reference where they have a constant, and norms measured now and then. The
@@ -39,14 +40,21 @@ class GradientBalance:
     def __init__(self, count: int) -> None:
         self.norms = [0.0] * count
 
-    def measure(self, place: int, loss: Tensor, student: Outputs) -> None:
-        """Take the unweighted loss of objective `place` into its running norm; its graph stays usable."""
+    def measure(
+        self, place: int, loss: Tensor, student: Outputs, mean: Callable[[Tensor], Tensor] = lambda value: value
+    ) -> None:
+        """Take the unweighted loss of objective `place` into its running norm; its graph stays usable.
+
+        mean: over ranks, of a tensor.
+        """
         asked = (student.image, student.text, student.bank, student.masked_image)
         embeddings = [e for e in asked if e is not None and e.requires_grad]
         if not embeddings or not loss.requires_grad:
             return
         found = torch.autograd.grad(loss, embeddings, retain_graph=True, allow_unused=True)
-        norm = math.sqrt(sum(float(g.double().square().sum()) for g in found if g is not None))
+        # a rank without a row of a shared loss has no gradient and speaks with the others all the same
+        whole = (mean(torch.zeros_like(e) if g is None else g) for e, g in zip(embeddings, found))
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in whole))
         if math.isfinite(norm) and norm > _NOTHING:
             before = self.norms[place]
             self.norms[place] = _KEPT * before + (1 - _KEPT) * norm if before else norm

@@ -1,9 +1,10 @@
 """Gather the outputs of all ranks, with gradient, so that objectives see the global batch.
 
-Every rank computes the same global loss. The backward of the gather sums the gradients that all ranks send to a row,
-which is W times the wanted one for W ranks, and data parallelism divides by W when it averages parameter gradients:
-together, exactly the gradient of the global loss. Parameters that are used after the gather (logit scale, projectors)
-get the whole gradient on every rank, and averaging leaves it as it is.
+Every rank has the value of the global loss, and a gradient whose mean over ranks is the global one: the whole on each,
+or for losses over large matrices W times what its own rows give, W the number of ranks (`objectives.blocks`). The
+backward of the gather sums the gradients that all ranks send to a row, which is W times the wanted one, and data
+parallelism divides by W when it averages parameter gradients: together, exactly the gradient of the global loss.
+Parameters that are used after the gather (logit scale, projectors) are averaged alone, which is right for both.
 """
 
 from __future__ import annotations

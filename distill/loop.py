@@ -41,7 +41,8 @@ from pocketvlm.distill.guards import DivergedError as DivergedError
 from pocketvlm.distill.guards import RunStopped, StepGuard, StopSignals, locked
 from pocketvlm.distill.meter import Meter
 from pocketvlm.distill.objectives import Objective, Outputs
-from pocketvlm.distill.objectives.blocks import similarity_bytes
+from pocketvlm.distill.objectives.blocks import shared_rows, similarity_bytes
+from pocketvlm.distill.objectives.once import made_once
 from pocketvlm.distill.prepare import Prepared, prepare
 from pocketvlm.distill.progress import Reporter
 from pocketvlm.distill.ranks import ALONE, Ranks, joined_ranks, restarted
@@ -271,7 +272,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         parts = self._parts(batch)
         outputs = self._forward(batch) if parts is None else parts.outputs
-        with similarity_bytes(int(self.config.similarity_mib * 2**20)):
+        with similarity_bytes(int(self.config.similarity_mib * 2**20)), made_once(), shared_rows(*self.ranks.place):
             loss, terms = self._loss(outputs, batch, main)
         value = float(loss.detach())
         bad, self.stopping = self.ranks.any(not math.isfinite(value), self.signals.asked)
@@ -371,7 +372,7 @@ class Trainer:
             weight = optim.objective_weight(spec, max(main, 0), self.config.steps)
             if self.balance is not None:
                 if main >= 0 and main % self.config.balance_every == 0:
-                    self.balance.measure(place, sum(found.values(), torch.zeros_like(total)), student)
+                    self.balance.measure(place, sum(found.values(), torch.zeros_like(total)), student, self.ranks.mean)
                 weight *= self.balance.factor(place)
             for name, term in found.items():
                 total = total + weight * term

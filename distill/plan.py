@@ -345,7 +345,7 @@ class Planner:
                 "many devices", "no loss", "assumed: network and waiting cost nothing; no cluster has been run"
             )
             self.ledger.assume(
-                "objectives", "whole on every device", "each rank computes the losses of the gathered batch"
+                "objectives", "whole on every device", "assumed: above 1,024 rows most are shared out and cost less"
             )
         self.ledger.assume(
             "not counted",

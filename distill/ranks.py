@@ -1,9 +1,9 @@
 """Many processes of one run, one per device, as `torchrun` starts them.
 
-Every rank holds the same student, takes its contiguous part of each step's global batch, and computes the same global
-loss over the gathered outputs (`distill.gather`), so that a run is the same function of its recipe whatever the number
-of ranks, dropout and drop-path included (`distill.dropout`). What is not so: batch norm (each rank normalises by its
-own rows, unless `train.sync_batchnorm`).
+Every rank holds the same student, takes its contiguous part of each step's global batch, and has a part in the loss of
+the gathered outputs (`distill.gather`, `objectives.blocks`), so that a run is the same function of its recipe whatever
+the number of ranks, dropout and drop-path included (`distill.dropout`). What is not so: batch norm (each rank
+normalises by its own rows, unless `train.sync_batchnorm`).
 
 Gradients are averaged in one all-reduce per dtype after the backward, and not by torch's DistributedDataParallel: that
 one hooks into the backward and must know beforehand which parameters get a gradient, in which order and from how many
@@ -57,6 +57,11 @@ class Ranks:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(rank, number of ranks)."""
+        return self.rank, self.count
 
     def part(self, size: int) -> slice:
         """This rank's contiguous part of `size` rows; parts differ by at most one row, and together are all."""
@@ -164,6 +169,14 @@ class Ranks:
             flat[len(members) :] /= self.count
             for parameter, part, count in zip(members, parts, found.tolist()):
                 parameter.grad = part.view_as(parameter) if count else None
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over ranks."""
+        if self.count == 1:
+            return value
+        value = value.clone()
+        dist.all_reduce(value)
+        return value / self.count
 
     @torch.no_grad()
     def average_statistics(self, module: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Similarity, summed_rows
 from pocketvlm.distill.objectives.common import (
     BatchObjective,
     Widths,
@@ -97,24 +98,34 @@ class Bank(BatchObjective):
             )
         if not len(student.image):
             return {"bank": self.zero(student)}
-        logits = inverse_temperature(self.temperature, student) * unit(self.projector(student.image)) @ unit(anchors).T
+        scale = inverse_temperature(self.temperature, student)
+        logits = Similarity(unit(self.projector(student.image)), unit(anchors), scale)
         if self.target == "top-logits":
-            return {"bank": _kl_of_largest(teacher, logits)}
-        target = inverse_temperature(self.teacher_temperature, teacher) * unit(teacher.image) @ unit(teacher.bank).T
-        return {"bank": kl_rows(target, logits)}
+            kept, ids = _largest(teacher, len(anchors))
+            total = summed_rows(lambda block, rows: len(block) * _kl_of_largest(kept[rows], ids[rows], block), logits)
+        else:
+            their_scale = inverse_temperature(self.teacher_temperature, teacher)
+            target = Similarity(unit(teacher.image), unit(teacher.bank), their_scale)
+            total = summed_rows(lambda block, rows: len(block) * kl_rows(target.whole(rows), block), logits)
+        return {"bank": total / len(student.image)}
 
 
-def _kl_of_largest(teacher: Outputs, logits: Tensor) -> Tensor:
+def _largest(teacher: Outputs, texts: int) -> tuple[Tensor, Tensor]:
+    """The teacher's top logits [B, k + 1] and the texts that they are of [B, k]."""
     kept, ids = teacher.top_logits, teacher.top_ids
     if kept is None or ids is None:
         raise UsageError(
             "objective 'bank' was given a teacher without top logits, so it has no target; set teacher.logits in the "
             "recipe, or use target: embeddings"
         )
-    if int(ids.max()) >= logits.shape[1]:
+    if int(ids.max()) >= texts:
         raise UsageError(
-            f"objective 'bank' was given top logits of text {int(ids.max())} and a bank of {logits.shape[1]}, so they "
+            f"objective 'bank' was given top logits of text {int(ids.max())} and a bank of {texts}, so they "
             "are of another list; give both the same texts"
         )
+    return kept, ids
+
+
+def _kl_of_largest(kept: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
     others = logits.scatter(1, ids, -torch.inf).logsumexp(dim=1, keepdim=True)
     return kl_rows(kept, torch.cat([logits.gather(1, ids), others], dim=1))

@@ -4,8 +4,9 @@ An objective sees the whole batch at once, already gathered over ranks with grad
 (`distill.gather`), and returns named scalar terms. Because of that, it holds no code for ranks, for
 gradient accumulation or for chunked (GradCache-style) backward: the loop can compute all embeddings,
 take the objective's gradient with respect to them, and run the towers' backward in chunks. Every rank
-then computes the same global loss; a differentiable gather sums the gradients over ranks and data
-parallelism averages them, which gives exactly the gradient of the global loss.
+then has the same global loss, and computes it whole or (`objectives.blocks`) shares its rows out; a
+differentiable gather sums the gradients over ranks and data parallelism averages them, which gives
+exactly the gradient of the global loss.
 """
 
 from __future__ import annotations

@@ -6,6 +6,13 @@ the other rows is a running maximum and a sum relative to it (the streaming log-
 1805.02867); the backward makes each block again from the embeddings and from the finished log-sum-exps. One pass serves
 both directions of a symmetric loss: 4 P^2 D multiply-adds for forward and backward together, where the held matrix
 takes 3 P^2 D. Values and gradients are those of the held matrix up to rounding.
+
+Several ranks share the rows of a matrix out (`shared_rows`): each makes its own rows against all columns, and what the
+columns need of all rows is joined by two small collectives of vectors of P. So the work of a rank falls with their
+number for both directions, where a local loss over own rows and then over own columns makes two such strips. The value
+is the whole loss on every rank. The gradient of a rank holds only what came through its own rows, times the number of
+ranks: its *mean* over ranks is the gradient of the whole loss, as it is for a loss that every rank computes whole, so
+that gathering and averaging (`distill.gather`) need not know which losses were shared out.
 """
 
 from __future__ import annotations
@@ -17,12 +24,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 _FULL: ContextVar[int] = ContextVar("largest_matrix", default=64 << 20)
 _BLOCK: ContextVar[int] = ContextVar("largest_block", default=16 << 20)
+# rank, number of ranks, entries from which a matrix is shared out
+_SHARE: ContextVar[tuple[int, int, int]] = ContextVar("share", default=(0, 1, 0))
+# of 1,024 rows: of 256, two ranks on CPUs gain nothing, as blocks are made twice and the ranks must speak
+LEAST_SHARED = 1 << 20
 
 
 @contextmanager
@@ -36,18 +48,49 @@ def similarity_bytes(full: int, block: int | None = None) -> Iterator[None]:
         _BLOCK.reset(tokens[1])
 
 
+@contextmanager
+def shared_rows(rank: int, count: int, least: int | None = None) -> Iterator[None]:
+    """Inside, the rows of matrices of `least` entries (default `LEAST_SHARED`) are shared out over `count` ranks.
+
+    Every rank must compute the same losses over the same rows, in the default process group; only the forward speaks.
+    """
+    token = _SHARE.set((rank, count, LEAST_SHARED if least is None else least))
+    try:
+        yield
+    finally:
+        _SHARE.reset(token)
+
+
 @dataclass(frozen=True)
 class Similarity:
-    """scale * queries @ keys.T, [P, P], not yet made. queries, keys: [P, D]; scale: scalar."""
+    """scale * queries @ keys.T, [P, N], not yet made. queries: [P, D]; keys: [N, D]; scale: scalar."""
 
     queries: Tensor
     keys: Tensor
     scale: Tensor | float
 
     @property
+    def ranks(self) -> int:
+        """How many share its rows out."""
+        _, count, least = _SHARE.get()
+        return count if len(self.queries) * len(self.keys) >= least else 1
+
+    @property
+    def part(self) -> slice:
+        """The rows that this process makes."""
+        rank, count, _ = _SHARE.get()
+        size = len(self.queries)
+        return slice(size * rank // count, size * (rank + 1) // count) if self.ranks > 1 else slice(0, size)
+
+    @property
     def held(self) -> bool:
-        """Whether it is small enough to be made whole."""
-        return len(self.queries) * len(self.keys) * self.queries.element_size() <= _FULL.get()
+        """Whether it is small enough to be made whole, here."""
+        return self.ranks == 1 and self._small
+
+    @property
+    def _small(self) -> bool:
+        rows = self.part
+        return (rows.stop - rows.start) * len(self.keys) * self.queries.element_size() <= _FULL.get()
 
     @property
     def T(self) -> Similarity:
@@ -57,15 +100,48 @@ class Similarity:
         """The matrix, or some of its rows."""
         return self.scale * self.queries[rows] @ self.keys.T
 
+    def readers(self) -> tuple[Callable[[slice], Tensor], Callable[[slice], Tensor]]:
+        """What gives rows of the matrix, and of its transpose; of a small one, which is then made once."""
+        if self.held:
+            whole = self.whole()
+            return whole.__getitem__, whole.T.__getitem__
+        return self.whole, self.T.whole
+
     def spans(self) -> list[slice]:
         """Rows of each block."""
-        count, row = len(self.queries), len(self.keys) * self.queries.element_size()
+        mine, row = self.part, len(self.keys) * self.queries.element_size()
         step = max(1, _BLOCK.get() // max(1, row))
-        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+        return [slice(start, min(start + step, mine.stop)) for start in range(mine.start, mine.stop, step)]
 
 
-def summed_blocks(loss: Callable[[Tensor, slice], Tensor], logits: Similarity) -> Tensor:
-    """Sum of `loss(logits[rows], rows)` over blocks of rows; each is made again in backward."""
+def summed_rows(loss: Callable[[Tensor, slice], Tensor], logits: Similarity) -> Tensor:
+    """Sum of `loss(logits[rows], rows)`, a sum over those rows, over all rows.
+
+    A small matrix is made at once. Of a large one each block is made again in backward, with what `loss` makes of it.
+    Gradients also reach what `loss` reads besides.
+    """
+    if logits.held:
+        return loss(logits.whole(), logits.part)
+    # a rank without a row takes part in the backward all the same
+    total = logits.queries[:0].sum()
+    if not logits._small:
+        total = total + _checkpointed(loss, logits)
+    elif logits.spans():
+        total = total + loss(logits.whole(logits.part), logits.part)
+    return _OverRanks.apply(total, logits.ranks) if logits.ranks > 1 else total
+
+
+def summed_both_ways(
+    by_row: Callable[[Tensor, slice], Tensor], by_column: Callable[[Tensor, slice], Tensor], logits: Similarity
+) -> Tensor:
+    """`summed_rows` by one loss, plus that of the transpose by another."""
+    if logits.held:
+        whole = logits.whole()
+        return by_row(whole, logits.part) + by_column(whole.T, logits.T.part)
+    return summed_rows(by_row, logits) + summed_rows(by_column, logits.T)
+
+
+def _checkpointed(loss: Callable[[Tensor, slice], Tensor], logits: Similarity) -> Tensor:
     total = logits.queries.new_zeros(())
     for rows in logits.spans():
 
@@ -77,6 +153,21 @@ def summed_blocks(loss: Callable[[Tensor, slice], Tensor], logits: Similarity) -
         )
         total = total + part
     return total
+
+
+class _OverRanks(torch.autograd.Function):
+    """Sum over ranks; the gradient is that of this rank's part, times the number of ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, count: int) -> Tensor:
+        ctx.count = count
+        total = own.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return upstream * ctx.count, None
 
 
 @dataclass(frozen=True)
@@ -107,13 +198,15 @@ class Taught:
 
 def softmax_loss(logits: Similarity, target: Matches | Taught, *, both_ways: bool) -> Tensor:
     """Cross-entropy of softmax(logits) with `target`, mean over rows; with `both_ways`, the mean of that and the same
-    for columns (of the teacher's matrix too).
+    for columns (of the teacher's matrix too). logits: [P, P].
 
     Gradients reach queries, keys and scale of `logits`, once (it has no second derivative).
     """
     if isinstance(target, Matches):
         target = target.prepared()
-    return _SoftmaxLoss.apply(logits.queries, logits.keys, logits.scale, target, both_ways, logits.spans())
+    return _SoftmaxLoss.apply(
+        logits.queries, logits.keys, logits.scale, target, both_ways, logits.spans(), logits.ranks
+    )
 
 
 class _Columns:
@@ -125,17 +218,35 @@ class _Columns:
         self.mass, self.weighted = torch.zeros_like(like), torch.zeros_like(like)
 
     def add(self, block: Tensor, values: Tensor | None = None) -> None:
-        top = torch.maximum(self.top, block.amax(dim=0))
-        fade = (self.top - top).exp()
-        mass = (block - top).exp_()
-        self.mass.mul_(fade).add_(mass.sum(dim=0))
+        self._raise(torch.maximum(self.top, block.amax(dim=0)))
+        mass = (block - self.top).exp_()
+        self.mass += mass.sum(dim=0)
         if values is not None:
-            self.weighted.mul_(fade).add_(mass.mul_(values).sum(dim=0))
+            self.weighted += mass.mul_(values).sum(dim=0)
+
+    def _raise(self, top: Tensor) -> None:
+        fade = (self.top - top).exp_()
         self.top = top
+        self.mass *= fade
+        self.weighted *= fade
 
     def finished(self) -> tuple[Tensor, Tensor]:
         """(log-sum-exp, expectation of the values)."""
         return self.top + self.mass.log(), self.weighted / self.mass
+
+
+def _joined(sums: Tensor, columns: list[_Columns]) -> None:
+    """Make sums and columns over the own rows those over the rows of all ranks."""
+    if columns:
+        tops = torch.stack([column.top for column in columns])
+        dist.all_reduce(tops, op=dist.ReduceOp.MAX)
+        for column, top in zip(columns, tops):
+            column._raise(top)
+    parts = [sums, *(part for column in columns for part in (column.mass, column.weighted))]
+    flat = torch.cat(parts)
+    dist.all_reduce(flat)
+    for part, whole in zip(parts, flat.split([len(part) for part in parts])):
+        part.copy_(whole)
 
 
 class _SoftmaxLoss(torch.autograd.Function):
@@ -148,18 +259,18 @@ class _SoftmaxLoss(torch.autograd.Function):
         target: Matches | Taught,
         both_ways: bool,
         spans: list[slice],
+        ranks: int,
     ) -> Tensor:
         logits, count = Similarity(queries, keys, scale), len(queries)
-        row_lse, column = queries.new_empty(count), _Columns(queries[:, 0]) if both_ways else None
+        # 0 in rows of other ranks
+        row_lse, column = queries.new_zeros(count), _Columns(queries[:, 0]) if both_ways else None
         # of the target: log-sum-exps of a teacher, or how many columns are right for a row
         their_row, their_column = None, None
         if isinstance(target, Taught):
-            their_row = queries.new_empty(count)
+            their_row = queries.new_zeros(count)
             their_column = _Columns(queries[:, 0]) if both_ways else None
         own = queries.new_zeros(count)  # what the target expects of the row's logits (for KL: less the teacher's)
         right = queries.new_ones(count)
-        if isinstance(target, Matches):
-            own = (scale * queries * keys).sum(dim=-1)
         for rows in spans:
             block = logits.whole(rows)
             if isinstance(target, Taught):
@@ -177,29 +288,35 @@ class _SoftmaxLoss(torch.autograd.Function):
             same = target.same(rows)
             if same is not None and target.duplicates == "positives":
                 right[rows] = same.sum(dim=1).to(right.dtype)
-                own[rows] = (block * same).sum(dim=1)
-            elif same is not None:
-                block.masked_fill_(_without_own(same, rows), float("-inf"))
+                own[rows] = (block * same).sum(dim=1) / right[rows]
+            else:
+                own[rows] = block.diagonal(rows.start)
+                if same is not None:
+                    block.masked_fill_(_without_own(same, rows), float("-inf"))
             row_lse[rows] = block.logsumexp(dim=1)
             if column is not None:
                 column.add(block)
 
-        ctx.target, ctx.spans = target, spans
+        ctx.target, ctx.spans, ctx.ranks = target, spans, ranks
         ctx.scale = scale.detach() if isinstance(scale, Tensor) else scale
-        # a matching target is symmetric, so what it expects of rows and of columns has the same sum
-        value = row_lse.mean() - (own / right).mean()
-        column_lse, their_column_lse = None, None
+        sums = torch.stack([row_lse.sum(), own.sum()])
         if isinstance(target, Taught) and target.entropy:
             assert their_row is not None, "made above"
-            value = value - their_row.mean()
+            sums[0] -= their_row.sum()
+        if ranks > 1:
+            _joined(sums, [columns for columns in (column, their_column) if columns is not None])
+        expected = sums[1] / count
+        value = sums[0] / count - expected
+        column_lse, their_column_lse = None, None
         if column is not None:
             column_lse, _ = column.finished()
             if their_column is None:
-                value = (value + column_lse.mean() - (own / right).mean()) / 2
+                # a matching target is symmetric, so what it expects of rows and of columns has the same sum
+                value = (value + column_lse.mean() - expected) / 2
             else:
                 assert isinstance(target, Taught), "only a teacher has columns"
-                their_column_lse, expected = their_column.finished()
-                across = (column_lse - expected).mean()
+                their_column_lse, gains = their_column.finished()
+                across = (column_lse - gains).mean()
                 value = (value + (across - their_column_lse.mean() if target.entropy else across)) / 2
         ctx.save_for_backward(queries, keys, row_lse, column_lse, their_row, their_column_lse, right)
         return value
@@ -210,7 +327,8 @@ class _SoftmaxLoss(torch.autograd.Function):
         queries, keys, row_lse, column_lse, their_row, their_column, right = ctx.saved_tensors
         logits, target, scale = Similarity(queries, keys, ctx.scale), ctx.target, ctx.scale
         ways = 1 if column_lse is None else 2
-        to_queries = torch.empty_like(queries)
+        # the spans are all rows, or those of this rank
+        to_queries = torch.empty_like(queries) if ctx.ranks == 1 else torch.zeros_like(queries)
         to_keys = torch.zeros_like(keys) if ctx.needs_input_grad[1] else None
         to_scale = queries.new_zeros(())
         for rows in ctx.spans:
@@ -225,14 +343,14 @@ class _SoftmaxLoss(torch.autograd.Function):
                 slope.addcmul_(same.to(slope.dtype), (ways / right[rows])[:, None], value=-1)
             else:
                 slope.diagonal(rows.start).sub_(ways)
-            slope *= upstream / (ways * len(queries))
+            slope *= upstream * (ctx.ranks / (ways * len(queries)))
             part = slope @ keys
             to_scale += (part * queries[rows]).sum()
             to_queries[rows] = scale * part
             if to_keys is not None:
                 to_keys.addmm_(slope.T, scale * queries[rows])
         wanted = ctx.needs_input_grad
-        return to_queries if wanted[0] else None, to_keys, to_scale if wanted[2] else None, None, None, None
+        return to_queries if wanted[0] else None, to_keys, to_scale if wanted[2] else None, None, None, None, None
 
 
 def _softmaxes(block: Tensor, row_lse: Tensor, column_lse: Tensor | None) -> Tensor:

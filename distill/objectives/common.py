@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pocketvlm.distill.objectives.base import Needs, Objective, Outputs
+from pocketvlm.distill.objectives.once import embeddings, once
+from pocketvlm.distill.objectives.once import unit as unit
 from pocketvlm.edge.errors import UsageError, unknown_name
 
 _T = TypeVar("_T")
@@ -116,8 +118,10 @@ class BatchObjective(Objective):
                 f"least {self.minimum_rows}"
             )
         with torch.autocast(student.image.device.type, enabled=False):
-            wide = _converted(student, detach=False)
-            return self.terms(wide, wide if teacher is None else _converted(teacher, detach=True))
+            wide = once(lambda: _converted(student, detach=False), "student", student)
+            if teacher is None:
+                return self.terms(wide, wide)
+            return self.terms(wide, once(lambda: _converted(teacher, detach=True), "teacher", teacher))
 
     def zero(self, student: Outputs) -> Tensor:
         """Exactly 0, connected to everything that the objective could have trained, so that no parameter is unused."""
@@ -138,32 +142,13 @@ class BatchObjective(Objective):
         """
         if student.text is None:
             return None
-        keep = student.has_text
-        if teacher is not None:
-            if teacher.text is None:
-                raise UsageError(
-                    f"objective {self.name!r} was given student texts but no teacher texts; there is no target for "
-                    "them, so use a teacher with a text tower (or cached text embeddings)"
-                )
-            if teacher.has_text is not None:
-                keep = teacher.has_text if keep is None else keep & teacher.has_text
-        count = student.image.shape[0] if keep is None else int(keep.sum())
-        if count < self.minimum_rows or count == 0:
-            return None
-
-        all_of_them = count == student.image.shape[0]  # then nothing is copied
-
-        def rows(value: _T) -> _T:
-            return value if all_of_them or not isinstance(value, Tensor) else value[keep]  # type: ignore[return-value]
-
-        return Pairs(
-            image=rows(student.image),
-            text=rows(student.text),
-            teacher_image=rows(teacher.image) if teacher is not None else None,
-            teacher_text=rows(teacher.text) if teacher is not None else None,
-            group=rows(student.group),
-            keep=keep,
-        )
+        if teacher is not None and teacher.text is None:
+            raise UsageError(
+                f"objective {self.name!r} was given student texts but no teacher texts; there is no target for "
+                "them, so use a teacher with a text tower (or cached text embeddings)"
+            )
+        found = once(lambda: _captioned(student, teacher), "pairs", student, teacher)
+        return None if found is None or len(found.image) < self.minimum_rows else found
 
 
 def tap_of(objective: str, outputs: Outputs, side: str, name: str) -> Tensor:
@@ -225,11 +210,6 @@ class Projector(nn.Module):
 def projector_if_needed(width_in: int, width_out: int, *, seed: int, tag: str) -> nn.Module:
     """A linear `Projector` where the widths differ, else the identity without parameters."""
     return nn.Identity() if width_in == width_out else Projector(width_in, width_out, seed=seed, tag=tag)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Rows scaled to length 1; a zero row stays zero."""
-    return F.normalize(x, dim=-1)
 
 
 def kl_rows(target_logits: Tensor, logits: Tensor) -> Tensor:
@@ -324,6 +304,35 @@ def whole_number(option: str, value: int, least: int) -> int:
     return value
 
 
+def _captioned(student: Outputs, teacher: Outputs | None) -> Pairs | None:
+    """The rows with a caption for the student, and for the teacher if there is one; None without any."""
+    assert student.text is not None, "its caller has looked"
+    keep, image = student.has_text, student.image
+    theirs = None if teacher is None else teacher.has_text
+    if theirs is not None and (keep is None or not torch.equal(keep, theirs)):
+        keep = theirs if keep is None else keep & theirs
+    count = len(image) if keep is None else int(keep.sum())
+    if count == 0:
+        return None
+    all_of_them = count == len(image)  # then nothing is copied
+
+    def rows(value: _T) -> _T:
+        if all_of_them or not isinstance(value, Tensor):
+            return value
+        return once(lambda: value[keep], "rows", value, keep)  # type: ignore[return-value]
+
+    found = Pairs(
+        image=rows(image),
+        text=rows(student.text),
+        teacher_image=rows(teacher.image) if teacher is not None else None,
+        teacher_text=rows(teacher.text) if teacher is not None else None,
+        group=rows(student.group),
+        keep=keep,
+    )
+    embeddings(found.image, found.text, found.teacher_image, found.teacher_text)
+    return found
+
+
 def _converted(outputs: Outputs, *, detach: bool) -> Outputs:
     def convert(value: object) -> object:
         if isinstance(value, dict):
@@ -335,4 +344,6 @@ def _converted(outputs: Outputs, *, detach: bool) -> Outputs:
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
     changed = {field.name: convert(getattr(outputs, field.name)) for field in dataclasses.fields(outputs)}
-    return Outputs(**changed)  # type: ignore[arg-type]
+    found = Outputs(**changed)  # type: ignore[arg-type]
+    embeddings(found.image, found.text, found.bank, found.masked_image)
+    return found

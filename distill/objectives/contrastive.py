@@ -12,16 +12,20 @@ from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, 
 DUPLICATES = ("ignore", "positives", "negatives")
 
 
-def match_targets(logits: Tensor, group: Tensor | None, duplicates: str) -> tuple[Tensor, Tensor]:
-    """Which columns of a square similarity matrix are right for each row: (target, left out), both [P, P].
+def match_targets(
+    logits: Tensor, group: Tensor | None, duplicates: str, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """Which columns of a square similarity matrix are right for each row: (target, left out), both as logits.
 
-    target: rows sum to 1. left out: bool, columns that take no part in that row's softmax. group: int64 [P], equal for
-    rows of one concept, or None for all different; duplicates: see `Contrastive`.
+    logits: [R, P], the `rows` of all P x P. target: rows sum to 1. left out: bool, columns that take no part in that
+    row's softmax. group: int64 [P], equal for rows of one concept, or None for all different; duplicates: see
+    `Contrastive`.
     """
-    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    place = torch.arange(logits.shape[1], device=logits.device)
+    own = place[rows, None] == place
     if group is None or duplicates == "negatives":
         return own.to(logits.dtype), torch.zeros_like(own)
-    same = group[:, None] == group[None, :]
+    same = group[rows, None] == group[None, :]
     if duplicates == "positives":
         return same.to(logits.dtype) / same.sum(dim=-1, keepdim=True), torch.zeros_like(own)
     return own.to(logits.dtype), same & ~own
@@ -32,9 +36,9 @@ def masked_log_softmax(logits: Tensor, left_out: Tensor) -> Tensor:
     return logits.masked_fill(left_out, float("-inf")).log_softmax(dim=-1).masked_fill(left_out, 0.0)
 
 
-def info_nce(logits: Tensor, group: Tensor | None, duplicates: str) -> Tensor:
-    """Cross-entropy of each row of `logits` [P, P] with its own column, mean over rows; see `Contrastive`."""
-    target, left_out = match_targets(logits, group, duplicates)
+def info_nce(logits: Tensor, group: Tensor | None, duplicates: str, rows: slice = slice(None)) -> Tensor:
+    """Cross-entropy of each of `rows` [R, P] with its own column, mean over rows; see `Contrastive`."""
+    target, left_out = match_targets(logits, group, duplicates, rows)
     return -(target * masked_log_softmax(logits, left_out)).sum(dim=-1).mean()
 
 

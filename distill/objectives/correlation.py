@@ -8,17 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pocketvlm.distill.objectives.common import Widths, positive, unit
-from pocketvlm.distill.objectives.within import WithinModality
+from pocketvlm.distill.objectives.blocks import summed_rows
+from pocketvlm.distill.objectives.common import Widths, positive
+from pocketvlm.distill.objectives.within import WithinModality, cosines
 from pocketvlm.edge.errors import UsageError
 
 
-def taylor_kernel(z: Tensor, gamma: float, order: int) -> Tensor:
-    """Gaussian kernel exp(-gamma |x - y|^2) of the rows of z scaled to length 1, by its Taylor series; [N, N].
+def taylor_kernel(cosine: Tensor, gamma: float, order: int) -> Tensor:
+    """Gaussian kernel exp(-gamma |x - y|^2) of unit vectors with these cosines x.y, by its Taylor series.
 
-    exp(-2 gamma) sum_{p=0..order} (2 gamma)^p / p! (x.y)^p: on unit vectors |x - y|^2 = 2 - 2 x.y.
+    exp(-2 gamma) sum_{p=0..order} (2 gamma)^p / p! (x.y)^p: |x - y|^2 = 2 - 2 x.y.
     """
-    cosine = unit(z) @ unit(z).T
     total = torch.ones_like(cosine)
     for p in range(1, order + 1):
         total = total + (2 * gamma) ** p / math.factorial(p) * cosine**p
@@ -69,6 +69,10 @@ class CorrelationCongruence(WithinModality):
         return ("",)
 
     def relation(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        kernels = (taylor_kernel(z, self.gamma, self.order) for z in (student, teacher))
-        ours, theirs = kernels
-        return {"": (ours - theirs).square().mean()}
+        theirs = cosines(teacher)
+
+        def squares(block: Tensor, rows: slice) -> Tensor:
+            ours, wanted = (taylor_kernel(part, self.gamma, self.order) for part in (block, theirs.whole(rows)))
+            return (ours - wanted).square().sum()
+
+        return {"": summed_rows(squares, cosines(student)) / len(student) ** 2}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Similarity, summed_both_ways
 from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, unit
 from pocketvlm.distill.objectives.contrastive import DUPLICATES, info_nce
 
 
-def continuous_weights(z: Tensor) -> Tensor:
-    """(1 + cos(z_i, z_j)) / 2 with each row divided by its sum, [P, D] -> [P, P]."""
-    cosine = unit(z) @ unit(z).T
+def continuous_weights(cosine: Tensor) -> Tensor:
+    """(1 + cos_ij) / 2 with each row divided by its sum; [R, P]."""
     weight = ((1 + cosine) / 2).clamp(min=0.0)
     return weight / weight.sum(dim=-1, keepdim=True)
 
@@ -64,9 +64,16 @@ class ContinuouslyWeighted(BatchObjective):
         if rows is None:
             return {"cwcl": self.zero(student)}
         image, text = rows.taught()
-        logits = student.logit_scale * unit(rows.image) @ unit(rows.text).T
+        trusted = unit(image if self.side == "image" else text)
+        alike = Similarity(trusted, trusted, 1.0)
+        logits = Similarity(unit(rows.image), unit(rows.text), student.logit_scale)
         if self.side == "text":
             logits = logits.T
-        weight = continuous_weights(image if self.side == "image" else text)
-        weighted = -(weight * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
-        return {"cwcl": weighted + info_nce(logits.T, rows.group, self.duplicates)}
+
+        def weighted(block: Tensor, part: slice) -> Tensor:
+            return -(continuous_weights(alike.whole(part)) * block.log_softmax(dim=-1)).sum()
+
+        def matching(block: Tensor, part: slice) -> Tensor:
+            return len(block) * info_nce(block, rows.group, self.duplicates, part)
+
+        return {"cwcl": summed_both_ways(weighted, matching, logits) / len(rows.image)}

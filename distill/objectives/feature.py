@@ -33,7 +33,8 @@ def row_distance(x: Tensor, target: Tensor, distance: str, beta: float) -> Tenso
     if distance == "cosine":
         return 1 - (unit(x) * unit(target)).sum(dim=-1)
     if distance == "l2":
-        return (x - target).square().sum(dim=-1)
+        # not the square of the difference: this keeps x and target, which are there already, for its backward
+        return F.mse_loss(x, target, reduction="none").sum(dim=-1)
     return F.smooth_l1_loss(x, target, beta=beta, reduction="none").sum(dim=-1)
 
 

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from pocketvlm.distill.objectives.blocks import Similarity, summed_rows
 from pocketvlm.distill.objectives.common import Widths, choice, kl_rows, positive, unit
-from pocketvlm.distill.objectives.within import WithinModality
+from pocketvlm.distill.objectives.within import WithinModality, cosines, without_own
 
 
 def spkd(student: Tensor, teacher: Tensor) -> Tensor:
     """|n(F_T F_T^T) - n(F_S F_S^T)|_F^2 / N^2 with each *row* of a Gram matrix scaled to length 1 by n."""
-    return (unit(teacher @ teacher.T) - unit(student @ student.T)).square().sum() / len(student) ** 2
+    theirs = Similarity(teacher, teacher, 1.0)
+    squares = summed_rows(
+        lambda block, rows: (unit(theirs.whole(rows)) - unit(block)).square().sum(), Similarity(student, student, 1.0)
+    )
+    return squares / len(student) ** 2
 
 
 def cosine_gram(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over all N^2 entries of the squared difference of cosine matrices."""
-    a, b = unit(student), unit(teacher)
-    return (a @ a.T - b @ b.T).square().mean()
+    own, theirs = cosines(student), cosines(teacher)
+    return summed_rows(lambda block, rows: (block - theirs.whole(rows)).square().sum(), own) / len(student) ** 2
 
 
 def softmax_gram(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """mean_i KL( softmax_{j != i}(cos^T_ij / tau) || softmax_{j != i}(cos^S_ij / tau) )."""
-    return kl_rows(_others(teacher) / temperature, _others(student) / temperature)
+    theirs = cosines(teacher)
 
+    def divergence(block: Tensor, rows: slice) -> Tensor:
+        target = without_own(theirs.whole(rows), rows)
+        return len(block) * kl_rows(target / temperature, without_own(block, rows) / temperature)
 
-def _others(z: Tensor) -> Tensor:
-    cosine = unit(z) @ unit(z).T
-    return cosine[~torch.eye(len(z), dtype=torch.bool, device=z.device)].reshape(len(z), -1)
+    return summed_rows(divergence, cosines(student)) / len(student)
 
 
 class Gram(WithinModality):

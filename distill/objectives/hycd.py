@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Similarity, summed_both_ways
 from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, positive, share, unit
 from pocketvlm.distill.objectives.contrastive import DUPLICATES, masked_log_softmax, match_targets
 
 
-def hybrid_kl(target_logits: Tensor, logits: Tensor, group: Tensor | None, duplicates: str, blend: float) -> Tensor:
-    """mean_i KL( blend * match_i + (1 - blend) * softmax(target_logits_i) || softmax(logits_i) ), both [P, P]."""
-    match, left_out = match_targets(logits, group, duplicates)
+def hybrid_kl(
+    target_logits: Tensor, logits: Tensor, group: Tensor | None, duplicates: str, blend: float, rows: slice
+) -> Tensor:
+    """sum_i KL( blend * match_i + (1 - blend) * softmax(target_logits_i) || softmax(logits_i) ), both [R, P]."""
+    match, left_out = match_targets(logits, group, duplicates, rows)
     target = blend * match + (1 - blend) * target_logits.masked_fill(left_out, float("-inf")).softmax(dim=-1)
     # xlogy: a probability that underflowed, or a one-hot zero, adds nothing
-    return (torch.xlogy(target, target) - target * masked_log_softmax(logits, left_out)).sum(dim=-1).mean()
+    return (torch.xlogy(target, target) - target * masked_log_softmax(logits, left_out)).sum()
 
 
 class HybridContrastive(BatchObjective):
@@ -66,13 +71,13 @@ class HybridContrastive(BatchObjective):
             return {"hycd": self.zero(student)}
         target = self._logits(*rows.taught(), teacher)
         logits = self._logits(rows.image, rows.text, student)
-        image, text = (
-            hybrid_kl(theirs, own, rows.group, self.duplicates, self.blend)
-            for theirs, own in ((target, logits), (target.T, logits.T))
-        )
-        return {"hycd": self.temperature**2 * (image + text) / 2}
+        image, text = (self._one_way(theirs, rows.group) for theirs in target.readers())
+        return {"hycd": self.temperature**2 * summed_both_ways(image, text, logits) / (2 * len(rows.image))}
 
-    def _logits(self, image: Tensor, text: Tensor, outputs: Outputs) -> Tensor:
+    def _one_way(self, target: Callable[[slice], Tensor], group: Tensor | None) -> Callable[[Tensor, slice], Tensor]:
+        return lambda block, rows: hybrid_kl(target(rows), block, group, self.duplicates, self.blend, rows)
+
+    def _logits(self, image: Tensor, text: Tensor, outputs: Outputs) -> Similarity:
         if self.normalize:
-            return outputs.logit_scale / self.temperature * unit(image) @ unit(text).T
-        return image @ text.T / self.temperature
+            return Similarity(unit(image), unit(text), outputs.logit_scale / self.temperature)
+        return Similarity(image, text, 1 / self.temperature)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Similarity, summed_rows
 from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, share, unit
 from pocketvlm.distill.objectives.contrastive import DUPLICATES, masked_log_softmax, match_targets
 from pocketvlm.edge.errors import UsageError
@@ -72,13 +74,19 @@ class MomentumDistillation(BatchObjective):
         their_image, their_text = (unit(part) for part in rows.taught())
         soft = self.alpha * (min(1.0, self.progress / self.ramp) if self.ramp else 1.0)
         scale = student.logit_scale
-        with torch.no_grad():
-            believed = scale * their_image @ their_text.T
-        both = self._one_way(scale * unit(rows.image) @ their_text.T, believed, rows.group, soft)
-        both = both + self._one_way(scale * unit(rows.text) @ their_image.T, believed.T, rows.group, soft)
-        return {"momentum": both / 2}
+        believed, across = Similarity(their_image, their_text, scale.detach()).readers()
+        image = Similarity(unit(rows.image), their_text, scale)
+        text = Similarity(unit(rows.text), their_image, scale)
+        both = summed_rows(self._one_way(believed, rows.group, soft), image)
+        both = both + summed_rows(self._one_way(across, rows.group, soft), text)
+        return {"momentum": both / (2 * len(rows.image))}
 
-    def _one_way(self, logits: Tensor, believed: Tensor, group: Tensor | None, soft: float) -> Tensor:
-        match, left_out = match_targets(logits, group, self.duplicates)
-        target = (1 - soft) * match + soft * believed.masked_fill(left_out, float("-inf")).softmax(dim=-1)
-        return -(target * masked_log_softmax(logits, left_out)).sum(dim=-1).mean()
+    def _one_way(
+        self, believed: Callable[[slice], Tensor], group: Tensor | None, soft: float
+    ) -> Callable[[Tensor, slice], Tensor]:
+        def loss(logits: Tensor, rows: slice) -> Tensor:
+            match, left_out = match_targets(logits, group, self.duplicates, rows)
+            target = (1 - soft) * match + soft * believed(rows).masked_fill(left_out, float("-inf")).softmax(dim=-1)
+            return -(target * masked_log_softmax(logits, left_out)).sum()
+
+        return loss

@@ -5,15 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Similarity, summed_both_ways
 from pocketvlm.distill.objectives.common import BatchObjective, Widths, inverse_temperature, positive, unit
 from pocketvlm.distill.objectives.contrastive import match_targets
 
 
-def distribution_matching(logits: Tensor, group: Tensor | None, epsilon: float) -> Tensor:
-    """mean_i KL( softmax(logits_i) || match_i + epsilon ), match_i even over the columns of row i's group."""
-    match, _ = match_targets(logits, group, "positives")
+def distribution_matching(logits: Tensor, group: Tensor | None, epsilon: float, rows: slice) -> Tensor:
+    """sum_i KL( softmax(logits_i) || match_i + epsilon ) over `rows`, match_i even over the columns of i's group."""
+    match, _ = match_targets(logits, group, "positives", rows)
     predicted = logits.log_softmax(dim=-1)
-    return (predicted.exp() * (predicted - (match + epsilon).log())).sum(dim=-1).mean()
+    return (predicted.exp() * (predicted - (match + epsilon).log())).sum()
 
 
 class DistributionMatching(BatchObjective):
@@ -58,6 +59,10 @@ class DistributionMatching(BatchObjective):
         rows = self.pairs(student, None)
         if rows is None:
             return {"multi-positive": self.zero(student)}
-        logits = inverse_temperature(self.temperature, student) * unit(rows.image) @ unit(rows.text).T
-        image, text = (distribution_matching(way, rows.group, self.epsilon) for way in (logits, logits.T))
-        return {"multi-positive": image + text}
+        logits = Similarity(unit(rows.image), unit(rows.text), inverse_temperature(self.temperature, student))
+        group = rows.group
+
+        def one_way(block: Tensor, part: slice) -> Tensor:
+            return distribution_matching(block, group, self.epsilon, part)
+
+        return {"multi-positive": summed_both_ways(one_way, one_way, logits) / len(rows.image)}

@@ -6,31 +6,34 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Similarity, summed_rows
 from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, inverse_temperature, positive, unit
 from pocketvlm.distill.objectives.ranking import list_mle
-from pocketvlm.distill.objectives.within import reads_pictures
+from pocketvlm.distill.objectives.within import reads_pictures, without_own
 from pocketvlm.edge.errors import UsageError
 
 SEARCHES = ("image", "text", "image-to-text", "text-to-image")
 
 
-def neighbour_order(cosine: Tensor, target: Tensor, top: int, scale: Tensor | float) -> Tensor:
+def neighbour_order(own: Similarity, theirs: Similarity, top: int, *, within: bool) -> Tensor:
     """Mean over rows and places of the likelihood that the first `top` of a row are the teacher's, in its order.
 
-    cosine, target: student's and teacher's [R, N], N >= 2. top is at most N - 1: the last place of a full list is
-    certain. Formula: see `NeighbourOrder`.
+    own, theirs: the student's cosines over tau and the teacher's cosines [R, N]. within: of one list with itself, so
+    that the diagonal is left out. N is then at least 3, else 2. top is at most the list less one: the last place of a
+    full list is certain. Formula: see `NeighbourOrder`.
     """
-    top = min(top, cosine.shape[-1] - 1)
-    return list_mle(scale * cosine, target, top=top).mean() / top
+    top = min(top, len(own.keys) - (2 if within else 1))
 
+    def loss(block: Tensor, rows: slice) -> Tensor:
+        scores, target = block, theirs.whole(rows)
+        if within:
+            scores, target = without_own(scores, rows), without_own(target, rows)
+        return list_mle(scores, target, top=top).sum()
 
-def others(matrix: Tensor) -> Tensor:
-    """[N, N] without its diagonal, [N, N - 1]."""
-    return matrix[~torch.eye(len(matrix), dtype=torch.bool, device=matrix.device)].reshape(len(matrix), -1)
+    return summed_rows(loss, own) / (len(own.queries) * top)
 
 
 class NeighbourOrder(BatchObjective):
@@ -95,25 +98,17 @@ class NeighbourOrder(BatchObjective):
         rows = self.pairs(student, teacher) if self.of != ("image",) else None
         for part in self.of:
             if part == "image":
-                pair: tuple[Tensor, Tensor] | None = self._within(student.image, teacher.image)
+                searched = (student.image, student.image), (teacher.image, teacher.image)
             elif rows is None:
-                pair = None
+                found[f"order_{part}"] = self.zero(student)
+                continue
             else:
-                assert rows.teacher_image is not None, "pairs() was given the teacher"
-                assert rows.teacher_text is not None, "pairs() was given the teacher"
-                if part == "text":
-                    pair = self._within(rows.text, rows.teacher_text)
-                else:
-                    ours, theirs = (
-                        unit(rows.image) @ unit(rows.text).T,
-                        unit(rows.teacher_image) @ unit(rows.teacher_text).T,
-                    )
-                    pair = (ours, theirs) if part == "image-to-text" else (ours.T, theirs.T)
-            found[f"order_{part}"] = (
-                self.zero(student) if pair is None else neighbour_order(*pair, self.neighbours, scale)
-            )
+                of_student, of_teacher = (rows.image, rows.text), rows.taught()
+                query, key = {"text": (1, 1), "image-to-text": (0, 1), "text-to-image": (1, 0)}[part]
+                searched = (of_student[query], of_student[key]), (of_teacher[query], of_teacher[key])
+            own, theirs = (tuple(unit(side) for side in model) for model in searched)
+            found[f"order_{part}"] = neighbour_order(
+                Similarity(own[0], own[1], scale), Similarity(theirs[0], theirs[1], 1.0), self.neighbours,
+                within=part in ("image", "text"),
+            )  # fmt: skip
         return found
-
-    @staticmethod
-    def _within(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-        return others(unit(ours) @ unit(ours).T), others(unit(theirs) @ unit(theirs).T)

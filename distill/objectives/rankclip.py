@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Similarity, summed_rows
 from pocketvlm.distill.objectives.common import (
     BatchObjective,
     Widths,
@@ -15,12 +16,18 @@ from pocketvlm.distill.objectives.common import (
     unit,
 )
 from pocketvlm.distill.objectives.ranking import list_mle
+from pocketvlm.distill.objectives.within import cosines
 from pocketvlm.edge.errors import UsageError
 
 
-def consistency(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
+def consistency(a: Similarity, b: Similarity, scale: Tensor | float) -> Tensor:
     """Mean over rows and places of ListMLE(c a; b) + ListMLE(c b; a), for two matrices of cosines [P, P]."""
-    return (list_mle(scale * a, b) + list_mle(scale * b, a)).mean() / len(a)
+
+    def loss(block: Tensor, rows: slice) -> Tensor:
+        other = b.whole(rows)
+        return (list_mle(scale * block, other) + list_mle(scale * other, block)).sum()
+
+    return summed_rows(loss, a) / len(a.queries) ** 2
 
 
 class RankConsistency(BatchObjective):
@@ -79,8 +86,9 @@ class RankConsistency(BatchObjective):
         if rows is None:
             return {key: self.zero(student) for key, weight in weights.items() if weight}
         image, text = unit(rows.image), unit(rows.text)
-        lists = {"rankclip_cross": (image @ text.T, text @ image.T)}
-        lists["rankclip_within"] = (image @ image.T, text @ text.T)
+        across = Similarity(image, text, 1.0)
+        lists = {"rankclip_cross": (across, across.T)}
+        lists["rankclip_within"] = (cosines(rows.image), cosines(rows.text))
         scale = inverse_temperature(self.temperature, student)
         divisor = 32 if self.reduction == "released" else 1
         return {key: weight * consistency(*lists[key], scale) / divisor for key, weight in weights.items() if weight}

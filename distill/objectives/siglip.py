@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
-from pocketvlm.distill.objectives.blocks import Similarity, summed_blocks
+from pocketvlm.distill.objectives.blocks import Similarity, summed_rows
 from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, unit
 from pocketvlm.distill.objectives.contrastive import DUPLICATES
 from pocketvlm.edge.errors import UsageError
@@ -75,8 +75,5 @@ class PairwiseSigmoid(BatchObjective):
         bias = student.logit_bias if self.bias is None else self.bias
         group, duplicates = rows.group, self.duplicates
         logits = Similarity(unit(rows.image), unit(rows.text), student.logit_scale)
-        if logits.held:
-            total = pairwise_sigmoid(logits.whole() + bias, group, duplicates)
-        else:
-            total = summed_blocks(lambda block, part: pairwise_sigmoid(block + bias, group, duplicates, part), logits)
+        total = summed_rows(lambda block, part: pairwise_sigmoid(block + bias, group, duplicates, part), logits)
         return {"siglip": total / len(rows.image)}

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
+from pocketvlm.distill.objectives.blocks import Similarity, summed_both_ways
 from pocketvlm.distill.objectives.common import BatchObjective, Widths, choice, share, unit
 from pocketvlm.distill.objectives.contrastive import DUPLICATES, masked_log_softmax, match_targets
 
 
-def softened(logits: Tensor, group: Tensor | None, duplicates: str, softness: float) -> Tensor:
-    """Cross-entropy of each row with its softened target, mean over rows; see `SoftNegatives`. logits: [P, P]."""
-    target, left_out = match_targets(logits, group, duplicates)
+def softened(logits: Tensor, group: Tensor | None, duplicates: str, softness: float, rows: slice) -> Tensor:
+    """Cross-entropy of each row with its softened target, summed; see `SoftNegatives`. logits: [R, P], the `rows`."""
+    target, left_out = match_targets(logits, group, duplicates, rows)
     with torch.no_grad():
         negative = (target == 0) & ~left_out
         any_negative = negative.any(dim=-1, keepdim=True)
@@ -20,7 +21,7 @@ def softened(logits: Tensor, group: Tensor | None, duplicates: str, softness: fl
         among = logits.masked_fill(~negative & any_negative, float("-inf")).softmax(dim=-1)
         moved = softness * any_negative.to(logits.dtype)
         target = (1 - moved) * target + moved * among
-    return -(target * masked_log_softmax(logits, left_out)).sum(dim=-1).mean()
+    return -(target * masked_log_softmax(logits, left_out)).sum()
 
 
 class SoftNegatives(BatchObjective):
@@ -71,7 +72,10 @@ class SoftNegatives(BatchObjective):
         rows = self.pairs(student, None)
         if rows is None:
             return {"soft-negatives": self.zero(student)}
-        logits = student.logit_scale * unit(rows.image) @ unit(rows.text).T
-        now = self.softness * self.progress
-        image, text = (softened(way, rows.group, self.duplicates, now) for way in (logits, logits.T))
-        return {"soft-negatives": (image + text) / 2}
+        logits = Similarity(unit(rows.image), unit(rows.text), student.logit_scale)
+        group, now = rows.group, self.softness * self.progress
+
+        def one_way(block: Tensor, part: slice) -> Tensor:
+            return softened(block, group, self.duplicates, now, part)
+
+        return {"soft-negatives": summed_both_ways(one_way, one_way, logits) / (2 * len(rows.image))}

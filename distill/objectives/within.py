@@ -7,10 +7,12 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pocketvlm.distill.objectives.base import Needs, Outputs
-from pocketvlm.distill.objectives.common import BatchObjective, choice
+from pocketvlm.distill.objectives.blocks import Similarity
+from pocketvlm.distill.objectives.common import BatchObjective, choice, unit
 from pocketvlm.edge.errors import UsageError
 
 
@@ -18,6 +20,17 @@ def reads_pictures(options: Mapping[str, Any]) -> bool:
     """Whether the option `of` names anything but texts."""
     of = options.get("of", "image")
     return of != "text" and not (isinstance(of, (list, tuple)) and set(map(str, of)) == {"text"})
+
+
+def cosines(z: Tensor) -> Similarity:
+    """Of the rows of z with each other, [N, D] -> [N, N], not yet made."""
+    return Similarity(unit(z), unit(z), 1.0)
+
+
+def without_own(block: Tensor, rows: slice) -> Tensor:
+    """`rows` [R, N] of a matrix N x N without their entries on its diagonal, [R, N - 1]."""
+    place = torch.arange(block.shape[1], device=block.device)
+    return block[place[rows, None] != place].reshape(len(block), -1)
 
 
 class WithinModality(BatchObjective):

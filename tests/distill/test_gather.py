@@ -19,6 +19,8 @@ from torch import nn
 from pocketvlm.distill.balance import GradientBalance
 from pocketvlm.distill.gather import gather_outputs
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective, list_objectives
+from pocketvlm.distill.objectives.blocks import shared_rows, similarity_bytes
+from pocketvlm.distill.ranks import ALONE, Ranks
 from pocketvlm.edge.errors import UsageError
 
 ROWS, SPLIT, N = 9, 5, 6  # uneven on purpose: 5 rows on rank 0, 4 on rank 1
@@ -110,31 +112,45 @@ def objectives() -> list[tuple[str, dict[str, object]]]:
     return [*((name, {}) for name in list_objectives()), *extra]
 
 
-def run_all(start: int, stop: int, ranks: int) -> list[dict[str, torch.Tensor]]:
-    """Value and averaged gradients of every objective, as a data-parallel loop would have them."""
-    results = []
-    for name, options in objectives():
-        student = Towers()
-        objective = build_objective(name, student=STUDENT, teacher=TEACHER, seed=3, **options).double()
-        objective.at(4, 0.5)
-        inputs, teacher = batch(start, stop)
-        if objective.needs.momentum:  # an average of the student is as wide as the student
-            with torch.no_grad():
-                teacher = Towers(seed=9)(**inputs)
-        given = {"teacher": gather_outputs(teacher)} if objective.needs.targets else {}
-        terms = objective(student=gather_outputs(student(**inputs)), **given)
-        sum(terms.values()).backward()
-        found = {f"value {key}": value.detach() for key, value in terms.items()}
-        for key, parameter in [*student.named_parameters(), *objective.named_parameters(prefix="objective")]:
-            gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-            if ranks > 1:
-                dist.all_reduce(gradient)
-            found[f"gradient {key}"] = gradient / ranks
-        results.append(found)
-    return results
+def run_all(start: int, stop: int, ranks: int, rank: int = 0, least: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Value and averaged gradients of every objective, as a data-parallel loop would have them.
+
+    least: entries of the matrices that the ranks share out, as `shared_rows`.
+    """
+    with shared_rows(rank, ranks, least):
+        return [one(name, options, start, stop, ranks) for name, options in objectives()]
 
 
-def balanced(start: int, stop: int) -> list[float]:
+def one(name: str, options: dict[str, object], start: int, stop: int, ranks: int) -> dict[str, torch.Tensor]:
+    student = Towers()
+    objective = build_objective(name, student=STUDENT, teacher=TEACHER, seed=3, **options).double()
+    objective.at(4, 0.5)
+    inputs, teacher = batch(start, stop)
+    if objective.needs.momentum:  # an average of the student is as wide as the student
+        with torch.no_grad():
+            teacher = Towers(seed=9)(**inputs)
+    given = {"teacher": gather_outputs(teacher)} if objective.needs.targets else {}
+    terms = objective(student=gather_outputs(student(**inputs)), **given)
+    sum(terms.values()).backward()
+    found = {f"value {key}": value.detach() for key, value in terms.items()}
+    for key, parameter in [*student.named_parameters(), *objective.named_parameters(prefix="objective")]:
+        gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        if ranks > 1:
+            dist.all_reduce(gradient)
+        found[f"gradient {key}"] = gradient / ranks
+    return found
+
+
+def of_clip(start: int, stop: int, rank: int, least: int) -> float:
+    """The gradient of `clip` with respect to the scale, before it is averaged over ranks."""
+    inputs, _ = batch(start, stop)
+    student = Towers()
+    with shared_rows(rank, 2, least):
+        build_objective("clip", student=STUDENT)(student=gather_outputs(student(**inputs)))["clip"].backward()
+    return float(student.log_scale.grad)
+
+
+def balanced(start: int, stop: int, ranks: Ranks = ALONE) -> list[float]:
     """Norms that `train.balance` would measure: of objectives over pairs, a bank, and a term that is exactly 0."""
     names = ("clip", "crd", "bank", "hint")
     balance = GradientBalance(len(names))
@@ -143,7 +159,9 @@ def balanced(start: int, stop: int) -> list[float]:
     theirs = gather_outputs(teacher)
     for place, name in enumerate(names):
         objective = build_objective(name, student=STUDENT, teacher=TEACHER, seed=3).double()
-        balance.measure(place, sum(objective(student=student, teacher=theirs).values()), student)
+        with shared_rows(*ranks.place, 0):
+            loss = sum(objective(student=student, teacher=theirs).values())
+        balance.measure(place, loss, student, ranks.mean)
     return balance.norms
 
 
@@ -158,7 +176,10 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
     bounds = ((0, SPLIT), (SPLIT, ROWS))[rank]
-    found = run_all(*bounds, ranks=2)
+    found = run_all(*bounds, 2, rank)
+    with similarity_bytes(0, 4 * 8 * 2):
+        blocks = run_all(*bounds, 2, rank)
+    whole = run_all(*bounds, 2, rank, least=1 << 30)
     inputs, _ = batch(*bounds)
     gathered = gather_outputs(Towers()(**inputs))
     odd = Towers()(**inputs)
@@ -167,10 +188,10 @@ def main(rank: int, folder: Path) -> None:
         message = ""
     except UsageError as error:
         message = str(error)
-    norms = balanced(*bounds)
-    torch.save(
-        {"norms": norms, "results": found, "outputs": plain(gathered), "message": message}, folder / f"{rank}.pt"
-    )
+    norms = balanced(*bounds, Ranks(rank, 2))
+    own = of_clip(*bounds, rank, 0), of_clip(*bounds, rank, 1 << 30)
+    results = {"own": own, "shared": found, "shared, in blocks": blocks, "whole": whole}
+    torch.save({"norms": norms, **results, "outputs": plain(gathered), "message": message}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -193,17 +214,26 @@ def two_ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def test_two_ranks_equal_one(two_ranks):
+@pytest.mark.parametrize("how", ["shared", "shared, in blocks", "whole"])
+def test_two_ranks_equal_one(two_ranks, how):
+    """Whether they share the rows of a matrix out or each compute the whole; captions are unevenly spread."""
     whole = run_all(0, ROWS, ranks=1)
     assert len(whole) == len(objectives())
     for index, (name, _) in enumerate(objectives()):
         for rank in range(2):
-            part = two_ranks[rank]["results"][index]
+            part = two_ranks[rank][how][index]
             assert part.keys() == whole[index].keys()
             for key, wanted in whole[index].items():
                 # float64, other summation order: 1e-12 is a thousand roundings
                 torch.testing.assert_close(part[key], wanted, rtol=1e-11, atol=1e-12, msg=f"{name}: {key}")
         assert any(value.abs().sum() > 0 for key, value in whole[index].items() if key.startswith("gradient"))
+
+
+def test_each_rank_computes_its_part_where_losses_are_shared_out(two_ranks):
+    (mine, whole), (yours, other) = (part["own"] for part in two_ranks)
+    assert whole == other
+    assert abs(mine - yours) > 1e-3
+    assert (mine + yours) / 2 == pytest.approx(whole, rel=1e-12)
 
 
 def test_two_ranks_balance_alike_and_like_one(two_ranks):

@@ -83,7 +83,7 @@ def test_multi_positive_is_not_clip_with_positives():
 
 
 def test_cwcl_weights_are_rows_of_chances_and_twins_weigh_most():
-    weight = continuous_weights(torch.tensor([[1.0, 0.0], [2.0, 0.0], [-3.0, 0.0]]))
+    weight = continuous_weights(torch.tensor([[1.0, 1.0, -1.0], [1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]]))
     torch.testing.assert_close(weight, torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]))
 
 
@@ -118,16 +118,16 @@ def test_soft_negatives_start_as_clip_and_soften_with_progress():
 
 
 def test_soft_negatives_treat_their_target_as_a_constant():
-    """The gradient of a cross-entropy with a fixed target is (chance - target) / rows."""
+    """The gradient of a cross-entropy with a fixed target is chance - target."""
     logits = (torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3).requires_grad_()
-    softened(logits, None, "negatives", 0.3).backward()
+    softened(logits, None, "negatives", 0.3, slice(None)).backward()
     chance = logits.detach().softmax(dim=-1)
     for i in range(4):
         others = [j for j in range(4) if j != i]
         among = logits.detach()[i, others].softmax(dim=-1)
         target = torch.zeros(4, dtype=torch.float64)
         target[i], target[others] = 0.7, 0.3 * among
-        torch.testing.assert_close(logits.grad[i], (chance[i] - target) / 4)
+        torch.testing.assert_close(logits.grad[i], chance[i] - target)
 
 
 @pytest.mark.parametrize("duplicates", ["ignore", "positives"])
