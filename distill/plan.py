@@ -444,7 +444,8 @@ class Planner:
         if not self.cut:
             data = each.times(makes / count)
             data = Seconds(data.cpu_s, data.wall_s / self._readers(os.cpu_count() or 1))
-        first = found.decode.times(self.total / count)
+        # a stream is decoded as it is trained on
+        first = found.decode.times(self.total / count) if self.stream is None else Seconds()
         if self.cut and found.lower_s is not None:
             first = first + (found.view + found.lower_s).times(self.total * self.views / count)
         picture = sum((t.picture_s for t in self.teachers if t.picture_s is not None), Seconds())

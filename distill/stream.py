@@ -405,6 +405,15 @@ def _start_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if hasattr(os, "setsid"):  # a run that waits for a batch shall not lose it to a signal that asks it to save
         os.setsid()
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    # torch's workers watch the server process instead, which lives as long as they do: a killed run would leave both
+    run = multiprocessing.parent_process()
+    assert run is not None, "a worker was started by somebody"
+    run.join()
+    os._exit(1)
 
 
 def _context() -> Any:

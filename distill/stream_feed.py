@@ -100,7 +100,9 @@ class _Answers:
     """What a live teacher says to one batch, with the readers of a `TeacherCache`."""
 
     def __init__(self, live: LiveTeacher, made: Made, pixels: Tensor | None) -> None:
-        self.info, self._live, self._places = live.info, live, {uid: place for place, uid in enumerate(made.uids)}
+        self.info, self._live = live.info, live
+        # a batch may hold a picture twice, where an epoch ends or shards are drawn with replacement
+        self._places = {seen: place for place, seen in enumerate(zip(made.uids, made.views))}
         if pixels is not None:
             tokens = bool(live.grid)
             encode: Any = live.teacher.encode_image_tokens if tokens else live.teacher.encode_images  # type: ignore[attr-defined]
@@ -110,13 +112,13 @@ class _Answers:
         self._texts = live.teacher.encode_texts(texts) if texts else TeacherOutput(torch.zeros(0, live.info.dim))
 
     def image(self, uids: Sequence[str], views: int | Sequence[int] = 0) -> Tensor:
-        return self._of(self._images.embedding, uids)
+        return self._of(self._images.embedding, uids, views)
 
     def features(self, uids: Sequence[str], views: int | Sequence[int] = 0) -> Tensor:
-        return self._of(self._images.features, uids)
+        return self._of(self._images.features, uids, views)
 
     def tokens(self, uids: Sequence[str], views: int | Sequence[int] = 0) -> Tensor:
-        return self._of(on_grid(self._images.taps["tokens"], self._live.grid), uids)
+        return self._of(on_grid(self._images.taps["tokens"], self._live.grid), uids, views)
 
     def text(self, texts: Sequence[str]) -> Tensor:
         return self._texts.embedding.float().cpu()[[self._rows[text] for text in texts]]
@@ -127,9 +129,10 @@ class _Answers:
             return torch.zeros(0, self.info.text_feature_dim)
         return found.float().cpu()[[self._rows[text] for text in texts]]
 
-    def _of(self, rows: Tensor | None, uids: Sequence[str]) -> Tensor:
+    def _of(self, rows: Tensor | None, uids: Sequence[str], views: int | Sequence[int]) -> Tensor:
         assert rows is not None, "only what `info` promises is asked for"
-        return rows.float().cpu()[[self._places[uid] for uid in uids]]
+        wanted = [views] * len(uids) if isinstance(views, int) else views
+        return rows.float().cpu()[[self._places[seen] for seen in zip(uids, wanted)]]
 
 
 class _FromShards:

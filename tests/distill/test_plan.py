@@ -328,6 +328,8 @@ def test_pictures_are_decoded_by_as_many_as_the_loop_has(recipe: Callable[..., R
     assert [decode_s(*stream(workers)) for workers in (0, 2, 99)] == pytest.approx([one, one / 2, one / 8], rel=1e-3)
     assert decode_s(ram=1e4) < 0.5 * one
     assert decode_s(*stream(0), ram=1e4) == pytest.approx(one, rel=1e-3)
+    here = [make_plan(recipe(*asked), samples=1e5).values["time"]["prepare_s"] for asked in ((), stream(0))]
+    assert here[0] > 0 == here[1], "a stream is not decoded before it is trained on"
 
 
 def test_an_unknown_device_is_answered_with_the_nearest(recipe: Callable[..., Recipe]) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +281,29 @@ def test_a_dying_worker_is_named_with_its_shard(settings: StreamSettings, shards
             take(loader, 20)
         assert time.monotonic() - began < 20
         assert str(shards) in str(told.value)
+
+
+def _reads(settings: StreamSettings, told: Any) -> None:
+    loader = StreamLoader(settings, workers=2)
+    take(loader, 2)
+    told.send([*loader._status[:, 0].tolist(), forkserver._forkserver._forkserver_pid])
+    time.sleep(600)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are the run's own children")
+def test_a_killed_run_leaves_no_worker_behind(settings: StreamSettings) -> None:
+    """Nor the server process that they come from."""
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    run = context.Process(target=_reads, args=(settings, theirs))
+    run.start()
+    assert mine.poll(120)
+    left = [Path(f"/proc/{pid}") for pid in mine.recv()]
+    assert all(place.exists() for place in left)
+    run.kill()
+    run.join()
+    until = time.monotonic() + 30
+    # who waits for an adopted process may take its time: one that has ended has no command any more
+    while left := [place for place in left if place.exists() and (place / "cmdline").read_bytes()]:
+        assert time.monotonic() < until, left
+        time.sleep(0.1)

@@ -125,6 +125,24 @@ def test_a_live_teacher_sees_the_view_at_its_own_size(shards: Path, toy_teacher:
     trainer.one_step(batch)
 
 
+def test_a_picture_twice_in_a_batch_is_taught_each_of_its_views(shards: Path, toy_teacher: None) -> None:
+    value = stream_recipe(shards)
+    value["data"]["stream"]["order"] = "resampled"
+    value["train"]["batch_size"] = 12
+    feed = trainer_of(value).feed
+    taken: list[Any] = []
+    over = feed._over  # type: ignore[attr-defined]
+    feed._over = lambda made, step: taken.append(made) or over(made, step)  # type: ignore[attr-defined,func-returns-value]
+    twice = 0
+    for step in range(6):
+        batch, made = feed.make(step), taken[-1]
+        twice += len(set(zip(made.uids, made.views))) - len(set(made.uids))
+        found = ToyTeacher().encode_images(made.pixels[1])
+        assert torch.equal(batch.teacher_image, found.embedding)
+        assert torch.equal(batch.teacher_features, found.features)
+    assert twice, "some picture came in two views"
+
+
 def test_a_cached_teacher_answers_like_the_live_one(tmp_path: Path, shards: Path, toy_teacher: None) -> None:
     found = list_shards(str(shards))
     stream = SampleStream(found, ShardOrder(len(found), slot=0, slots=1, order="sequential", seed=0))
