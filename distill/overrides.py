@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -49,6 +50,23 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         node[_list_index(node, parts[-1], override)] = value
     else:
         node[parts[-1]] = value
+
+
+def given_once(overrides: Sequence[str]) -> Sequence[str]:
+    """The overrides of a command line, of which none may be for the same key as another.
+
+    Raises:
+        UsageError: two are; an unquoted brace range, of which the shell makes several arguments, is the usual cause.
+    """
+    found: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if (before := found.setdefault(key, override)) is not override:
+            raise UsageError(
+                f"{key} is given twice ({before!r} and {override!r}), of which the last alone would count; give it "
+                "once, in quotes if it has braces or stars that the shell expands"
+            )
+    return overrides
 
 
 def _list_index(items: list[Any], part: str, override: str) -> int:

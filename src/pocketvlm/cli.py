@@ -120,11 +120,12 @@ def distill(
 ) -> None:
     """Train a student by a recipe; writes checkpoints, metrics.jsonl and report.html into --out."""
     from pocketvlm.distill.loop import distill_run
+    from pocketvlm.distill.overrides import given_once
     from pocketvlm.distill.recipe import load_recipe
 
     if on_bad_sample != "recipe":
         overrides = (*overrides, f"data.on_bad_sample={on_bad_sample}")
-    result = distill_run(load_recipe(recipe, overrides), out, resume=resume, overwrite=overwrite)
+    result = distill_run(load_recipe(recipe, given_once(overrides)), out, resume=resume, overwrite=overwrite)
     if result.rank == 0:
         print(f"student: {result.student}\nreport:  {result.report}")
 
