@@ -19,7 +19,9 @@ from pocketvlm.edge.bundle import Bundle, BundleVariant
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
 from pocketvlm.export.budgets import Budgets, PrecisionBudgets, Status, load_budgets
 from pocketvlm.export.compare import finite
+from pocketvlm.export.onnx_weights import NOT_QUANTIZED, PER_TENSOR
 from pocketvlm.export.parity_coreml import stage_structure
+from pocketvlm.export.parity_depth import TapDrift, depth, first_departure
 from pocketvlm.export.parity_pool import PooledTask, pooled_task_bound
 from pocketvlm.export.parity_stages import (
     RUNTIMES,
@@ -54,7 +56,8 @@ SCHEMA_VERSION = "1.0"
 
 @dataclass
 class VariantReport:
-    """One target at one precision. stages: in order. worst: the cases to look at first.
+    """One target at one precision. stages: in order. worst: the cases to look at first. depth: tower -> drift at each
+    tap, or why there is none (`depth_note`).
 
     status: "fail" if any stage failed, else "undecided" if one could not be decided, else "structure-only" if its
     numbers were not run here, else "pass". failed_stage: the first stage that failed. A stage that is "not-compared"
@@ -67,6 +70,8 @@ class VariantReport:
     files: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     worst: list[Worst] = field(default_factory=list)
+    depth: dict[str, list[TapDrift]] = field(default_factory=dict)
+    depth_note: str = ""
 
     @property
     def name(self) -> str:
@@ -118,6 +123,8 @@ class VariantReport:
             "files": self.files,
             "stages": [stage.to_dict() for stage in self.stages],
             "worst": [worst.to_dict() for worst in self.worst],
+            "depth": {tower: [tap.to_dict() for tap in taps] for tower, taps in self.depth.items()},
+            "depth_note": self.depth_note,
         }
 
 
@@ -267,7 +274,7 @@ def check_parity(
         ]
         for variant in chosen:
             report.variants.append(_check_variant(bundle, variant, reference, limits, shared, report))
-        _borrow_full_precision(report)
+        borrow_full_precision(report)
     if out is not None:
         report.save(out)
     return report
@@ -388,9 +395,10 @@ def _run_stages(
 
     def towers() -> StageResult:
         held.append(run_towers(bundle, variant, reference))
-        return stage_towers(stage, held[0], variant, reference, budgets)
+        return stage_towers(stage, bundle, held[0], variant, reference, budgets)
 
     report.stages.append(guarded(stage, towers))
+    _follow_depth(report, bundle, variant, reference)
     if not held:
         missing = "the graph did not run"
         report.stages += [StageResult(name, "not-run", missing) for name in ("S4", "S5")]
@@ -405,6 +413,41 @@ def _run_stages(
     report.stages.append(guarded("S5", task))
 
 
+def _follow_depth(report: VariantReport, bundle: Bundle, variant: BundleVariant, reference: ReferenceRun) -> None:
+    """Drift over depth, where a file shows its inner values; it explains a verdict and is no part of one."""
+    full = next((v for v in bundle.variants if (v.target, v.precision, v.dim) == ("onnx", "fp32", variant.dim)), None)
+    if variant.target != "onnx" or full is None:
+        report.depth_note = (
+            f"{variant.target} files do not show their inner values"
+            if variant.target != "onnx"
+            else "the bundle has no onnx fp32 variant to compare inner values with"
+        )
+        return
+    try:
+        report.depth = depth(bundle, variant, full, reference)
+    except Exception as error:  # a file that does not run has failed its stage already
+        reason = (str(error).splitlines() or [""])[0][:200]
+        report.depth_note = f"inner values could not be read ({type(error).__name__}: {reason})"
+        return
+    explain_by_depth(report)
+
+
+def explain_by_depth(report: VariantReport) -> None:
+    """Let the sentence of a failed S2 or S3 name the block where it began."""
+    own_stage = "S2" if report.precision == "fp32" else "S3"
+    stage = next((s for s in report.stages if s.stage == own_stage and s.status == "fail"), None)
+    failed = next((check for check in stage.checks if check.status == "fail"), None) if stage else None
+    if stage is None or failed is None:
+        return
+    if report.precision == "fp32":
+        departed = first_departure(report.depth)
+        stage.message += f"; the first block that departs is in the {departed}" if departed else ""
+    own = [tap for tap in report.depth.get(failed.where, []) if tap.own is not None]
+    if own and failed.metric not in (PER_TENSOR, NOT_QUANTIZED):
+        worst = max(own, key=lambda tap: tap.own or 0.0)
+        stage.message += f"; the largest error of its own has {worst.tap}, {worst.own:.1e}"
+
+
 def _hashes(bundle: Bundle, variant: BundleVariant) -> dict[str, str]:
     files = bundle.raw["files"]
     return {
@@ -414,7 +457,7 @@ def _hashes(bundle: Bundle, variant: BundleVariant) -> dict[str, str]:
     }
 
 
-def _borrow_full_precision(report: ParityReport) -> None:
+def borrow_full_precision(report: ParityReport) -> None:
     """A reduced-precision row also shows how its target's full-precision graph did, so that blame falls rightly."""
     for variant in report.variants:
         if variant.precision == "fp32":

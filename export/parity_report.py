@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from importlib import resources
 from typing import Any
 
 from pocketvlm.edge.errors import require
 from pocketvlm.export.budgets import Check
 from pocketvlm.export.parity import ParityReport, VariantReport
+from pocketvlm.export.parity_depth import DEPARTS, TapDrift
 from pocketvlm.export.parity_stages import JUDGED_AT, TITLES, metric_name, number
 
 LIGHTS = {"pass": "●", "fail": "✕", "undecided": "◐", "structure-only": "◇", "not-compared": "○", "not-run": "–"}
@@ -109,7 +111,7 @@ def render_html(report: ParityReport) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(
         number=number, used=used, metric_name=metric_name, lights=LIGHTS, words=WORDS, titles=TITLES,
-        stage_names=_STAGES, judged_at=JUDGED_AT,
+        stage_names=_STAGES, judged_at=JUDGED_AT, drift_plot=drift_plot,
     )  # fmt: skip
     manifest = report.reference.get("manifest")
     return str(
@@ -121,6 +123,52 @@ def render_html(report: ParityReport) -> str:
             licences=_licences(report),
         )
     )
+
+
+_WIDE, _HIGH, _LEFT, _TOP, _BELOW = 960, 230, 110, 14, 80
+# nothing smaller is told apart from rounding
+_LOWEST = 1e-9
+
+
+def drift_plot(taps: list[TapDrift]) -> dict[str, Any]:
+    """What the template draws: polylines, points and axis of one tower's drift over depth, in pixels.
+
+    Reduced precision: 1 - cosine in all and the block's own. Full precision: deviation of the tap's statistics; a tap
+    that was folded into another one has no value.
+    """
+    reduced = any(tap.total is not None for tap in taps)
+    series = {"in all": [t.total for t in taps], "its own": [t.own for t in taps]}
+    if not reduced:
+        last = max((i for i, t in enumerate(taps) if t.deviation <= DEPARTS), default=-1)
+        shown = [t.deviation <= DEPARTS or i > last for i, t in enumerate(taps)]
+        series = {"deviation": [t.deviation if seen else None for t, seen in zip(taps, shown)]}
+    values = [max(v, _LOWEST) for row in series.values() for v in row if v is not None and math.isfinite(v)]
+    low = math.floor(math.log10(min(values, default=_LOWEST)))
+    high = max(low + 1, math.ceil(math.log10(max(values, default=1.0))))
+    step = (_WIDE - _LEFT - 20) / max(1, len(taps) - 1)
+
+    def place(index: int, value: float) -> tuple[float, float]:
+        share = (math.log10(max(value, _LOWEST)) - low) / (high - low)
+        return round(_LEFT + index * step, 1), round(_TOP + (1 - share) * (_HIGH - _TOP), 1)
+
+    lines, points = [], []
+    for name, row in series.items():
+        known = [(i, v) for i, v in enumerate(row) if v is not None and math.isfinite(v)]
+        spots = [place(i, v) for i, v in known]
+        lines.append((name, " ".join(f"{x},{y}" for x, y in spots)))
+        marks = [taps[i].outlier and name != "in all" for i, _ in known]
+        points += [
+            (x, y, mark, name, f"{taps[i].tap}: {name} {v:.2e}") for (x, y), mark, (i, v) in zip(spots, marks, known)
+        ]
+    every = max(1, len(taps) // 24)
+    labels = [(place(i, 10.0**low)[0], tap.tap) for i, tap in enumerate(taps) if i % every == 0]
+    grid = [(place(0, 10.0**power)[1], f"1e{power}") for power in range(low, high + 1, max(1, (high - low) // 6))]
+    return {
+        "lines": lines, "points": points, "labels": labels, "grid": grid, "width": _WIDE, "height": _HIGH + _BELOW,
+        "left": _LEFT, "floor": _HIGH, "reduced": reduced,
+        "outliers": [tap.tap for tap in taps if tap.outlier],
+        "folded": [] if reduced else [t.tap for t, v in zip(taps, series["deviation"]) if v is None],
+    }  # fmt: skip
 
 
 _OWN_LINE = ("dtype", "narrower_operators")

@@ -29,7 +29,10 @@ from pocketvlm.export.compare import (
     row_error,
     target_ranks,
 )
+from pocketvlm.export.onnx_weights import NOT_QUANTIZED, PER_TENSOR, check_scales
+from pocketvlm.export.parity_classify import check_classification
 from pocketvlm.export.reference_run import ReferenceRun
+from pocketvlm.export.reference_show import fp16_headroom
 
 TITLES = {
     "reference": "reference is complete",
@@ -59,8 +62,13 @@ _NAMES = {
     "top10_overlap": "top-10 overlap",
     "task_loss": "task loss",
     "fp16_headroom": "fp16 headroom",
+    PER_TENSOR: "weights with one scale for the whole tensor",
+    NOT_QUANTIZED: "files without integer weights",
+    "probability": "|probability - expected|",
 }
 
+# metrics whose note says which case, or how many queries, and so belongs to the sentence
+_EXPLAINED = ("task_loss", "non_finite", "one_minus_cosine_max", PER_TENSOR, NOT_QUANTIZED)
 Embeddings = dict[str, NDArray[np.float64]]
 
 
@@ -110,7 +118,7 @@ def number(metric: str, value: float | None) -> str:
         return f"{100 * value:+.2f} points"
     if metric == "fp16_headroom":
         return f"{value:.3g} ×"
-    if metric in ("non_finite", "hard_changes", "different cases"):
+    if metric in ("non_finite", "hard_changes", "different cases", PER_TENSOR, NOT_QUANTIZED):
         return f"{value:.0f}"
     return f"{value:.2e}"
 
@@ -127,7 +135,7 @@ def judged(stage: str, checks: list[Check], details: dict[str, Any] | None = Non
         first = failed[0]
         value, limit = number(first.metric, first.value), number(first.metric, first.limit)
         message = f"{first.where}: {metric_name(first.metric)} is {value}, the budget is {limit}"
-        if first.metric == "task_loss":
+        if first.metric in _EXPLAINED and first.note:
             message += f" ({first.note})"
         return StageResult(stage, "fail", message, checks, details or {})
     if open_:
@@ -267,12 +275,25 @@ def prefix(rows: NDArray[np.float64], dim: int | None) -> NDArray[np.float64]:
 
 
 def stage_towers(
-    stage: str, outputs: Outputs, variant: BundleVariant, reference: ReferenceRun, budgets: PrecisionBudgets
+    stage: str,
+    bundle: Bundle,
+    outputs: Outputs,
+    variant: BundleVariant,
+    reference: ReferenceRun,
+    budgets: PrecisionBudgets,
 ) -> StageResult:
-    """S2 or S3: each tower's unit embeddings against the recorded ones, over cases and task inputs."""
+    """S2 or S3: each tower's unit embeddings against the recorded ones, over cases and task inputs.
+
+    First what good embeddings can hide: no headroom in float16 (a value that saturates before a LayerNorm leaves no
+    trace in the answer), and weights rounded by one scale for a whole tensor.
+    """
     checks: list[Check] = []
     details: dict[str, Any] = {}
     task = reference.task
+    if "fp16_headroom" in budgets.metrics:
+        for tower, (factor, tap) in fp16_headroom(reference).items():
+            checks.append(budgets.judge("fp16_headroom", factor, f"{tower} at {tap}"))
+    checks += check_scales(bundle, variant, details)
     for tower, cases, inputs, recorded in (
         ("image", outputs.image, outputs.task_image, task.image),
         ("text", outputs.text, outputs.task_text, task.text),
@@ -280,7 +301,8 @@ def stage_towers(
         expected = prefix(np.concatenate([reference.arrays[tower], recorded]), variant.dim)
         actual = np.concatenate([cases, inputs])
         real = np.concatenate([reference.real_rows(tower), np.ones(len(recorded), dtype=bool)])
-        _judge_tower(tower, expected, actual, real, reference, budgets, checks, details)
+        names = case_names(reference, tower) + list(task.uids if tower == "image" else task.texts)
+        _judge_tower(tower, expected, actual, real, names, reference, budgets, checks, details)
     towers = [details["image"], details["text"]]
     good = (
         f"worst 1 - cosine {max(t['one_minus_cosine_max'] or 0 for t in towers):.1e}, SQNR "
@@ -295,13 +317,16 @@ def _judge_tower(
     expected: NDArray[np.float64],
     actual: NDArray[np.float64],
     real: NDArray[np.bool_],
+    names: list[str],
     reference: ReferenceRun,
     budgets: PrecisionBudgets,
     checks: list[Check],
     details: dict[str, Any],
 ) -> None:
     everything = drift(expected, actual)
-    details[tower] = everything.to_dict()
+    worst = names[everything.worst]
+    broken = np.flatnonzero(~np.isfinite(actual).all(axis=1))
+    details[tower] = everything.to_dict() | {"worst_case": worst}
     if budgets.rows == "real":
         details[f"{tower}, real only"] = drift(expected[real], actual[real]).to_dict()
         if (~real).any():
@@ -310,9 +335,21 @@ def _judge_tower(
     noise = reference.noise.get(budgets.noise, {}).get(tower) if budgets.noise else None
     for metric in budgets.metrics:
         if metric == "non_finite":
-            checks.append(budgets.judge(metric, everything.non_finite, tower))
+            check = budgets.judge(metric, everything.non_finite, tower)
+            if len(broken):
+                check = replace(check, note=f"in {len(broken)} of {len(names)} cases, first {names[broken[0]]!r}")
+            checks.append(check)
         elif metric in values:
-            checks.append(budgets.judge(metric, values[metric], tower, noise))
+            check = budgets.judge(metric, values[metric], tower, noise)
+            if metric == "one_minus_cosine_max" and check.status == "fail" and not len(broken):
+                check = replace(check, note=f"at {worst!r}")
+            checks.append(check)
+
+
+def case_names(reference: ReferenceRun, tower: str) -> list[str]:
+    """Names of the golden cases of a tower that have a row, in the order of their rows."""
+    records: Sequence[Any] = reference.images if tower == "image" else reference.texts
+    return [record.name for record in records if record.row is not None]
 
 
 # --- S4 -----------------------------------------------------------------------------------------------------------
@@ -344,11 +381,13 @@ def stage_end_to_end(
     }
     for tower, actual in embedded.items():
         expected = prefix(reference.arrays[tower], variant.dim)
-        _judge_tower(tower, expected, actual, reference.real_rows(tower), reference, budgets, checks, details)
+        real = reference.real_rows(tower)
+        _judge_tower(tower, expected, actual, real, case_names(reference, tower), reference, budgets, checks, details)
         details[f"{tower}, one at a time against a batch"] = plain(row_error(actual[:4], singles[tower]).max())
         if "one_minus_cosine_max" in budgets.metrics:
             worst = float(row_error(expected[:4], singles[tower]).max())
             checks.append(budgets.judge("one_minus_cosine_max", worst, f"{tower}, one at a time"))
+    checks.append(check_classification(model, reference, [r for r in images if r.real], [r for r in texts if r.real]))
     good = f"{len(images)} pictures and {len(texts)} texts embedded, {details['refused']} bad inputs refused"
     return judged("S4", checks, details, good)
 

@@ -45,11 +45,13 @@ class Worst:
     near_tie: bool
     reference: list[Result]
     candidate: list[Result]
-    pixels: NDArray[np.uint8] = field(repr=False)
+    pixels: NDArray[np.uint8] | None = field(repr=False)
 
     @property
     def picture(self) -> str:
-        """The model's input as a data: URL."""
+        """The model's input as a data: URL; empty where the report was read back from JSON, which has no pictures."""
+        if self.pixels is None:
+            return ""
         buffer = io.BytesIO()
         Image.fromarray(self.pixels).save(buffer, "PNG", optimize=True)
         return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 from tyro.conf import Positional, arg
 
-from pocketvlm import cli_engine
+from pocketvlm import cli_engine, cli_parity
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
 from pocketvlm.table import emit
 
@@ -303,37 +303,7 @@ def reference_show(
         show(recorded)
 
 
-@app.command
-def parity(
-    bundle: Positional[BundlePath],
-    reference: Annotated[Path, arg(help="A folder made by 'pocketvlm reference record'.")],
-    out: Annotated[Path | None, arg(metavar="PATH", help="Folder for parity.json and parity.html.")] = None,
-    targets: Annotated[
-        tuple[str, ...] | None, arg(help="Check only these, for instance onnx or onnx:int8; left out: every variant.")
-    ] = None,
-    budgets: Annotated[
-        Path | None, arg(metavar="FILE", help="Your own budgets, in the form of export/budgets.json.")
-    ] = None,
-    strict: Annotated[bool, arg(help="Exit with 1 also where too few queries leave a task result undecided.")] = False,
-    overwrite: Annotated[bool, arg(help="Replace an earlier report in --out.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Compare a bundle's files, run by their real runtimes, with a reference; exits with 1 if anything fails.
-
-    A task result that too few queries leave undecided is no failure unless --strict says so; see docs/parity.md.
-    """
-    from pocketvlm.export.compare import finite
-    from pocketvlm.export.parity import check_parity
-    from pocketvlm.export.parity_report import print_report
-
-    if out is not None and (out / "parity.json").exists() and not overwrite:
-        raise UsageError(f"{out} holds a parity report, which would be lost; name another folder or pass --overwrite")
-    report = check_parity(bundle, reference, out=out, targets=targets, budgets=budgets)
-    if as_json:
-        _print(finite(report.to_dict()), True)
-    else:
-        print_report(report)
-    sys.exit(1 if strict and report.status == "undecided" else report.exit_code)
+cli_parity.register(app, reference_app)
 
 
 @app.command

@@ -9,19 +9,24 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from pocketvlm.cli import main
 from pocketvlm.edge.bundle import Bundle
-from pocketvlm.edge.errors import UnknownNameError, UsageError
+from pocketvlm.edge.errors import UnknownNameError, UsageError, VersionError
 from pocketvlm.export import parity_stages
 from pocketvlm.export.parity import check_parity, pooled_task_bound, write_parity_summary
+from pocketvlm.export.parity_again import rethreshold
+from pocketvlm.export.parity_junit import write_junit
 from pocketvlm.export.parity_report import print_report, render_html
 from pocketvlm.export.reference import record_reference
-from pocketvlm.export.reference_run import sha256
+from pocketvlm.export.reference_diff import diff_references
+from pocketvlm.export.reference_run import load_reference, sha256
 from pocketvlm.export.targets.base import Towers
 from pocketvlm.export.targets.coreml import CoreMLTarget
 from pocketvlm.students import deploy_image, deploy_text
@@ -103,7 +108,8 @@ def _as_int8(folder: Path, amount: float, frequency: float = 40.0) -> None:
     for tower in ("image", "text"):
         source, out = folder / f"onnx/{tower}-fp32.onnx", folder / f"onnx/{tower}-int8.onnx"
         _edit(source, _append(_disturb(amount, frequency)), out)
-    toy.sign(folder, variants=[toy.variant(), toy.variant(precision="int8")])
+    fake = toy.variant(precision="int8") | {"notes": {"weights": "float"}}
+    toy.sign(folder, variants=[toy.variant(), fake])
 
 
 def _failed(folder: Path, reference: Path, stage: str, precision: str = "fp32") -> Any:
@@ -484,6 +490,157 @@ def test_a_failed_run_cannot_hide_in_a_pool(bundle: Path, reference: Path) -> No
         pooled_task_bound([good, check_parity(bundle, reference).to_dict()])
     with pytest.raises(UsageError, match="nothing to pool"):
         pooled_task_bound([])
+
+
+# --- judged again -------------------------------------------------------------------------------------------------
+
+
+def _budgets(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    value = json.loads((Path(parity_stages.__file__).parent / "budgets.json").read_text())
+    change(value["precisions"])
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(value | {"version": "mine"}))
+    return path
+
+
+def test_judging_again_by_the_same_budgets_changes_nothing(bundle: Path, reference: Path, tmp_path: Path) -> None:
+    _as_int8(bundle, 1e-7)
+    before = check_parity(bundle, reference, out=tmp_path / "report")
+    after = rethreshold(tmp_path / "report/parity.json")
+    for one, other in zip(before.variants, after.variants, strict=True):
+        assert [(s.stage, s.status, s.message) for s in one.stages] == [
+            (s.stage, s.status, s.message) for s in other.stages
+        ]
+        assert [s.checks for s in one.stages] == [s.checks for s in other.stages]
+    assert "Judged again" in render_html(after)
+    assert rethreshold(after.to_dict()).to_dict()["variants"] == after.to_dict()["variants"]
+
+
+def test_judging_again_follows_the_new_limits_both_ways(bundle: Path, reference: Path, tmp_path: Path) -> None:
+    _as_int8(bundle, 0.003)
+    measured = check_parity(bundle, reference).to_dict()
+    assert rethreshold(measured).variant("onnx", "int8").stage("S3").status == "pass"
+    strict = _budgets(tmp_path, lambda p: p["int8"]["metrics"]["sqnr_db"].update(value=60.0))
+    again = rethreshold(measured, strict)
+    assert (again.status, again.failed_stage, again.exit_code) == ("fail", "S3", 1)
+    assert "the budget is 60.0 dB; the largest error of its own has" in again.message
+    loose = _budgets(tmp_path, lambda p: p["int8"]["metrics"]["sqnr_db"].update(value=10.0, reason="a trial"))
+    assert rethreshold(again.to_dict(), loose).variant("onnx", "int8").stage("S3").status == "pass"
+
+
+def test_judging_again_excuses_no_error(bundle: Path, reference: Path, tmp_path: Path) -> None:
+    path = bundle / "onnx/image-fp32.onnx"
+    path.write_bytes(path.read_bytes()[:2000])
+    toy.sign(bundle)
+    measured = check_parity(bundle, reference).to_dict()
+    assert "cannot load" in rethreshold(measured).message
+    contract = _contract(bundle)
+    contract["model_id"] = "toy-0000000000000000"
+    toy.sign(bundle, contract=contract)
+    assert rethreshold(check_parity(bundle, reference).to_dict()).failed_stage == "identity"
+
+
+def test_what_a_report_does_not_hold_is_not_judged(good: Path, reference: Path, tmp_path: Path) -> None:
+    measured = check_parity(good, reference).to_dict()
+
+    def wider(precisions: dict[str, Any]) -> None:
+        precisions["fp32"]["tie"].update(floor=1e-3, reason="a trial")
+
+    with pytest.raises(UsageError, match="near ties"):
+        rethreshold(measured, _budgets(tmp_path, wider))
+    older = copy.deepcopy(measured)
+    stage = older["variants"][0]["stages"][2]
+    stage["checks"] = [check for check in stage["checks"] if check["metric"] != "sqnr_db"]
+    with pytest.raises(UsageError, match="sqnr_db of onnx fp32"):
+        rethreshold(older)
+    with pytest.raises(UsageError, match="is no parity"):
+        rethreshold({"schema_version": "1.0"})
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UsageError, match="is not JSON"):
+        rethreshold(tmp_path / "bad.json")
+    with pytest.raises(UsageError, match="cannot be read"):
+        rethreshold(tmp_path / "absent.json")
+    with pytest.raises(VersionError):
+        rethreshold(measured | {"schema_version": "2.0"})
+
+
+def test_junit_shows_each_stage_and_never_green_where_nothing_ran(
+    bundle: Path, reference: Path, tmp_path: Path
+) -> None:
+    _as_int8(bundle, 1e-7)
+    report = check_parity(bundle, reference)
+
+    def counts(**options: Any) -> tuple[str, ...]:
+        root = ElementTree.parse(write_junit(report, tmp_path / "deep/junit.xml", **options)).getroot()
+        return tuple(root.attrib[key] for key in ("tests", "failures", "skipped"))
+
+    # three before any graph runs, five stages of fp32, six of int8, of which the task is undecided
+    assert counts() == ("14", "0", "1")
+    assert counts(strict=True) == ("14", "1", "0")
+    report = check_parity(bundle, tmp_path / "absent")
+    assert counts()[1] == "1"
+    report.preflight.clear()
+    assert counts()[1] == "1"
+
+
+def test_two_recordings_side_by_side(reference: Path) -> None:
+    a, b = load_reference(reference), load_reference(reference)
+    assert diff_references(a, b).same
+    assert diff_references(a, b).lines()[-1] == "same"
+    b.arrays["image"] = b.arrays["image"][:, ::-1].copy()
+    b.manifest["sha256"]["weights"] = "0" * 64
+    b.taps["image"][1][:, 2:] *= 1.01
+    diff = diff_references(a, b)
+    assert not diff.same
+    assert diff.model[0].startswith("sha256 of weights")
+    assert diff.answers["image"]["one_minus_cosine_max"] > 0.1
+    assert diff.answers["text"]["one_minus_cosine_max"] == 0
+    assert diff.taps["image"]["first"] == a.taps["image"][0][2]
+    assert diff.taps["text"]["first"] is None
+    b = load_reference(reference)
+    b.arrays["ids"] = b.arrays["ids"].copy()
+    b.arrays["ids"][3, 1] += 1
+    assert diff_references(a, b).inputs == ["1 text cases have other inputs, first 'case real-03'"]
+    assert not diff_references(a, b).same
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["parity"], "no bundle"),
+        (["parity", "BUNDLE"], "no --reference"),
+        (["parity", "BUNDLE", "--reference", "nowhere"], "'nowhere' does not exist"),
+        (["parity", "BUNDLE", "--rethreshold", "parity.json"], "runs nothing"),
+        (["parity", "BUNDLE", "--reference", "BUNDLE", "--bisect", "onnx:int8", "--out", "x"], "writes no report"),
+        (["reference", "diff", "nowhere", "nowhere"], "no manifest.json"),
+    ],
+)
+def test_what_cannot_be_judged_exits_with_2(
+    arguments: list[str], says: str, good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([str(good) if argument == "BUNDLE" else argument for argument in arguments])
+    assert left.value.code == 2
+    assert says in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_command_judges_again_and_writes_for_ci(
+    good: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str | Path) -> Any:
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        return left.value.code
+
+    assert run("parity", good, "--reference", reference, "--out", tmp_path / "a", "--junit", tmp_path / "j.xml") == 0
+    assert (tmp_path / "j.xml").is_file()
+    strict = _budgets(tmp_path, lambda p: p["fp32"]["metrics"]["sqnr_db"].update(value=200.0))
+    again = ("parity", "--rethreshold", tmp_path / "a/parity.json")
+    assert run(*again) == 0
+    assert run(*again, "--budgets", strict, "--out", tmp_path / "b") == 1
+    assert json.loads((tmp_path / "b/parity.json").read_text())["failed_stage"] == "S2"
+    assert run("reference", "diff", reference, reference) == 0
+    capsys.readouterr()
 
 
 # --- for people ---------------------------------------------------------------------------------------------------
