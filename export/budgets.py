@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pocketvlm.edge.errors import UsageError, VersionError, unknown_name
 from pocketvlm.export.compare import PairedChange, plain, queries_needed
 
-Status = Literal["pass", "undecided", "fail", "not-run", "structure-only", "not-compared"]
+Status = Literal["pass", "undecided", "fail", "not-run", "not-compared"]
 SCHEMA = "1.0"
 _TIE = ("noise", "statistic", "k", "floor")
 # the most that a noise floor may widen a budget, in error units

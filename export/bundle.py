@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError
 from pocketvlm.export.calibration import DEFAULT_SIZE, open_calibration
 from pocketvlm.export.cases import ImageCase, golden_images
 from pocketvlm.export.conformance import VECTORS, Vectors, widen_tolerance, write_vectors
+from pocketvlm.export.mil import PREDICT_SCRIPT
 from pocketvlm.export.probe import Probe, probe_variants
 from pocketvlm.export.source import Exportable, Source, open_source
 from pocketvlm.export.targets import Calibration, Target, Variant, get_target
@@ -135,6 +136,9 @@ def export_bundle(
             say("waiting for executorch")
             writer.finish()
         variants = [lowered[target.name, precision] for target, precision in plan]
+        if any(variant.target == "coreml" for variant in variants):
+            script = resources.files("pocketvlm.export.mil").joinpath("coreml_predict.py").read_bytes()
+            (folder / PREDICT_SCRIPT).write_bytes(script)
         say("running the files")
         variants = _with_measurements(folder, model, variants, vectors)
         manifest = _manifest(folder, model, variants, calibration, source, bool(examples))

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,20 @@ from pocketvlm.edge.bundle import Bundle, BundleVariant
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
 from pocketvlm.export.budgets import Budgets, PrecisionBudgets, Status, load_budgets
 from pocketvlm.export.compare import finite
+from pocketvlm.export.mil import NAME as MIL
+from pocketvlm.export.mil import NOT_MODELLED
 from pocketvlm.export.onnx_weights import NOT_QUANTIZED, PER_TENSOR
-from pocketvlm.export.parity_coreml import stage_structure
+from pocketvlm.export.parity_coreml import stage_evaluated
 from pocketvlm.export.parity_depth import TapDrift, depth, first_departure
 from pocketvlm.export.parity_pool import PooledTask, pooled_task_bound
+from pocketvlm.export.parity_predictions import read_predictions, stage_predictions
 from pocketvlm.export.parity_stages import (
     RUNTIMES,
     Outputs,
     StageResult,
     guarded,
     kept_to,
+    open_runtime,
     query_keys,
     run_towers,
     stage_end_to_end,
@@ -57,11 +62,11 @@ SCHEMA_VERSION = "1.0"
 @dataclass
 class VariantReport:
     """One target at one precision. stages: in order. worst: the cases to look at first. depth: tower -> drift at each
-    tap, or why there is none (`depth_note`).
+    tap, or why there is none (`depth_note`). runtime: what ran its files; "coreml-mil" is this kit's evaluator of Core
+    ML programs, and `not_modelled` says what that leaves open.
 
-    status: "fail" if any stage failed, else "undecided" if one could not be decided, else "structure-only" if its
-    numbers were not run here, else "pass". failed_stage: the first stage that failed. A stage that is "not-compared"
-    counts for nothing and is named in `message`.
+    status: "fail" if any stage failed, else "undecided" if one could not be decided, else "pass". failed_stage: the
+    first stage that failed. A stage that is "not-compared" counts for nothing and is named in `message`.
     """
 
     target: str
@@ -72,6 +77,12 @@ class VariantReport:
     worst: list[Worst] = field(default_factory=list)
     depth: dict[str, list[TapDrift]] = field(default_factory=dict)
     depth_note: str = ""
+    runtime: str = ""
+
+    @property
+    def not_modelled(self) -> str:
+        """What the runtime leaves open, for people; empty for a real one."""
+        return NOT_MODELLED if self.runtime == MIL else ""
 
     @property
     def name(self) -> str:
@@ -80,7 +91,7 @@ class VariantReport:
     @property
     def status(self) -> Status:
         found = {stage.status for stage in self.stages}
-        for status in ("fail", "undecided", "structure-only"):
+        for status in ("fail", "undecided"):
             if status in found:
                 return status  # type: ignore[return-value]
         return "pass" if found & {"pass"} else "fail"
@@ -92,7 +103,7 @@ class VariantReport:
     @property
     def message(self) -> str:
         """One sentence: the first failure, or what is open, or that all stages are within budget."""
-        for status in ("fail", "undecided", "structure-only"):
+        for status in ("fail", "undecided"):
             for stage in self.stages:
                 if stage.status == status:
                     return f"{stage.stage} ({stage.title}): {stage.message}"
@@ -116,6 +127,8 @@ class VariantReport:
         return {
             "target": self.target,
             "precision": self.precision,
+            "runtime": self.runtime,
+            "not_modelled": self.not_modelled,
             "status": self.status,
             "failed_stage": self.failed_stage,
             "message": self.message,
@@ -132,8 +145,8 @@ class VariantReport:
 class ParityReport:
     """Result of `check_parity`. preflight: the checks before any graph runs; a failure there leaves no variants.
 
-    status: "pass", "undecided" (nothing failed, but some task result needs more queries), "structure-only" (nothing
-    failed and nothing ran), or "fail". exit_code: 0 for "pass" and "undecided", else 1.
+    status: "pass", "undecided" (nothing failed, but some task result needs more queries), or "fail". exit_code: 0 for
+    "pass" and "undecided", else 1.
     """
 
     model: str
@@ -152,8 +165,6 @@ class ParityReport:
         found = {variant.status for variant in self.variants}
         if "fail" in found:
             return "fail"
-        if not found & {"pass", "undecided"}:
-            return "structure-only"
         return "undecided" if "undecided" in found else "pass"
 
     @property
@@ -180,11 +191,11 @@ class ParityReport:
             for variant in self.variants:
                 if variant.status == status:
                     return f"parity {'failed' if status == 'fail' else 'undecided'}: {variant.name}, {variant.message}"
-        unrun = [variant.name for variant in self.variants if variant.status == "structure-only"]
-        ran = len(self.variants) - len(unrun)
-        tail = f"; {', '.join(unrun)}: structure only, numerics not run here" if unrun else ""
+        count = len(self.variants)
         open_ = next((f"; {variant.not_compared}" for variant in self.variants if variant.not_compared), "")
-        return f"parity holds for {ran} of {len(self.variants)} variants{open_}{tail}" if ran else f"nothing ran{tail}"
+        here = [variant.name for variant in self.variants if variant.not_modelled]
+        tail = f"; {', '.join(here)}: by {MIL}, not on a device" if here else ""
+        return f"parity holds for {count} of {count} variants{open_}{tail}"
 
     def variant(self, target: str, precision: str) -> VariantReport:
         """The report of one variant."""
@@ -231,6 +242,7 @@ def check_parity(
     out: str | Path | None = None,
     targets: Iterable[str] | None = None,
     budgets: str | Path | None = None,
+    coreml_results: str | Path | None = None,
 ) -> ParityReport:
     """Compare every variant of a bundle with a reference run, stage by stage, against budgets.
 
@@ -240,14 +252,17 @@ def check_parity(
         out: folder for parity.json and parity.html (not inside the bundle, whose files are all listed and hashed).
         targets: "onnx", "executorch", "coreml", or with a precision, "onnx:int8"; None checks every variant.
         budgets: a budgets file of your own; None takes the shipped one.
+        coreml_results: what the bundle's conformance/coreml_predict.py wrote on a Mac, judged beside `coreml-mil`.
 
     Returns:
         The report, also when parity fails: see `status`, `message` and `exit_code`.
 
     Raises:
-        UsageError: `out` lies in the bundle, or the budgets file is wrong. UnknownNameError: no such target.
+        UsageError: `out` lies in the bundle, or the budgets file or the results of a Mac are wrong.
+        UnknownNameError: no such target.
     """
     limits = load_budgets(budgets)
+    predictions = read_predictions(coreml_results) if coreml_results is not None else None
     folder, wanted = Path(bundle_folder), list(targets) if targets is not None else None
     if out is not None and folder.is_dir() and Path(out).resolve().is_relative_to(folder.resolve()):
         raise UsageError(
@@ -268,12 +283,21 @@ def check_parity(
     if reference is not None and bundle is not None and _same_model(bundle, reference, report):
         report.queries = query_keys(reference)
         chosen = _chosen(bundle, wanted)
+        if predictions is not None and not any(variant.target == "coreml" for variant in chosen):
+            raise UsageError(
+                f"results of a Mac were given ({Path(str(coreml_results)).name}) and no Core ML variant is checked; "
+                "they would go unread, so leave them out or check the target coreml"
+            )
         shared = [
             kept_to(guarded("S0", lambda: stage_pixels(bundle, reference)), reference),
             kept_to(guarded("S1", lambda: stage_ids(bundle, reference)), reference),
         ]
         for variant in chosen:
-            report.variants.append(_check_variant(bundle, variant, reference, limits, shared, report))
+            checked = _check_variant(bundle, variant, reference, limits, shared)
+            if predictions is not None and variant.target == "coreml":
+                judge = partial(stage_predictions, bundle, variant, predictions)
+                checked.stages.append(guarded("predict", judge))
+            report.variants.append(checked)
         borrow_full_precision(report)
     if out is not None:
         report.save(out)
@@ -361,7 +385,6 @@ def _check_variant(
     reference: ReferenceRun,
     limits: Budgets,
     shared: list[StageResult],
-    parent: ParityReport,
 ) -> VariantReport:
     started = time.perf_counter()
     report = VariantReport(variant.target, variant.precision, list(shared), files=_hashes(bundle, variant))
@@ -371,13 +394,11 @@ def _check_variant(
     except PocketvlmError as error:
         report.stages.append(StageResult(stage, "fail", str(error)))
         return report
-    if variant.target == "coreml":
-        report.stages.append(guarded(stage, lambda: stage_structure(bundle, variant, reference, budgets)))
-        report.stages += [StageResult(name, "not-run", "Core ML predicts on macOS only") for name in ("S4", "S5")]
-    elif variant.target not in RUNTIMES:
+    if variant.target not in RUNTIMES:
         message = f"no runtime of this kit runs {variant.target!r} files, so nothing was proved about them"
         report.stages.append(StageResult(stage, "fail", message))
     else:
+        report.runtime = RUNTIMES[variant.target]
         _run_stages(report, stage, bundle, variant, reference, budgets)
     report.seconds = time.perf_counter() - started
     return report
@@ -394,7 +415,9 @@ def _run_stages(
     held: list[Outputs] = []
 
     def towers() -> StageResult:
-        held.append(run_towers(bundle, variant, reference))
+        if variant.target == "coreml":
+            return stage_evaluated(stage, held, bundle, variant, reference, budgets)
+        held.append(run_towers(open_runtime(bundle, variant), reference))
         return stage_towers(stage, bundle, held[0], variant, reference, budgets)
 
     report.stages.append(guarded(stage, towers))

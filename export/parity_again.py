@@ -128,19 +128,15 @@ def _judged_again(stage: StageResult, name: str, budgets: PrecisionBudgets, nois
             f"was written; it would pass unseen, so {_AGAIN} with these budgets"
         )
     checks = [_check(check, stage, budgets, noise) for check in stage.checks]
-    structure = stage.status == "structure-only" or "note" in stage.details
-    result = judged(stage.stage, checks, stage.details, stage.message if stage.status == "pass" else "")
-    if structure and result.status == "pass":
-        return replace(stage, checks=checks, status="structure-only", message=str(stage.details.get("note")))
-    return result
+    return judged(stage.stage, checks, stage.details, stage.message if stage.status == "pass" else "")
 
 
 def _unmeasured(stage: StageResult, budgets: PrecisionBudgets) -> list[str]:
     task = ("hard_changes", "top1_agreement", "top10_overlap", "task_loss")
     asked = [m for m in budgets.metrics if (m in task) == (stage.stage == "S5")]
-    if stage.stage == "S4" or "note" in stage.details:
-        # headroom belongs to the graph, and a package that was not run has no drift
-        asked = [m for m in asked if (m == "fp16_headroom") == ("note" in stage.details)]
+    if stage.stage == "S4":
+        # headroom belongs to the graph
+        asked = [m for m in asked if m != "fp16_headroom"]
     return [m for m in asked if m not in {check.metric for check in stage.checks}]
 
 

@@ -1,17 +1,12 @@
-"""What can be said about a Core ML package without a Mac: it is read back from disk and its structure is checked.
+"""Core ML packages without a Mac: read back from disk, their structure checked, their numbers by `coreml-mil`.
 
-Prediction needs macOS, so nothing here is a numeric result and nothing is reported as one. Checked are the declared
-inputs and outputs, the program's own output shape, that every stored constant is finite, and how many of the
-recorded weights are found among the constants (folding a batch normalisation changes a convolution's weights, so not
-all of them can be).
+Structure: the declared inputs and outputs, the program's own output shape, that every stored constant is finite, and
+how many of the recorded weights are found among the constants (folding a batch normalisation changes a convolution's
+weights, so not all of them can be). What the evaluator does not model is said in every stage that it ran.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketvlm.edge.bundle import Bundle, BundleVariant
-from pocketvlm.edge.errors import IntegrityError, require
+from pocketvlm.edge.errors import IntegrityError
 from pocketvlm.export.budgets import PrecisionBudgets
-from pocketvlm.export.parity_stages import StageResult, judged
+from pocketvlm.export.mil import NAME, NOT_MODELLED, MilBackend, load_package
+from pocketvlm.export.parity_stages import StageResult, judged, run_towers, stage_towers
 from pocketvlm.export.reference_run import ReferenceRun
-from pocketvlm.export.reference_show import fp16_headroom
 
-NOT_RUN = "structure checked, numerics not run here (Core ML predicts on macOS only)"
 # smaller tensors (biases, norms, scalars) match by chance or are merged by every converter
 SMALLEST_WEIGHT = 256
 # a float16 copy keeps values to 2^-11; 8-bit and palettised weights to about a hundredth of their span
@@ -34,41 +28,51 @@ _COARSE = 2e-2
 _INT32, _FLOATS = 131104, (65552, 65568, 65600)
 
 
-def stage_structure(
-    bundle: Bundle, variant: BundleVariant, reference: ReferenceRun, budgets: PrecisionBudgets
-) -> StageResult:
-    """The stage in place of S2/S3 for a package that cannot run here; its best status is "structure-only".
+def check_structure(bundle: Bundle, variant: BundleVariant, reference: ReferenceRun) -> dict[str, Any]:
+    """tower -> what was found in its package.
 
     Raises:
         MissingExtraError: coremltools is not installed.
-        IntegrityError: the package cannot be read or is not what the contract says.
+        IntegrityError: a package cannot be read or is not what the contract says.
     """
-    stage = "S2" if variant.precision == "fp32" else "S3"
-    details: dict[str, Any] = {"note": NOT_RUN}
-    checks = []
+    details = {}
     for tower in ("image", "text"):
         if tower not in variant.files:
             raise IntegrityError(f"the Core ML {variant.precision} variant has no {tower} tower; export it again")
         details[tower] = _tower(bundle.path(variant.files[tower]), tower, bundle, variant, reference)
-    if "fp16_headroom" in budgets.metrics:
-        for tower, (factor, tap) in fp16_headroom(reference).items():
-            checks.append(budgets.judge("fp16_headroom", factor, f"{tower} at {tap}"))
-    if checks:
-        result = judged(stage, checks, details)
-        if result.status == "fail":
-            return result
-    found = ", ".join(
-        f"{tower} {details[tower]['weights_found']} of {details[tower]['weights']} weight tensors found"
-        for tower in ("image", "text")
-    )
-    return StageResult(stage, "structure-only", f"{NOT_RUN}; {found}", checks, details)
+    return details
+
+
+def stage_evaluated(
+    stage: str,
+    held: list[Any],
+    bundle: Bundle,
+    variant: BundleVariant,
+    reference: ReferenceRun,
+    budgets: PrecisionBudgets,
+) -> StageResult:
+    """S2 or S3 of a Core ML variant: its structure, then its towers by `coreml-mil`. held: takes the outputs.
+
+    Raises:
+        MissingExtraError, IntegrityError: see `check_structure`.
+        UsageError: an operation that the evaluator does not know.
+    """
+    structure = check_structure(bundle, variant, reference)
+    backend = MilBackend({tower: bundle.path(name) for tower, name in variant.files.items()})
+    outputs = run_towers(backend, reference)
+    held.append(outputs)
+    numbers = stage_towers(stage, bundle, outputs, variant, reference, budgets)
+    found = ", ".join(f"{t} {d['weights_found']} of {d['weights']} weight tensors found" for t, d in structure.items())
+    details = numbers.details | {"runtime": NAME, "not_modelled": NOT_MODELLED, "structure": structure}
+    good = f"{numbers.message} by {NAME}, which does not model {NOT_MODELLED}; {found}"
+    result = judged(stage, numbers.checks, details, good)
+    if backend.overflow:
+        result.message += "; " + "; ".join(f"{tower}: {said}" for tower, said in backend.overflow.items())
+    return result
 
 
 def _tower(path: Path, tower: str, bundle: Bundle, variant: BundleVariant, reference: ReferenceRun) -> dict[str, Any]:
-    spec, program = _load(path)
-    kind = spec.WhichOneof("Type")
-    if kind != "mlProgram":
-        raise IntegrityError(f"{path.name} holds a {kind}, not an ML program; export it again")
+    spec, program = load_package(path)
     details = {
         "specification": spec.specificationVersion,
         "inputs": [_input(entry, tower, path, bundle) for entry in spec.description.input],
@@ -105,29 +109,6 @@ def _tower(path: Path, tower: str, bundle: Bundle, variant: BundleVariant, refer
         "weights_found": len(found),
         "weights_not_found": sorted(set(expected) - set(found))[:10],
     }
-
-
-def _load(path: Path) -> tuple[Any, Any]:
-    # coremltools announces at import, on every stream it has, that this is no Mac
-    quiet = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            utils = require("coremltools.models.utils", "coreml")
-            milproto = require("coremltools.converters.mil.frontend.milproto.load", "coreml")
-            spec = utils.load_spec(str(path))
-            folder = path / "Data" / "com.apple.CoreML" / "weights"
-            program = milproto.load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(folder))
-    except ImportError:
-        raise
-    except Exception as error:  # protobuf, file and loader errors share no base
-        raise IntegrityError(
-            f"{path.name} cannot be read back ({type(error).__name__}: {error}); no phone could load it"
-        ) from error
-    finally:
-        logging.disable(quiet)
-    return spec, program
 
 
 def _input(entry: Any, tower: str, path: Path, bundle: Bundle) -> str:

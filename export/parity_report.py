@@ -12,12 +12,11 @@ from pocketvlm.export.parity import ParityReport, VariantReport
 from pocketvlm.export.parity_depth import DEPARTS, TapDrift
 from pocketvlm.export.parity_stages import JUDGED_AT, TITLES, metric_name, number
 
-LIGHTS = {"pass": "●", "fail": "✕", "undecided": "◐", "structure-only": "◇", "not-compared": "○", "not-run": "–"}
+LIGHTS = {"pass": "●", "fail": "✕", "undecided": "◐", "not-compared": "○", "not-run": "–"}
 WORDS = {
     "pass": "pass",
     "fail": "FAIL",
     "undecided": "undecided",
-    "structure-only": "structure only",
     "not-compared": "not compared",
     "not-run": "not run",
 }
@@ -25,7 +24,6 @@ _COLORS = {
     "pass": "green",
     "fail": "bold red",
     "undecided": "yellow",
-    "structure-only": "cyan",
     "not-compared": "cyan",
     "not-run": "dim",
 }
@@ -75,6 +73,11 @@ def print_report(report: ParityReport, console: Any = None) -> None:
                 console.print(
                     Text(f"{LIGHTS[variant.status]} {variant.name}: {variant.message}", _COLORS[variant.status])
                 )
+            if variant.not_modelled:
+                console.print(Text(f"  {variant.name}: {variant.runtime} does not model {variant.not_modelled}", "dim"))
+            for stage in (stage for stage in variant.stages if stage.stage == "predict"):
+                line = f"{LIGHTS[stage.status]} {variant.name}, {stage.title}: {stage.message}"
+                console.print(Text(line, _COLORS[stage.status]))
         for stage in report.variants[0].stages:
             if stage.status == "not-compared":
                 console.print(

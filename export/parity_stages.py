@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketvlm.edge.backends import open_backend
+from pocketvlm.edge.backends import Backend, open_backend
 from pocketvlm.edge.bundle import Bundle, BundleVariant
 from pocketvlm.edge.contract import ImageSpec, TextSpec
 from pocketvlm.edge.errors import BadSampleError, PocketvlmError
@@ -29,6 +29,8 @@ from pocketvlm.export.compare import (
     row_error,
     target_ranks,
 )
+from pocketvlm.export.mil import NAME as MIL
+from pocketvlm.export.mil import MilBackend
 from pocketvlm.export.onnx_weights import NOT_QUANTIZED, PER_TENSOR, check_scales
 from pocketvlm.export.parity_classify import check_classification
 from pocketvlm.export.reference_run import ReferenceRun
@@ -44,9 +46,10 @@ TITLES = {
     "S3": "chosen precision",
     "S4": "end to end",
     "S5": "task",
+    "predict": "predictions of a Mac",
 }
-# target in a bundle -> backend name of EdgeModel.load
-RUNTIMES = {"onnx": "onnxruntime", "executorch": "executorch"}
+# target in a bundle -> what runs it here
+RUNTIMES = {"onnx": "onnxruntime", "executorch": "executorch", "coreml": MIL}
 DIRECTIONS = ("image-to-text", "text-to-image", "zero-shot")
 # the k at which a direction's loss is judged: the issue's floor is on R@5, published tables are on top-1 accuracy
 JUDGED_AT = {"image-to-text": 5, "text-to-image": 5, "zero-shot": 1}
@@ -242,13 +245,19 @@ def _exact(
 # --- S2, S3 -------------------------------------------------------------------------------------------------------
 
 
-def run_towers(bundle: Bundle, variant: BundleVariant, reference: ReferenceRun) -> Outputs:
-    """Every recorded input through the real runtime, from the files on disk.
+def open_runtime(bundle: Bundle, variant: BundleVariant) -> Backend:
+    """What runs a variant's files on this machine: the real runtime, or the evaluator of Core ML programs.
 
     Raises:
         PocketvlmError: the runtime is missing or cannot load the files.
     """
-    backend = open_backend(variant.target, bundle.folder, variant, None)
+    if RUNTIMES[variant.target] == MIL:
+        return MilBackend({tower: bundle.path(name) for tower, name in variant.files.items()})
+    return open_backend(variant.target, bundle.folder, variant, None)
+
+
+def run_towers(backend: Backend, reference: ReferenceRun) -> Outputs:
+    """Every recorded input through a runtime."""
     task, arrays = reference.task, reference.arrays
 
     def image(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -359,8 +368,7 @@ def stage_end_to_end(
     bundle: Bundle, variant: BundleVariant, reference: ReferenceRun, budgets: PrecisionBudgets
 ) -> StageResult:
     """S4: bytes and strings through `EdgeModel`, as an application would call it; bad inputs are refused alike."""
-    runtime: Any = RUNTIMES[variant.target]
-    model = EdgeModel.load(bundle, backend=runtime, precision=variant.precision, verify=False)
+    model = EdgeModel(bundle, variant, open_runtime(bundle, variant), None)
     images = [record for record in reference.images if record.row is not None]
     texts = [record for record in reference.texts if record.row is not None]
     steps: list[tuple[Any, Callable[[], Any]]] = []

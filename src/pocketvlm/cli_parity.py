@@ -57,6 +57,9 @@ def parity(
     bisect: Annotated[
         str | None, arg(metavar="VARIANT", help="Find the blocks that must stay in float, for instance of onnx:int8.")
     ] = None,
+    coreml_results: Annotated[
+        Path | None, arg(metavar="FILE", help="What the bundle's conformance/coreml_predict.py wrote on a Mac.")
+    ] = None,
     junit: Annotated[Path | None, arg(metavar="FILE", help="Write JUnit XML too, for CI.")] = None,
     strict: Annotated[bool, arg(help="Exit with 1 also where too few queries leave a task result undecided.")] = False,
     overwrite: Annotated[bool, arg(help="Replace an earlier report in --out.")] = False,
@@ -76,10 +79,10 @@ def parity(
     if out is not None and (out / "parity.json").exists() and not overwrite:
         raise UsageError(f"{out} holds a parity report, which would be lost; name another folder or pass --overwrite")
     if rethreshold is not None:
-        if bundle is not None or reference is not None or targets is not None or bisect is not None:
+        if any(given is not None for given in (bundle, reference, targets, bisect, coreml_results)):
             raise UsageError(
-                "--rethreshold judges what a report holds and runs nothing, but a bundle, --reference, --targets or "
-                "--bisect was given too, which would be ignored; leave one of the two out"
+                "--rethreshold judges what a report holds and runs nothing, but a bundle, --reference, --targets, "
+                "--bisect or --coreml-results was given too, which would be ignored; leave one of the two out"
             )
         report = judge_again(rethreshold, budgets)
         if out is not None:
@@ -100,7 +103,9 @@ def parity(
             )
         if bisect is not None:
             _bisect(bundle, reference, bisect, budgets, as_json)
-        report = check_parity(bundle, reference, out=out, targets=targets, budgets=budgets)
+        report = check_parity(
+            bundle, reference, out=out, targets=targets, budgets=budgets, coreml_results=coreml_results
+        )
     if junit is not None:
         write_junit(report, junit, strict=strict)
     if as_json:

@@ -303,7 +303,7 @@ def test_int8_within_budget_on_few_queries_is_undecided_and_never_green(bundle: 
     assert "parity undecided" in report.message
 
 
-# --- Core ML: structure only ---------------------------------------------------------------------------------------
+# --- Core ML: its programs evaluated here ----------------------------------------------------------------------------
 
 
 def _add_coreml(student: Any, folder: Path) -> None:
@@ -312,28 +312,54 @@ def _add_coreml(student: Any, folder: Path) -> None:
     toy.sign(folder, variants=[toy.variant(), toy.variant("coreml", "fp16", **written.files)])
 
 
-def test_core_ml_is_checked_for_structure_and_never_shown_as_a_numeric_pass(
-    student: Any, bundle: Path, reference: Path
+def test_core_ml_is_run_by_the_evaluator_which_says_what_it_leaves_open(
+    student: Any, bundle: Path, reference: Path, tmp_path: Path
 ) -> None:
     _add_coreml(student, bundle)
-    report = check_parity(bundle, reference)
+    report = check_parity(bundle, reference, targets=["coreml"], out=tmp_path / "out")
     variant = report.variant("coreml", "fp16")
-    assert variant.status == "structure-only", variant.message
-    assert "numerics not run here" in variant.message
-    assert [stage.status for stage in variant.stages] == [
-        "pass",
-        "pass",
-        "not-run",
-        "structure-only",
-        "not-run",
-        "not-run",
-    ]
-    text = variant.stage("S3").details["text"]
+    assert variant.runtime == "coreml-mil"
+    # 40 queries decide nothing, and everything before the task holds
+    assert [stage.status for stage in variant.stages] == ["pass", "pass", "not-run", "pass", "pass", "undecided"]
+    stage = variant.stage("S3")
+    assert stage.details["image"]["sqnr_db"] > 50
+    assert {check.metric for check in stage.checks} >= {"sqnr_db", "fp16_headroom"}
+    text = stage.details["structure"]["text"]
     assert text["weights_found"] == text["weights"] > 3
-    assert report.status == "pass"
-    assert "structure only" in report.message
-    alone = check_parity(bundle, reference, targets=["coreml"])
-    assert (alone.status, alone.exit_code) == ("structure-only", 1)
+    for said in (stage.message, variant.to_dict()["not_modelled"], (tmp_path / "out/parity.html").read_text()):
+        assert "how the Neural Engine and GPU add up inside an operation" in said
+
+
+def test_an_operation_that_the_evaluator_does_not_know_fails_by_name(
+    student: Any, bundle: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pocketvlm.export.mil.ops import OPERATIONS
+
+    _add_coreml(student, bundle)
+    monkeypatch.delitem(OPERATIONS, "softmax")
+    variant = check_parity(bundle, reference, targets=["coreml"]).variant("coreml", "fp16")
+    assert (variant.status, variant.failed_stage) == ("fail", "S3")
+    assert "text-fp16.mlpackage has the operation 'softmax'" in variant.message
+
+
+def test_a_core_ml_graph_that_computes_something_else_is_s3(
+    student: Any, bundle: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pocketvlm.export.mil.ops import OPERATIONS, Arguments
+
+    _add_coreml(student, bundle)
+    honest = OPERATIONS["gelu"]
+    wrong = {"mode": "SIGMOID_APPROXIMATION"}
+    monkeypatch.setitem(OPERATIONS, "gelu", lambda a: honest(Arguments({**a._values, **wrong})))
+    variant = check_parity(bundle, reference, targets=["coreml"]).variant("coreml", "fp16")
+    assert (variant.status, variant.failed_stage) == ("fail", "S3")
+
+
+def test_results_of_a_mac_without_a_core_ml_variant_are_refused(bundle: Path, reference: Path, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text('{"kind": "coreml-results", "schema": "1.0", "variants": []}')
+    with pytest.raises(UsageError, match=r"results\.json\) and no Core ML variant is checked"):
+        check_parity(bundle, reference, coreml_results=path)
 
 
 def test_core_ml_weights_of_another_model_are_s3(bundle: Path, reference: Path) -> None:
