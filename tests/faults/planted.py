@@ -325,18 +325,17 @@ def runtime_that_mixes_up_a_batch(scene: Scene) -> None:
 
 def logits_without_exp(scene: Scene) -> None:
     """The application's own arithmetic takes the stored logarithm for the scale."""
-    from pocketvlm.edge import model
+    from dataclasses import replace
 
-    honest = model.EdgeModel.load.__func__
+    from pocketvlm.edge.model import EdgeModel
 
-    def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        from dataclasses import replace
+    honest = EdgeModel.__init__
 
-        found = honest(cls, *args, **kwargs)
-        found.contract = replace(found.contract, logit_scale=float(np.log(found.contract.logit_scale)))
-        return found
+    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        honest(self, *args, **kwargs)
+        self.contract = replace(self.contract, logit_scale=float(np.log(self.contract.logit_scale)))
 
-    scene.patch.setattr(model.EdgeModel, "load", classmethod(load))
+    scene.patch.setattr(EdgeModel, "__init__", begin)
 
 
 # --- before any graph runs ------------------------------------------------------------------------------------------
