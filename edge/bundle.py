@@ -30,7 +30,10 @@ from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError, Ve
 
 SCHEMA_VERSION = "1.0"
 MANIFEST = "bundle.json"
-PRECISION_ORDER = ("fp32", "fp16", "int8")  # what "auto" tries, most faithful first
+# what "auto" tries, most faithful first
+PRECISION_ORDER = (
+    *("fp32", "fp16", "w8", "palette8", "int8", "w8a8-dynamic", "w8a8-static", "palette6", "w4", "palette4"),
+)
 UNZIPPED_LIMIT = 8 << 30  # bytes; stops an archive that expands without end
 
 # written by file managers; they hold nothing of ours and nothing reads them
@@ -143,7 +146,7 @@ class Bundle:
         return loaded
 
     def variant(self, target: str, precision: str = "auto", dim: int | None = None) -> BundleVariant:
-        """The variant for this target and precision; "auto" takes the most faithful: fp32, fp16, int8.
+        """The variant for this target and precision; "auto" takes the most faithful (`PRECISION_ORDER`).
 
         Raises:
             UnknownNameError: no variant has this target, or none of that target this precision or width.

@@ -27,8 +27,12 @@ from pocketvlm.edge.preprocess import load_image
 
 VECTORS_SCHEMA = "1.0"
 
-# largest 1 - cosine where the vectors state none: the starting budgets of the parity check (int8: its 99th percentile)
-DEFAULT_TOLERANCE = {"fp32": 1e-6, "fp16": 1e-4, "int8": 0.02}
+# largest 1 - cosine where the vectors state none: the starting budgets of the parity check (its 99th percentile where
+# it has one, else twice its mean)
+DEFAULT_TOLERANCE = {
+    "fp32": 1e-6, "fp16": 1e-4, "w8": 0.002, "palette8": 0.002, "int8": 0.02, "w8a8-dynamic": 0.02,
+    "w8a8-static": 0.02, "palette6": 0.02, "w4": 0.06, "palette4": 0.06,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class EdgeModel:
             bundle: what `pocketvlm export` wrote, or an opened `Bundle`.
             backend: "auto" takes the first that the bundle has files for and this machine can run:
                 onnxruntime, executorch, coreml.
-            precision: "fp32", "fp16" or "int8"; "auto" takes the most faithful that there is, in this order.
+            precision: "fp32", "int8" or another that the bundle has; "auto" takes the most faithful that there is.
             threads: for one call of the runtime; None means up to 4.
             dim: width of the embeddings, one of `contract.dims`; None means all that there is. A file of this width
                 is taken where the bundle has one, else the first `dim` numbers, normalised again. Galleries must be

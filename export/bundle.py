@@ -27,16 +27,16 @@ from pocketvlm.data.source import DataSource
 from pocketvlm.distill.recipe import load_recipe
 from pocketvlm.distill.run_folder import RECIPE
 from pocketvlm.edge.bundle import MANIFEST, SCHEMA_VERSION, describe_files
-from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError
+from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError, unknown_name
 from pocketvlm.export.calibration import DEFAULT_SIZE, open_calibration
 from pocketvlm.export.cases import ImageCase, golden_images
 from pocketvlm.export.conformance import VECTORS, Vectors, widen_tolerance, write_vectors
 from pocketvlm.export.mil import PREDICT_SCRIPT
+from pocketvlm.export.precision import PRECISIONS
 from pocketvlm.export.probe import Probe, probe_variants
 from pocketvlm.export.source import Exportable, Source, open_source
-from pocketvlm.export.targets import Calibration, Target, Variant, get_target
+from pocketvlm.export.targets import Calibration, Target, Variant, check_precision, get_target
 from pocketvlm.export.targets.executorch_writer import BackgroundWriter
-from pocketvlm.export.targets.onnx import check_precision
 
 DEFAULT_TARGETS = ("onnx", "executorch", "coreml")
 # the issue's floor for full precision against float64; int8 is judged by the parity check on real data
@@ -85,9 +85,11 @@ def export_bundle(
         student_or_run: a `Student`, a run or student folder, "open_clip:..." or "hf:...", or an `Exportable`.
         out: the bundle folder; it appears complete or not at all.
         targets: of "onnx", "executorch", "coreml"; "onnx:int8" asks for one precision of one target.
-        precisions: of "fp32", "fp16", "int8"; each target writes those that it knows. None: all that it knows.
-        calibration_data: for int8: a `--data` spec, a data source, samples, or a ready `Calibration`. None: the
-            training data of the run, where `student_or_run` is a run folder.
+        precisions: of `export.precision.PRECISIONS`; each target writes those that it knows. None: each target's own
+            few (`Target.defaults`).
+        calibration_data: int8 and w8a8-static cannot do without, the other quantized precisions have their biases
+            corrected with it and are judged by it: a `--data` spec, a data source, samples, or a ready `Calibration`.
+            None: the training data of the run, where `student_or_run` is a run folder.
         overwrite: replace an existing bundle.
         calibration_size: pictures and texts to calibrate and judge with.
         examples: real pictures for the conformance vectors, which must be free to publish. None: three of the
@@ -101,8 +103,8 @@ def export_bundle(
         The bundle folder. `summarize` gives its table.
 
     Raises:
-        UsageError: `out` is not empty, nothing to export, a precision that no chosen target writes, int8 without
-            calibration data. UnknownNameError: no such target.
+        UsageError: `out` is not empty, nothing to export, a precision that no chosen target writes, or one that needs
+            calibration data without it. UnknownNameError: no such target or precision.
         MissingExtraError: a target's converter is not installed; names the extra.
         IntegrityError: a written file does not run or does not compute what the model computes.
     """
@@ -112,14 +114,13 @@ def export_bundle(
     model = open_source(student_or_run, allow_download=allow_download, trust_remote_code=trust_remote_code)
     tokenizer = model.tokenizer()
     calibration, source = None, None
-    if any(precision == "int8" for _, precision in plan):
+    data = calibration_data or _data_of_run(student_or_run)
+    if data is not None and any(precision not in ("fp32", "fp16") for _, precision in plan):
         say("reading calibration data")
-        calibration, source = open_calibration(
-            calibration_data or _data_of_run(student_or_run), model.towers.contract, tokenizer, size=calibration_size
-        )
+        calibration, source = open_calibration(data, model.towers.contract, tokenizer, size=calibration_size)
     for target, precision in plan:
         # before anything slow is done
-        check_precision(target.name, target.precisions, precision, calibration)
+        check_precision(target, precision, calibration)
     if examples is None:
         examples = _examples(source)
     with _staged(out, overwrite) as folder, _background(plan, processes) as writer:
@@ -178,7 +179,7 @@ def format_table(rows: Sequence[VariantRow]) -> str:
     lines: list[tuple[str, ...]] = [("target", "precision", "file", "MB", "of fp32", "image ms", "text ms", "")]
     for row in rows:
         times = [f"{row.latency_ms[t]:.2f}" if t in row.latency_ms else "-" for t in ("image", "text")]
-        warning = "below the int8 floor" if row.meets_floor is False else ""
+        warning = f"below the {row.precision} floor" if row.meets_floor is False else ""
         lines.append(
             (row.target, row.precision, ", ".join(row.files), f"{row.mb:.2f}", f"{row.ratio:.3f}", *times, warning)
         )
@@ -193,26 +194,39 @@ def _plan(targets: Sequence[str], precisions: Sequence[str] | None) -> list[tupl
     """(backend, precision) pairs; every backend is opened here, so that a missing extra shows before any work."""
     if isinstance(targets, str):
         targets = (targets,)
+    for precision in precisions or ():
+        if precision not in PRECISIONS:
+            raise unknown_name("precision", precision, PRECISIONS)
     plan: list[tuple[Target, str]] = []
+    refusals: dict[str, str] = {}
     for entry in targets:
         name, _, only = entry.partition(":")
         target = get_target(name)
-        known = [p for p in target.precisions if precisions is None or p in precisions]
-        wanted = [only] if only else known
-        if not wanted or not set(wanted) <= set(target.precisions):
-            asked = only or ", ".join(precisions or ())
+        asked = [only] if only else target.defaults if precisions is None else precisions
+        if only and only not in PRECISIONS:
+            raise unknown_name("precision", only, PRECISIONS)
+        refused = [p for p in asked if p not in target.precisions]
+        if len(refused) == len(asked):
             raise UsageError(
-                f"target {name!r} writes {', '.join(target.precisions)} and {asked!r} was asked for; it would be "
-                "missing from the bundle, so choose another precision or leave the target out"
+                f"target {name!r} writes {', '.join(target.precisions)} and {', '.join(refused) or 'nothing'!r} was "
+                f"asked for{_because(target, refused)}; it would be missing from the bundle, so choose another "
+                "precision or leave the target out"
             )
-        plan += [(target, precision) for precision in wanted]
-    unknown = set(precisions or ()) - {precision for _, precision in plan}
-    if unknown or not plan:
+        refusals |= {p: f"{name} writes {', '.join(target.precisions)}{_because(target, [p])}" for p in refused}
+        plan += [(target, precision) for precision in target.precisions if precision in asked]
+    lacking = sorted(set(refusals) - {precision for _, precision in plan})
+    if lacking:
         raise UsageError(
-            f"no chosen target writes precision {', '.join(sorted(unknown)) or '(none)'}; the bundle would lack it, "
-            "so add a target that does (fp32: all, fp16: coreml, int8: onnx, executorch)"
+            f"no chosen target writes precision {lacking[0]}: {refusals[lacking[0]]}; the bundle would lack it, so add "
+            "a target that writes it or leave it out"
         )
+    if not plan:
+        raise UsageError("no target was chosen, so there is nothing to export; name onnx, executorch or coreml")
     return list({(target.name, precision): (target, precision) for target, precision in plan}.values())
+
+
+def _because(target: Target, refused: Sequence[str]) -> str:
+    return f" ({target.refused[refused[0]]})" if refused else ""
 
 
 @contextlib.contextmanager
@@ -328,6 +342,7 @@ def _with_measurements(folder: Path, model: Exportable, variants: list[Variant],
             _check_probe(variant, probe)
             worst = max(probe.worst.values())
             measured[variant.precision] = max(worst, measured.get(variant.precision, 0.0))
+            notes["vectors_mean_cosine"] = {tower: round(v, 6) for tower, v in probe.mean_cosine.items()}
             notes["vectors_worst_1_minus_cosine"] = {tower: float(f"{v:.3g}") for tower, v in probe.worst.items()}
             notes["latency_ms_batch1_1thread"] = {tower: round(v, 3) for tower, v in probe.latency_ms.items()}
         finished.append(replace(variant, notes={**variant.notes, **notes}))

@@ -32,10 +32,12 @@ VECTORS = f"{FOLDER}/vectors.json"
 
 # one of each trap that a port has fallen into; the long list belongs to reference runs
 _IMAGES = ("exif-6", "rgba", "cmyk", "gray", "gray-16-bit", "palette", "animated", "progressive", "1xN", "odd-crop")
-# measured int8 distances on such far-fetched pictures, times this, become the tolerance where they exceed the default
+# measured distances of rounded models on such far-fetched pictures, times this, become the tolerance where they exceed
+# the default
 _HEADROOM = 1.5
 # vectors that allow more than this test nothing: some other model would pass them
-_WIDEST = 0.1
+_WIDEST = {"fp16": 0.01, "w4": 0.3, "palette4": 0.3}
+_WIDEST_8_BIT = 0.1
 
 
 @dataclass(frozen=True)
@@ -71,28 +73,35 @@ def write_vectors(
 
 
 def widen_tolerance(folder: Path, measured: dict[str, float]) -> None:
-    """Raise the int8 tolerance to what this export measured, so that vectors test the port and not the rounding.
+    """Raise tolerances to what this export measured, so that vectors test the port and not the rounding.
 
-    measured: precision -> largest 1 - cosine over the vectors on this machine's runtimes. Only int8 is widened, as
+    measured: precision -> largest 1 - cosine over the vectors on this machine's runtimes. fp32 is never widened, as
     full-precision graphs have no excuse.
 
     Raises:
-        IntegrityError: int8 is so far from the model that no tolerance could tell it from another model.
+        IntegrityError: a file is so far from the model that no tolerance could tell it from another model.
     """
     path = folder / VECTORS
     content = json.loads(path.read_text(encoding="utf-8"))
-    worst = measured.get("int8", 0.0)
-    if not worst <= _WIDEST:
-        raise IntegrityError(
-            f"an int8 file is {worst:.3g} (1 - cosine) away from the model on the conformance inputs and at most "
-            f"{_WIDEST} is allowed; a port could not be told from another model, so no bundle was written: leave int8 "
-            "out, or give other calibration data"
-        )
-    if worst > content["tolerance"]["int8"]:
-        content["tolerance"]["int8"] = round(min(_WIDEST, worst * _HEADROOM), 6)
-        content["tolerance_source"] = (
-            f"int8: {_HEADROOM} times the largest 1 - cosine measured at export ({worst:.6f}), at most {_WIDEST}"
-        )
+    reasons = []
+    for precision, worst in sorted(measured.items()):
+        widest = _WIDEST.get(precision, _WIDEST_8_BIT)
+        if precision == "fp32":
+            continue
+        if not worst <= widest:
+            raise IntegrityError(
+                f"a file of precision {precision} is {worst:.3g} (1 - cosine) away from the model on the conformance "
+                f"inputs and at most {widest} is allowed; a port could not be told from another model, so no bundle "
+                f"was written: leave {precision} out, or give other calibration data"
+            )
+        if worst > content["tolerance"][precision]:
+            content["tolerance"][precision] = round(min(widest, worst * _HEADROOM), 6)
+            reasons.append(
+                f"{precision}: {_HEADROOM} times the largest 1 - cosine measured at export ({worst:.6f}), at most "
+                f"{widest}"
+            )
+    if reasons:
+        content["tolerance_source"] = "; ".join(reasons)
         _dump(folder, content)
 
 

@@ -1,4 +1,4 @@
-"""How faithful an int8 candidate is to its float tower on inputs it was not calibrated with, and which one to keep."""
+"""How faithful a quantized candidate is to its float tower on inputs it was not calibrated with, and which to keep."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pocketvlm.export.precision import floor_of
+
 # floors for int8 on real data (shared with the parity check), and what a few dozen held-out rows must show for a
 # scheme to be taken without a look at the next one: their 1st percentile is little more than their worst row, and on
 # EfficientNet-Lite0 .993 of 48 rows went with .977 of 400
@@ -20,7 +22,7 @@ _COMFORT_MEAN, _COMFORT_P1 = 0.997, 0.995
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Cosine of int8 against float32 rows on pictures or texts that were not used for calibration."""
+    """Cosine of quantized against float32 rows on pictures or texts that were not used for calibration."""
 
     mean: float
     p1: float
@@ -36,13 +38,14 @@ class Fidelity:
     def meets_floor(self) -> bool:
         return self.mean >= FLOOR_MEAN and self.p1 >= FLOOR_P1
 
-    def notes(self) -> dict[str, object]:
+    def notes(self, precision: str = "int8") -> dict[str, object]:
         """For `Variant.notes`; `meets_floor` is False where the parity check must be expected to fail."""
+        floor = floor_of(precision)
         return {
             "held_out_cosine_mean": round(self.mean, 6),
             "held_out_cosine_p1": round(self.p1, 6),
             "held_out_cases": self.cases,
-            "meets_floor": self.meets_floor,
+            "meets_floor": self.mean >= floor.mean and self.p1 >= floor.p1 and self.minimum >= floor.minimum,
         }
 
 

@@ -25,6 +25,8 @@ SMALLEST_WEIGHT = 256
 # a float16 copy keeps values to 2^-11; 8-bit and palettised weights to about a hundredth of their span
 _NORM_TOLERANCE = {"fp32": 1e-5, "fp16": 1e-3}
 _COARSE = 2e-2
+# the outermost value of a palette is a mean of its cluster, and the largest weight lies beyond it
+_PALETTE_SPAN = 0.5
 _INT32, _FLOATS = 131104, (65552, 65568, 65600)
 
 
@@ -95,7 +97,9 @@ def _tower(path: Path, tower: str, bundle: Bundle, variant: BundleVariant, refer
             f"{path.name} stores NaN or Inf in {len(bad)} constants (first {bad[0]!r}); export it again"
         )
     expected = _weights(reference, tower)
-    found = _recognised(expected, constants, _NORM_TOLERANCE.get(variant.precision, _COARSE))
+    tolerance = _NORM_TOLERANCE.get(variant.precision, _COARSE)
+    ends = _PALETTE_SPAN if variant.precision.startswith("palette") else tolerance
+    found = _recognised(expected, constants, tolerance, ends)
     if not found:
         raise IntegrityError(
             f"{path.name} holds none of the {len(expected)} recorded {tower} weights; it was converted from another "
@@ -185,8 +189,13 @@ def _weights(reference: ReferenceRun, tower: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def _recognised(expected: dict[str, dict[str, Any]], constants: dict[str, NDArray[Any]], tolerance: float) -> list[str]:
-    """Recorded weights with a constant of the same size, norm and extremes (a converter may transpose: all stay)."""
+def _recognised(
+    expected: dict[str, dict[str, Any]], constants: dict[str, NDArray[Any]], tolerance: float, ends: float
+) -> list[str]:
+    """Recorded weights with a constant of the same size, norm and extremes (a converter may transpose: all stay).
+
+    tolerance: of the norm, relative. ends: of the extremes, relative to the largest magnitude.
+    """
     stored: dict[int, list[tuple[float, float, float]]] = {}
     for value in constants.values():
         if value.dtype.kind == "f" and value.size >= SMALLEST_WEIGHT:
@@ -199,8 +208,8 @@ def _recognised(expected: dict[str, dict[str, Any]], constants: dict[str, NDArra
         span = max(abs(entry["min"]), abs(entry["max"]))
         return (
             abs(norm - entry["norm"]) <= tolerance * entry["norm"]
-            and abs(low - entry["min"]) <= tolerance * span
-            and abs(high - entry["max"]) <= tolerance * span
+            and abs(low - entry["min"]) <= ends * span
+            and abs(high - entry["max"]) <= ends * span
         )
 
     return [

@@ -1,5 +1,5 @@
-"""What every int8 backend needs done to a tower first: an int8 token table, folded batch norm, balanced linear layers,
-corrected biases.
+"""What every quantizing backend needs done to a tower first: an integer token table, folded batch norm, balanced linear
+layers (where their inputs are rounded) and corrected biases.
 
 Balancing: the inputs of a linear layer share one scale, so that a loud channel drowns the quiet ones. Dividing each
 input channel by s_j and multiplying the weight's column by it changes nothing in float and much in int8 (Xiao et al.
@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import MutableMapping
-from typing import Any, cast
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -26,13 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from pocketvlm.export.fidelity import run_module, split_calibration
-
-# weights are rounded to -127..127 per output channel, as onnxruntime and XNNPACK do it
-_WEIGHT_MAX = 127
-# steps between the ends of an activation's range
-_STEPS = 255
-# below this many rows a table is positions, not tokens: it costs nothing and every token would suffer
-_TABLE_ROWS = 256
+from pocketvlm.export.rounding import balancing_scales, round_rows, round_tensor, round_weight, turn_down
+from pocketvlm.export.token_tables import quantize_tables
 
 # convolutions at the input that stay in float: a thousandth of the weights, and where rounding hurts most (their few
 # channels carry everything that follows)
@@ -48,48 +44,13 @@ _SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
 _LAYER_NORM = _aten.layer_norm.default
 _ATTENTION = (_aten.softmax.int, _aten._softmax.default, _aten.scaled_dot_product_attention.default)
 
-# exponents a of s_j = max|x_j|^a / max|W_:j|^(1-a) that are tried for each layer, and by how much the loudest channels
-# of the best candidate are turned down further (a few channels with huge values are usual in transformers)
-_EXPONENTS = (0.25, 0.5, 0.75)
+# by how much the loudest channels of the best candidate are turned down further (a few channels with huge values are
+# usual in transformers)
 _LIMITS = (1.0, 2.0, 4.0, 8.0)
 # vectors (tokens, pictures) that candidates are judged by
 _JUDGED = 1024
-# a channel this much quieter than the loudest counts as that loud: it may be silent on calibration data only
-_QUIET = 1e-3
 # how far the error must fall for a balance to be worth one more operator
 _BALANCE_GAIN = 0.8
-
-
-class Int8Embedding(nn.Module):
-    """A token table in int8 with one scale per row; a quarter of the bytes, lookups by plain gather and multiply.
-
-    Backends leave `nn.Embedding` in float32 when they quantize, and it is the largest part of a small text tower.
-    Written out of basic operators, so that it needs no quantized kernel on any device.
-    """
-
-    table: Tensor
-    scale: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        scale = weight.detach().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / _WEIGHT_MAX
-        self.register_buffer("table", torch.round(weight.detach() / scale).to(torch.int8))
-        self.register_buffer("scale", scale)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        flat = ids.reshape(-1)
-        rows = self.table.index_select(0, flat).to(self.scale.dtype) * self.scale.index_select(0, flat)
-        return rows.reshape(*ids.shape, self.table.shape[1])
-
-
-def quantize_tables(module: nn.Module) -> nn.Module:
-    """A copy whose token tables are `Int8Embedding`; small tables (positions) stay as they are."""
-    module = copy.deepcopy(module)
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Embedding) and child.num_embeddings >= _TABLE_ROWS:
-                setattr(parent, name, Int8Embedding(child.weight))
-    return module
 
 
 def capture(module: nn.Module, rows: NDArray[Any]) -> fx.GraphModule:
@@ -98,6 +59,16 @@ def capture(module: nn.Module, rows: NDArray[Any]) -> fx.GraphModule:
     batch = torch.export.Dim("batch", min=1, max=4096)
     program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
     return cast(fx.GraphModule, program.module(check_guards=False))
+
+
+def weight_only_graph(module: nn.Module, rows: NDArray[Any], bits: Literal[4, 8] = 8) -> fx.GraphModule:
+    """What can be done to a tower without real inputs: integer token tables and folded batch norm.
+
+    rows: example inputs, for tracing only.
+    """
+    graph = capture(quantize_tables(module, bits), rows)
+    fold_batchnorm(graph)
+    return graph
 
 
 def fold_batchnorm(graph_module: fx.GraphModule) -> int:
@@ -162,24 +133,56 @@ def balance_linears(graph_module: fx.GraphModule, rows: NDArray[Any]) -> int:
     return len(found)
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """What a precision rounds, for `correct_bias`.
+
+    linear, convolution: the values that a weight of such a layer takes. inputs: "mixed", linear layers by the row and
+    convolutions and residual sums by a fixed range (int8); "rows", linear layers by the row only; "fixed", everything
+    by a fixed range; "none", weights only. smallest: weights of fewer elements stay in float.
+    """
+
+    linear: Callable[[Tensor], Tensor]
+    inputs: Literal["mixed", "rows", "fixed", "none"]
+    convolution: Callable[[Tensor], Tensor] = field(default_factory=lambda: round_weight)
+    smallest: int = 0
+
+    def weight(self, node: fx.Node, weight: Tensor) -> Tensor:
+        """The values that the weight of a convolution or linear layer takes."""
+        if weight.numel() < self.smallest:
+            return weight
+        return self.linear(weight) if node.target in LINEARS else self.convolution(weight)
+
+
 @torch.no_grad()
-def correct_bias(graph_module: fx.GraphModule, rows: NDArray[Any], float_layers: int = 0) -> int:
-    """Give every convolution and linear layer the bias that restores its mean output under int8, in place.
+def correct_bias(
+    graph_module: fx.GraphModule,
+    rows: NDArray[Any],
+    float_layers: int = 0,
+    rounding: Rounding | None = None,
+    expected: dict[str, Tensor] | None = None,
+) -> int:
+    """Give every convolution and linear layer the bias that restores its mean output under rounding, in place.
 
     rows: calibration inputs, the more the better; they pass through in one batch, cut to what memory allows.
-    float_layers: convolutions at the input that stay in float.
+    float_layers: convolutions at the input that stay in float. rounding: that of int8 unless given. expected: layer ->
+    mean output per channel to restore, `mean_outputs` of another graph; those of this graph in float unless given.
 
     Returns:
         The number of layers corrected.
     """
+    rounding = rounding or Rounding(round_weight, "mixed")
     inputs = _one_batch(rows)
     exempt = {node.name for node in stem(graph_module, float_layers)}
-    rounded = _rounded(graph_module, float_layers)
-    expected: dict[str, Tensor] = {}
+    rounded = _rounded(graph_module, float_layers) if rounding.inputs in ("mixed", "fixed") else set()
+    observed = set(rounded)
+    if rounding.inputs == "fixed":
+        observed |= {str(node.args[0]) for node in graph_module.graph.nodes if node.target in LINEARS}
+    own: dict[str, Tensor] = {}
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
-    _Observed(graph_module, expected, rounded, ranges).run(inputs)
+    _Observed(graph_module, own, observed, ranges).run(inputs)
     corrections: dict[str, Tensor] = {}
-    _Corrected(graph_module, expected, corrections, exempt, ranges).run(inputs)
+    _Corrected(graph_module, expected or own, corrections, exempt, ranges, rounded, rounding).run(inputs)
     for node in list(graph_module.graph.nodes):
         if node.name in corrections:
             old = _constant(graph_module, node.args[2]) if len(node.args) > 2 else None
@@ -187,6 +190,24 @@ def correct_bias(graph_module: fx.GraphModule, rows: NDArray[Any], float_layers:
             _set_parameter(graph_module, node, 2, bias, "corrected_bias")
     prune(graph_module)
     return len(corrections)
+
+
+@torch.no_grad()
+def round_weights(graph_module: fx.GraphModule, rounding: Rounding) -> None:
+    """Give every convolution and linear layer the weight that a rounding makes of it, in place, as float values."""
+    for node in list(graph_module.graph.nodes):
+        if _weighted(graph_module, node):
+            weight = cast(Tensor, _constant(graph_module, node.args[1]))
+            _set_parameter(graph_module, node, 1, rounding.weight(node, weight), "rounded_weight")
+    prune(graph_module)
+
+
+@torch.no_grad()
+def mean_outputs(graph_module: fx.GraphModule, rows: NDArray[Any]) -> dict[str, Tensor]:
+    """The mean output per channel of every weighted layer, by the layer's name in the graph."""
+    means: dict[str, Tensor] = {}
+    _Observed(graph_module, means, set(), {}).run(_one_batch(rows))
+    return means
 
 
 def _one_batch(rows: NDArray[Any]) -> Tensor:
@@ -199,25 +220,9 @@ def stem(graph_module: fx.GraphModule, layers: int) -> list[fx.Node]:
     return [node for node in graph_module.graph.nodes if node.target in CONVOLUTIONS][:layers]
 
 
-def round_weight(weight: Tensor) -> Tensor:
-    """The values that a weight [out, ...] takes after symmetric int8 rounding per output channel."""
-    flat = weight.flatten(1)
-    scale = flat.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / _WEIGHT_MAX
-    return (torch.round(flat / scale) * scale).reshape(weight.shape)
-
-
-def round_tensor(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The values that activations take after affine 8-bit rounding of [low, high], of which zero is always part."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = ((high - low) / _STEPS).clamp(min=1e-12)
-    zero = torch.round(-low / scale)
-    return (x / scale).round_().add_(zero).clamp_(0, _STEPS).sub_(zero).mul_(scale)
-
-
-def round_rows(x: Tensor) -> Tensor:
-    """`round_tensor` with a range for each row of the batch, as dynamic quantization has it at batch 1."""
-    axes = list(range(1, x.ndim))
-    return round_tensor(x, x.amin(dim=axes, keepdim=True), x.amax(dim=axes, keepdim=True))
+def is_depthwise(shape: Sequence[int]) -> bool:
+    """Whether a weight [out, in / groups, ...] is that of a depthwise convolution in two dimensions."""
+    return len(shape) == 4 and shape[1] == 1 and shape[0] > 1
 
 
 def has_attention(graph_module: fx.GraphModule) -> bool:
@@ -281,34 +286,15 @@ def _best_scale(x: Tensor, weight: Tensor) -> Tensor | None:
     def error(scale: Tensor) -> float:
         return float((round_rows(judged / scale) @ round_weight(weight * scale).T - exact).square().mean())
 
-    shapes = _scales(seen, weight)
+    shapes = balancing_scales(seen, weight)
     errors = [error(scale) for scale in shapes]
     best = int(np.argmin(errors))
-    limited = [errors[best], *(error(_turn_down(seen, shapes[best], limit)) for limit in _LIMITS[1:])]
+    limited = [errors[best], *(error(turn_down(seen, shapes[best], limit)) for limit in _LIMITS[1:])]
     if not min(limited) < _BALANCE_GAIN * error(torch.ones(x.shape[-1])):
         return None
-    scale = _turn_down(x, _scales(x, weight)[best], _LIMITS[int(np.argmin(limited))])
+    scale = turn_down(x, balancing_scales(x, weight)[best], _LIMITS[int(np.argmin(limited))])
     # only ratios matter to int8; this keeps the largest input as large as it was
     return scale * ((x / scale).abs().max() / x.abs().max())
-
-
-def _scales(x: Tensor, weight: Tensor) -> list[Tensor]:
-    """SmoothQuant's s for each exponent, then the one with the least sum of both rounding errors where no channel is
-    loud: s_j = sqrt(rms x_j / rms W_:j)."""
-    x = x.flatten(0, -2)
-    loud, reach = _not_quiet(x.abs().amax(dim=0)), _not_quiet(weight.abs().amax(dim=0))
-    power, gain = (_not_quiet(value.square().mean(dim=0).sqrt()) for value in (x, weight))
-    return [*(loud**a / reach ** (1 - a) for a in _EXPONENTS), (power / gain).sqrt()]
-
-
-def _turn_down(x: Tensor, scale: Tensor, limit: float) -> Tensor:
-    """`scale` raised where max|x_j| / s_j is above 1 / `limit` of the largest."""
-    left = _not_quiet(x.flatten(0, -2).abs().amax(dim=0)) / scale
-    return scale * (left / left.max() * limit).clamp(min=1.0)
-
-
-def _not_quiet(loudness: Tensor) -> Tensor:
-    return loudness.clamp(min=max(float(loudness.max()) * _QUIET, 1e-12))
 
 
 def _divide_norm(graph_module: fx.GraphModule, node: fx.Node, scale: Tensor) -> bool:
@@ -357,24 +343,32 @@ class _Corrected(fx.Interpreter):
         found: dict[str, Tensor],
         exempt: set[str],
         ranges: dict[str, tuple[Tensor, Tensor]],
+        rounded: set[str],
+        rounding: Rounding,
     ) -> None:
         super().__init__(graph_module)
         self.exempt = exempt
         self.expected = expected
         self.found = found
         self.ranges = ranges
+        self.rounded = rounded
+        self.rounding = rounding
 
     def run_node(self, n: fx.Node) -> Any:
         if n.name in self.exempt or not _weighted(self.module, n):
             output = super().run_node(n)
         else:
             (x, weight, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
-            x = round_rows(x) if n.target in LINEARS else x
-            output = cast(Any, n.target)(x, round_weight(weight), *rest, **kwargs)
+            linear = n.target in LINEARS
+            if linear and self.rounding.inputs in ("mixed", "rows"):
+                x = round_rows(x)
+            elif linear and self.rounding.inputs == "fixed":
+                x = round_tensor(x, *self.ranges[str(n.args[0])])
+            output = cast(Any, n.target)(x, self.rounding.weight(n, weight), *rest, **kwargs)
             delta = self.expected[n.name] - _channel_mean(n, output)
             self.found[n.name] = delta
             output = output + (delta if n.target in LINEARS else delta.reshape(-1, *[1] * (output.ndim - 2)))
-        return round_tensor(output, *self.ranges[n.name]) if n.name in self.ranges else output
+        return round_tensor(output, *self.ranges[n.name]) if n.name in self.rounded else output
 
 
 def _is_residual(node: fx.Node) -> bool:
@@ -458,6 +452,7 @@ class Prepared:
     """
 
     def __init__(self, module: nn.Module, rows: NDArray[Any]) -> None:
+        self._module = module
         self.fit, self.held = split_calibration(rows)
         self.expected = run_module(module, self.held)
         self._balanced = capture(quantize_tables(module), self.fit)
@@ -479,6 +474,18 @@ class Prepared:
             correct_bias(graph, self.fit, float_layers)
             self._corrected[float_layers] = graph
         return copy.deepcopy(self._corrected[float_layers]), float_layers
+
+    def rounded(self, rounding: Rounding, bits: Literal[4, 8] = 8) -> fx.GraphModule:
+        """The graph with biases corrected for a rounding, and with balanced linear layers if it rounds their inputs.
+
+        bits: of the token tables. `STEM_LAYERS` convolutions are expected to stay in float.
+        """
+        float_graph = capture(self._module, self.fit)
+        fold_batchnorm(float_graph)
+        balanced = rounding.inputs != "none" and bits == 8
+        graph = copy.deepcopy(self._balanced) if balanced else weight_only_graph(self._module, self.fit, bits)
+        correct_bias(graph, self.fit, STEM_LAYERS, rounding, mean_outputs(float_graph, self.fit))
+        return graph
 
 
 def prepared(module: nn.Module, rows: NDArray[Any], memo: MutableMapping[nn.Module, Any]) -> Prepared:

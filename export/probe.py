@@ -32,11 +32,12 @@ _TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class Probe:
-    """One variant as its runtime sees it. worst: tower -> largest 1 - cosine over the given rows (NaN: not finite).
-    latency_ms: tower -> median of one input on one thread."""
+    """One variant as its runtime sees it. worst, mean_cosine: tower -> largest 1 - cosine, and mean cosine, over the
+    given rows (NaN: not finite). latency_ms: tower -> median of one input on one thread."""
 
     worst: dict[str, float]
     latency_ms: dict[str, float]
+    mean_cosine: dict[str, float]
 
 
 def probe_variants(
@@ -76,7 +77,7 @@ def probe_variants(
 
 def _measure(
     run: Callable[[Any], NDArray[np.float32]], rows: NDArray[Any], expected: NDArray[Any]
-) -> tuple[float, float]:
+) -> tuple[float, float, float]:
     found = run(rows).astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         cosine = (found * expected).sum(axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
@@ -85,7 +86,7 @@ def _measure(
         start = time.perf_counter()
         run(rows[:1])
         times.append(time.perf_counter() - start)
-    return float(np.max(1.0 - cosine)), float(np.median(times) * 1e3)
+    return float(np.max(1.0 - cosine)), float(np.median(times) * 1e3), float(np.mean(cosine))
 
 
 def _main(request: Path) -> None:
@@ -97,11 +98,11 @@ def _main(request: Path) -> None:
     for entry in content["variants"]:
         variant = SimpleNamespace(**entry)
         backend = open_backend(variant.target, content["folder"], variant, threads=1)
-        worst, latency = {}, {}
+        worst, latency, mean = {}, {}, {}
         for tower, run in (("image", backend.run_image), ("text", backend.run_text)):
             if tower in variant.files:
-                worst[tower], latency[tower] = _measure(run, arrays[f"in_{tower}"], arrays[f"out_{tower}"])
-        answers.append(asdict(Probe(worst, latency)))
+                worst[tower], latency[tower], mean[tower] = _measure(run, arrays[f"in_{tower}"], arrays[f"out_{tower}"])
+        answers.append(asdict(Probe(worst, latency, mean)))
     Path(content["answer"]).write_text(json.dumps(answers), encoding="utf-8")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from pocketvlm.edge.errors import unknown_name
-from pocketvlm.export.targets.base import Calibration, Precision, Target, Towers, Variant
+from pocketvlm.export.targets.base import Calibration, Precision, Target, Towers, Variant, check_precision
 
 # name -> (module, class)
 _TARGETS = {
@@ -14,7 +14,7 @@ _TARGETS = {
     "coreml": ("pocketvlm.export.targets.coreml", "CoreMLTarget"),
 }
 
-__all__ = ["Calibration", "Precision", "Target", "Towers", "Variant", "get_target", "list_targets"]
+__all__ = ["Calibration", "Precision", "Target", "Towers", "Variant", "check_precision", "get_target", "list_targets"]
 
 
 def list_targets() -> list[str]:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pocketvlm.edge.contract import ModelContract
-
-Precision = Literal["fp32", "fp16", "int8"]
+from pocketvlm.edge.errors import UsageError, unknown_name
+from pocketvlm.export.precision import CALIBRATED, PRECISIONS, Precision
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,38 @@ class Variant:
 
 
 class Target(Protocol):
-    """A backend that lowers towers into files under `folder` (the bundle root)."""
+    """A backend that lowers towers into files under `folder` (the bundle root).
+
+    precisions: what it writes. defaults: those that it writes when none is asked for. refused: each other name of the
+    vocabulary, and why.
+    """
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
+    defaults: ClassVar[tuple[str, ...]]
+    refused: ClassVar[dict[str, str]]
 
     def lower(
         self, towers: Towers, *, precision: Precision, folder: Path, calibration: Calibration | None
     ) -> Variant: ...
+
+
+def check_precision(target: Target, precision: str, calibration: Calibration | None) -> None:
+    """Refuse what a backend cannot write.
+
+    Raises:
+        UnknownNameError: no such precision.
+        UsageError: not one of this backend's, or one that needs calibration inputs without them.
+    """
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    if precision not in target.precisions:
+        raise UsageError(
+            f"target {target.name!r} cannot write precision {precision!r} ({target.refused[precision]}), only "
+            f"{', '.join(target.precisions)}; nothing was exported, so choose one of those"
+        )
+    if precision in CALIBRATED and calibration is None:
+        raise UsageError(
+            f"target {target.name!r} was asked for {precision} without calibration data; ranges guessed from noise "
+            "lose accuracy, so pass real data (--data, in Python calibration_data=...)"
+        )

@@ -1,4 +1,5 @@
-"""Core ML packages (`.mlpackage`, ML program) for iOS 17, macOS 14 and later: float16 and float32, batch 1."""
+"""Core ML packages (`.mlpackage`, ML program) for iOS 17, macOS 14 and later: float32, float16, and float16 with
+weights of 8 bits or from a table; batch 1."""
 
 from __future__ import annotations
 
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 import pocketvlm
 from pocketvlm.edge.contract import ModelContract
 from pocketvlm.edge.errors import IntegrityError, require
-from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant
+from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
+from pocketvlm.export.targets.coreml_compress import compressed_graph, store_compressed
 from pocketvlm.export.targets.onnx import (
     INPUTS,
     OUTPUT,
     Tower,
-    check_precision,
     example_rows,
+    prepared_tower,
     present_towers,
     quiet,
 )
@@ -38,14 +40,24 @@ class CoreMLTarget:
     The image input `pixels` is a Core ML image (RGB, S x S, a CVPixelBuffer in Swift), because Core ML has no uint8
     arrays; the values 0..255 reach the graph unscaled and are standardised inside it. Resize before the call by the
     contract's arithmetic: what Vision does with an image of another size is not specified. The text input `ids` is an
-    int32 MLMultiArray [1, L]. The output `embedding` is a float32 MLMultiArray [1, D] at both precisions.
+    int32 MLMultiArray [1, L]. The output `embedding` is a float32 MLMultiArray [1, D] at every precision.
+
+    w8: weights and token tables in int8 with a scale per output channel (row). palette8, palette6, palette4: each
+    weight or table holds 256, 64 or 16 different values. All compute in float16; constants below 2,048 elements stay
+    float16.
 
     Conversion and saving work on any system, prediction needs macOS. Every package is read back from disk and its
     interface compared with the contract before the export counts as done.
     """
 
     name: ClassVar[str] = "coreml"
-    precisions: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
+    precisions: ClassVar[tuple[str, ...]] = ("fp16", "fp32", "w8", "palette8", "palette6", "palette4")
+    defaults: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
+    refused: ClassVar[dict[str, str]] = {
+        "w4": "blocks of 32 need iOS 18 and these packages are for iOS 17: palette4 is its 4-bit format",
+        "w8a8-dynamic": "Core ML sets no range when an input arrives",
+        **dict.fromkeys(("w8a8-static", "int8"), "coremltools sets ranges of activations on macOS only"),
+    }
 
     def __init__(self) -> None:
         with quiet():
@@ -58,7 +70,7 @@ class CoreMLTarget:
             UsageError: this backend has no such precision.
             IntegrityError: what was read back from disk does not have the contract's interface.
         """
-        check_precision(self.name, self.precisions, precision, calibration)
+        check_precision(self, precision, calibration)
         files: dict[str, str] = {}
         notes: dict[str, object] = {
             "minimum_deployment_target": DEPLOYMENT_TARGET,
@@ -69,8 +81,12 @@ class CoreMLTarget:
             relative = f"{self.name}/{tower}-{precision}.mlpackage"
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             with quiet():
+                facts: dict[str, object] = {}
+                if precision not in ("fp16", "fp32"):
+                    ready = prepared_tower(module, calibration, tower) if calibration else None
+                    module, facts = compressed_graph(module, ready, example_rows(towers, tower), precision)
                 _convert(module, towers, tower, precision, folder / relative)
-                notes[tower] = check_package(folder / relative, towers.contract, tower)
+                notes[tower] = facts | check_package(folder / relative, towers.contract, tower)
             files[tower] = relative
         return Variant(self.name, precision, files, "fixed-1", towers.contract.embed_dim, notes)
 
@@ -100,7 +116,7 @@ def _convert(module: nn.Module, towers: Towers, tower: Tower, precision: str, pa
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
-            traced = torch.jit.trace(module.eval(), example, check_trace=False)
+            traced = torch.jit.trace(module, example, check_trace=False)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     model = ct.convert(
@@ -109,9 +125,11 @@ def _convert(module: nn.Module, towers: Towers, tower: Tower, precision: str, pa
         outputs=[ct.TensorType(OUTPUT, dtype=np.float32)],
         convert_to="mlprogram",
         minimum_deployment_target=getattr(ct.target, DEPLOYMENT_TARGET),
-        compute_precision={"fp16": ct.precision.FLOAT16, "fp32": ct.precision.FLOAT32}[precision],
+        compute_precision=ct.precision.FLOAT32 if precision == "fp32" else ct.precision.FLOAT16,
         skip_model_load=True,
     )
+    if precision not in ("fp16", "fp32"):
+        model = store_compressed(model, precision)
     model.short_description = f"{towers.contract.name}: {tower} tower, {precision}"
     model.version = pocketvlm.__version__
     model.user_defined_metadata["pocketvlm.contract_sha256"] = towers.contract.digest()

@@ -1,21 +1,33 @@
-"""ExecuTorch programs for the XNNPACK CPU backend (iOS, Android, desktop): float32 and int8, batch 1."""
+"""ExecuTorch programs for the XNNPACK CPU backend (iOS, Android, desktop): float32 and four ways to quantize; batch
+1."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from pocketvlm.edge.errors import require
-from pocketvlm.export.fidelity import Scheme, choose_scheme, run_module
-from pocketvlm.export.prepare import Prepared, capture, prune
-from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant
-from pocketvlm.export.targets.onnx import Tower, check_precision, example_rows, prepared_tower, present_towers, quiet
+from pocketvlm.export.fidelity import Scheme, choose_scheme, fidelity, run_module
+from pocketvlm.export.prepare import (
+    LINEARS,
+    STEM_LAYERS,
+    Prepared,
+    Rounding,
+    capture,
+    is_depthwise,
+    prune,
+    weight_only_graph,
+)
+from pocketvlm.export.rounding import round_blocks_evenly, round_weight
+from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
+from pocketvlm.export.targets.onnx import Tower, example_rows, prepared_tower, present_towers, quiet
+from pocketvlm.export.token_tables import BLOCK
 
 METHODS: dict[Tower, str] = {"image": "encode_image", "text": "encode_text"}
 
@@ -26,13 +38,24 @@ class ExecuTorchTarget:
     `context_length` and `contract_sha256`. Loading one method costs no memory for the other.
 
     The batch is fixed at 1: memory is planned ahead for the largest batch, which a phone would carry for nothing.
+    w8a8-dynamic: linear layers and ordinary convolutions set their range when an input arrives, depthwise convolutions
+    stay in float. w8a8-static: ranges set ahead of time, by minimum and maximum. w4: linear layers in 4 bits and blocks
+    of 32 with such dynamic inputs ("8da4w": XNNPACK has no 4-bit kernel with float inputs), where the width is a
+    multiple of 32; token tables in 4 bits; the rest as w8a8-dynamic. All have the first three convolutions in float.
+
     int8: token tables are int8 rows with a scale each; linear layers are balanced and dynamic, convolutions static but
     for the first three, biases corrected (`export.prepare`). Where a convolutional tower does not meet the floor, one
     with all convolutions in float is tried, and the better is kept.
     """
 
     name: ClassVar[str] = "executorch"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "w8a8-dynamic", "w8a8-static", "int8", "w4")
+    defaults: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    refused: ClassVar[dict[str, str]] = {
+        "fp16": "XNNPACK computes in float16 on few processors, so the file could not be checked",
+        "w8": "XNNPACK has no kernel for int8 weights with float inputs",
+        **dict.fromkeys(("palette8", "palette6", "palette4"), "XNNPACK looks no weights up in a table"),
+    }
 
     def __init__(self, write: Callable[[dict[str, Any], str, dict[str, Any], Path], None] | None = None) -> None:
         """write: how programs become a file; `write_program` unless given."""
@@ -44,18 +67,23 @@ class ExecuTorchTarget:
         """Write both towers into one program.
 
         Raises:
-            UsageError: this backend has no such precision, or int8 without calibration data.
+            UsageError: this backend has no such precision, or one that needs calibration data without it.
         """
-        check_precision(self.name, self.precisions, precision, calibration)
+        check_precision(self, precision, calibration)
         programs: dict[str, Any] = {}
         notes: dict[str, object] = {"backend": "xnnpack"}
         with quiet():
             for tower, module in present_towers(towers):
-                if precision == "int8":
+                rows = example_rows(towers, tower)
+                if precision == "fp32":
+                    graph = capture(module, rows)
+                    prune(graph)
+                    lowered: nn.Module = graph
+                elif precision == "int8":
                     lowered, notes[tower] = _quantize(prepared_tower(module, calibration, tower))
                 else:
-                    lowered = capture(module, example_rows(towers, tower))
-                    prune(lowered)
+                    ready = prepared_tower(module, calibration, tower) if calibration else None
+                    lowered, notes[tower] = _rung(module, ready, rows, precision)
                 example = torch.from_numpy(example_rows(towers, tower)[:1])
                 programs[METHODS[tower]] = torch.export.export(lowered, (example,))
             relative = f"{self.name}/model-{precision}.pte"
@@ -76,17 +104,18 @@ def _constants(towers: Towers) -> dict[str, Any]:
 
 
 def _partitioners(precision: str) -> list[Any]:
-    from executorch.backends.xnnpack.partition.config.gemm_configs import AddmmConfig, LinearConfig
+    from executorch.backends.xnnpack.partition.config.gemm_configs import AddmmConfig, ConvolutionConfig, LinearConfig
     from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
     rest = XnnpackPartitioner()
-    if precision != "int8":
+    if precision in ("fp32", "w8a8-static"):
         return [rest]
     # dynamic linear layers go first, as the other would take them apart; and only they, because a partitioner for all
     # that can be dynamic takes the static convolutions too and cuts the network at every residual sum
     dynamic = ConfigPrecisionType.DYNAMIC_QUANT
-    return [XnnpackPartitioner(configs=[LinearConfig, AddmmConfig], config_precisions=dynamic), rest]
+    configs = [LinearConfig, AddmmConfig, *([] if precision == "int8" else [ConvolutionConfig])]
+    return [XnnpackPartitioner(configs=configs, config_precisions=dynamic), rest]
 
 
 def write_program(programs: dict[str, Any], precision: str, constants: dict[str, Any], path: Path) -> None:
@@ -107,6 +136,80 @@ def _quantize(ready: Prepared) -> tuple[nn.Module, dict[str, object]]:
     # one row at a time, as the file runs: dynamic ranges are those of the whole batch in eager mode
     graph, _, notes = choose_scheme(schemes, lambda graph: run_module(graph, ready.held, 1), ready.expected)
     return graph, notes
+
+
+def _rung(
+    module: nn.Module, ready: Prepared | None, rows: NDArray[Any], precision: str
+) -> tuple[nn.Module, dict[str, object]]:
+    """The quantized graph of the other precisions, and notes. ready: where there are calibration inputs."""
+    from pocketvlm.export.targets.xnnpack_quantizer import TowerQuantizer
+
+    bits: Literal[4, 8] = 4 if precision == "w4" else 8
+    if ready is None:
+        graph, fit = weight_only_graph(module, rows, bits), rows
+    else:
+        graph, fit = ready.rounded(_ROUNDINGS[precision], bits), ready.fit
+    if precision == "w8a8-static":
+        lowered = _convert(graph, TowerQuantizer(STEM_LAYERS, "fixed"), fit)
+    else:
+        lowered = _convert(
+            graph, TowerQuantizer(STEM_LAYERS, "rows", linears=_no_blocks if bits == 4 else None), fit[:2]
+        )
+    scheme = {"w8a8-static": "pt2e-static", "w8a8-dynamic": "pt2e-dynamic", "w4": "8da4w-blocks-of-32"}[precision]
+    if bits == 4:
+        _quantize_blocks(lowered)
+    notes: dict[str, object] = {
+        "scheme": scheme,
+        "biases": "corrected" if ready else "as they were, for want of calibration data",
+    }
+    if ready:
+        notes |= fidelity(run_module(lowered, ready.held, 1), ready.expected).notes(precision)
+    return lowered, notes
+
+
+def _no_blocks(shape: torch.Size) -> bool:
+    return shape[1] % BLOCK != 0
+
+
+def _linear_weight(weight: Tensor) -> Tensor:
+    return round_weight(weight) if _no_blocks(weight.shape) else round_blocks_evenly(weight)
+
+
+def _dense_weight(weight: Tensor) -> Tensor:
+    return weight if is_depthwise(weight.shape) else round_weight(weight)
+
+
+_ROUNDINGS = {
+    "w8a8-dynamic": Rounding(round_weight, "rows", _dense_weight),
+    "w8a8-static": Rounding(round_weight, "fixed"),
+    "w4": Rounding(_linear_weight, "rows", _dense_weight),
+}
+
+
+def _quantize_blocks(graph: Any) -> None:
+    """Linear layers whose weight is still float become torchao's 4-bit ones, in place."""
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    for node in list(graph.graph.nodes):
+        if node.target not in LINEARS or node.args[1].op != "get_attr":
+            continue
+        weight = graph.get_parameter(str(node.args[1].target))
+        bias = node.args[2] if len(node.args) > 2 else None
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+        layer.weight = nn.Parameter(weight.data)
+        if bias is not None:
+            layer.bias = nn.Parameter(graph.get_parameter(str(bias.target)).data)
+        graph.add_submodule(f"blocks_{node.name}", layer)
+        with graph.graph.inserting_after(node):
+            call = graph.graph.call_module(f"blocks_{node.name}", (node.args[0],))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    four_bits: Any = torch.int4  # type: ignore[attr-defined]
+    quantize_(graph, Int8DynamicActivationIntxWeightConfig(weight_dtype=four_bits, weight_granularity=PerGroup(BLOCK)))
 
 
 def _lowerable(ready: Prepared, *, static: bool) -> nn.Module:

@@ -1,4 +1,4 @@
-"""ONNX files for onnxruntime (also its mobile and web builds): float32 and int8, any batch size."""
+"""ONNX files for onnxruntime (also its mobile and web builds): float32, float16 and six ways to quantize, any batch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,14 +21,30 @@ from torch import nn
 
 import pocketvlm
 from pocketvlm.edge.errors import UsageError, require
-from pocketvlm.export.fidelity import Scheme, choose_scheme
-from pocketvlm.export.prepare import Prepared, prepared
-from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant
+from pocketvlm.export.fidelity import Scheme, choose_scheme, fidelity
+from pocketvlm.export.precision import CALIBRATED
+from pocketvlm.export.prepare import (
+    STEM_LAYERS,
+    Prepared,
+    Rounding,
+    prepared,
+    weight_only_graph,
+)
+from pocketvlm.export.rounding import round_blocks, round_weight
+from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
+from pocketvlm.export.targets.onnx_ladder import Batches, quantize_ahead, to_half, weights_to_int4, weights_to_int8
 
 OPSET = 18  # the newest that every onnxruntime since 1.14 (mobile and web builds included) runs in full
 Tower = Literal["image", "text"]
 INPUTS: dict[Tower, str] = {"image": "pixels", "text": "ids"}
 OUTPUT = "embedding"
+# calibration inputs that each of onnxruntime's calibrators gets; the latter two keep histograms of every activation
+CALIBRATOR_ROWS = {"MinMax": 256, "Percentile": 48, "Entropy": 48}
+_ROUNDINGS = {
+    "w8": Rounding(round_weight, "none"),
+    "w4": Rounding(round_blocks, "none"),
+    "w8a8-dynamic": Rounding(round_weight, "rows"),
+}
 _OUTPUT_DRAFT = "pocketvlm_output"
 _RELU6 = (torch.ops.aten.hardtanh.default, torch.ops.aten.hardtanh_.default)
 
@@ -36,13 +53,22 @@ class OnnxTarget:
     """`onnx/image-fp32.onnx` and so on. Inputs `pixels` (uint8 [B, S, S, 3]) or `ids` (int32 [B, L]), output
     `embedding` (float32 [B, D]); the contract's digest and the kit's version are in the model's properties.
 
+    fp16: arithmetic in float16, sums over rows in float32. w8: int8 weights, made float by DequantizeLinear. w4: linear
+    layers and token tables in 4 bits and blocks of 32 (MatMulNBits, onnxruntime's own), convolutions as w8.
+    w8a8-dynamic: linear layers set their range when an input arrives, convolutions as w8. w8a8-static: ranges set ahead
+    of time, by the best of three calibrators. All but fp16 have the first three convolutions in float.
+
     int8: token tables are int8 rows with a scale each; linear layers are balanced and dynamic, convolutions static but
     for the first three, biases corrected (`export.prepare`). Where a convolutional tower does not meet the floor, one
     with all convolutions in float is tried, and the better is kept.
     """
 
     name: ClassVar[str] = "onnx"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "w8", "w8a8-dynamic", "w8a8-static", "int8", "w4")
+    defaults: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    refused: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("palette8", "palette6", "palette4"), "no operator of ONNX looks weights up in a table"
+    )
 
     def __init__(self) -> None:
         for module in ("onnx", "onnxscript"):
@@ -52,9 +78,9 @@ class OnnxTarget:
         """Write the towers that exist, at this precision.
 
         Raises:
-            UsageError: this backend has no such precision, or int8 without calibration data.
+            UsageError: this backend has no such precision, or one that needs calibration data without it.
         """
-        check_precision(self.name, self.precisions, precision, calibration)
+        check_precision(self, precision, calibration)
         files: dict[str, str] = {}
         notes: dict[str, object] = {"opset": OPSET}
         for tower, module in present_towers(towers):
@@ -63,31 +89,17 @@ class OnnxTarget:
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = example_rows(towers, tower)
             with quiet():
+                digest = towers.contract.digest()
                 if precision == "fp32":
-                    export_graph(module, rows, tower, path, contract_digest=towers.contract.digest())
-                else:
+                    export_graph(module, rows, tower, path, contract_digest=digest)
+                elif precision in CALIBRATED:
                     ready = prepared_tower(module, calibration, tower)
-                    notes[tower] = _export_int8(ready, tower, path, towers.contract.digest())
+                    notes[tower] = _export_calibrated(ready, tower, path, digest, precision)
+                else:
+                    judge = prepared_tower(module, calibration, tower) if calibration else None
+                    notes[tower] = _export_rewritten(module, judge, rows, tower, path, digest, precision)
             files[tower] = relative
         return Variant(self.name, precision, files, "dynamic", towers.contract.embed_dim, notes)
-
-
-def check_precision(target: str, known: tuple[str, ...], precision: str, calibration: Calibration | None) -> None:
-    """Refuse what a backend cannot write.
-
-    Raises:
-        UsageError: unknown precision, or int8 without calibration inputs.
-    """
-    if precision not in known:
-        raise UsageError(
-            f"target {target!r} cannot write precision {precision!r}, only {', '.join(known)}; "
-            "nothing was exported, so choose one of those"
-        )
-    if precision == "int8" and calibration is None:
-        raise UsageError(
-            f"target {target!r} was asked for int8 without calibration data; ranges guessed from noise lose accuracy, "
-            "so pass real data (--data, in Python calibration_data=...)"
-        )
 
 
 def prepared_tower(module: nn.Module, calibration: Calibration | None, tower: Tower) -> Prepared:
@@ -190,15 +202,74 @@ def run_file(path: Path, rows: NDArray[Any], tower: Tower, batch: int = 32) -> N
     return np.concatenate(parts)
 
 
-def _export_int8(ready: Prepared, tower: Tower, path: Path, digest: str) -> dict[str, object]:
+def _export_calibrated(ready: Prepared, tower: Tower, path: Path, digest: str, precision: str) -> dict[str, object]:
     onnx = require("onnx", "onnx")
     with tempfile.TemporaryDirectory() as scratch:
-        schemes = _schemes(ready, tower, Path(scratch), digest)
+        schemes = (_schemes if precision == "int8" else _static_schemes)(ready, tower, Path(scratch), digest)
         candidate, _, notes = choose_scheme(schemes, lambda file: run_file(file, ready.held, tower), ready.expected)
         model = onnx.load(str(candidate))
-        _stamp(model, tower, "int8", digest)
+        _stamp(model, tower, precision, digest)
         onnx.save(model, str(path))
     return notes
+
+
+def _export_rewritten(
+    module: nn.Module,
+    ready: Prepared | None,
+    rows: NDArray[Any],
+    tower: Tower,
+    path: Path,
+    digest: str,
+    precision: str,
+) -> dict[str, object]:
+    """The precisions that can do without real inputs. ready: where there are some; they correct biases, and judge."""
+    onnx = require("onnx", "onnx")
+    with tempfile.TemporaryDirectory() as scratch:
+        source, rewritten = Path(scratch) / "float.onnx", Path(scratch) / "rewritten.onnx"
+        if precision == "fp16":
+            export_graph(module, rows, tower, source, contract_digest=digest)
+            model, scheme = to_half(onnx.load(str(source))), "half"
+        else:
+            bits: Literal[4, 8] = 4 if precision == "w4" else 8
+            rounding = _ROUNDINGS[precision]
+            graph = ready.rounded(rounding, bits) if ready else weight_only_graph(module, rows, bits)
+            export_graph(graph, rows, tower, source, contract_digest=digest)
+            model = onnx.load(str(source))
+            if precision == "w4":
+                _forget_initializer_shapes(model)
+                model, scheme = weights_to_int4(model, STEM_LAYERS), "matmul-4-bit-blocks-of-32"
+            elif precision == "w8":
+                weights_to_int8(model, float_convolutions=STEM_LAYERS)
+                scheme = "weights-per-channel"
+            else:
+                model, scheme = onnx.load(str(_quantize_dynamic(source, rewritten))), "dynamic"
+                weights_to_int8(model, ("Conv",), STEM_LAYERS)
+    _stamp(model, tower, precision, digest)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+    notes: dict[str, object] = {"scheme": scheme}
+    if precision != "fp16":
+        notes["biases"] = "corrected" if ready else "as they were, for want of calibration data"
+    if ready:
+        notes |= fidelity(run_file(path, ready.held, tower), ready.expected).notes(precision)
+    return notes
+
+
+def _static_schemes(ready: Prepared, tower: Tower, folder: Path, digest: str) -> list[Scheme[Path]]:
+    """Every layer with weights static; the calibrators in the order of what they cost."""
+
+    def static(method: str) -> Path:
+        prepared = folder / "whole.prepared.onnx"
+        if not prepared.exists():
+            source = folder / "whole.onnx"
+            graph = ready.rounded(Rounding(round_weight, "fixed"))
+            export_graph(graph, ready.fit[:2], tower, source, contract_digest=digest)
+            _preprocess(source, prepared)
+        batches = _batches(ready.fit[: CALIBRATOR_ROWS[method]], tower)
+        stem = _stem(require("onnx", "onnx").load(str(prepared)).graph, STEM_LAYERS)
+        return quantize_ahead(prepared, folder / f"{method}.onnx", batches, method, not ready.attention, stem)
+
+    return [Scheme(f"static-qdq-{method.lower()}", partial(static, method)) for method in CALIBRATOR_ROWS]
 
 
 def _schemes(ready: Prepared, tower: Tower, folder: Path, digest: str) -> list[Scheme[Path]]:
@@ -246,21 +317,17 @@ def _quantize_static(
     source: Path, target: Path, fit: NDArray[Any], tower: Tower, attention: bool, float_layers: int
 ) -> Path:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     onnx = require("onnx", "onnx")
-    model = onnx.load(str(source))
-    _forget_initializer_shapes(model)
-    onnx.save(model, str(source))
     prepared = source.with_suffix(".prepared.onnx")
-    quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+    _preprocess(source, prepared)
     kinds = ["Conv", "Clip", "Relu"]
     # 8-bit residual sums ruin transformers; convolutional towers run them in int8 from end to end
     kinds += [] if attention else ["Add"]
     quantize_static(
         str(prepared),
         str(target),
-        _Reader(fit, INPUTS[tower]),
+        Batches(_batches(fit, tower)),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QUInt8,
@@ -272,22 +339,26 @@ def _quantize_static(
     return target
 
 
+def _preprocess(source: Path, target: Path) -> None:
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    onnx = require("onnx", "onnx")
+    model = onnx.load(str(source))
+    _forget_initializer_shapes(model)
+    onnx.save(model, str(source))
+    quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
+
+
+def _batches(rows: NDArray[Any], tower: Tower, batch: int = 16) -> list[dict[str, NDArray[Any]]]:
+    return [{INPUTS[tower]: rows[i : i + batch]} for i in range(0, len(rows), batch)]
+
+
 def _stem(graph: Any, layers: int) -> list[str]:
     """Names of the first convolutions and of the clamps right behind them."""
     chosen = [node for node in graph.node if node.op_type == "Conv"][:layers]
     outputs = {name for node in chosen for name in node.output}
     clamps = [node for node in graph.node if node.op_type in ("Clip", "Relu") and outputs & set(node.input)]
     return [node.name for node in (*chosen, *clamps)]
-
-
-class _Reader:
-    """Calibration batches for onnxruntime (duck-typed `CalibrationDataReader`)."""
-
-    def __init__(self, rows: NDArray[Any], name: str, batch: int = 16) -> None:
-        self._batches = iter([{name: rows[i : i + batch]} for i in range(0, len(rows), batch)])
-
-    def get_next(self) -> dict[str, NDArray[Any]] | None:
-        return next(self._batches, None)
 
 
 def _forget_initializer_shapes(model: Any) -> None:

@@ -8,14 +8,15 @@ towers and left in float in transformers, where they carry outliers.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import fx
 from torchao.quantization.pt2e.observer import MinMaxObserver, PerChannelMinMaxObserver, PlaceholderObserver
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
-from pocketvlm.export.prepare import CONVOLUTIONS, LINEARS, clamp_of, residual_sums, stem
+from pocketvlm.export.prepare import CONVOLUTIONS, LINEARS, clamp_of, is_depthwise, residual_sums, stem
 
 _ACTIVATION = QuantizationSpec(
     dtype=torch.int8,
@@ -47,30 +48,52 @@ class TowerQuantizer(Quantizer):
     """Linear layers dynamic, convolutions and residual sums static: activations per tensor, weights per output channel,
     biases float (int32 in XNNPACK).
 
-    float_layers: convolutions at the input that stay in float.
+    float_layers: convolutions at the input that stay in float. ranges: "mixed" is the above; "rows" makes ordinary
+    convolutions dynamic too and leaves depthwise ones in float, for which XNNPACK has no such kernel; "fixed" makes
+    linear layers static. linears: which linear layers, by the shape of their weight; all unless given.
     """
 
-    def __init__(self, float_layers: int = 0) -> None:
+    def __init__(
+        self,
+        float_layers: int = 0,
+        ranges: Literal["mixed", "rows", "fixed"] = "mixed",
+        linears: Callable[[torch.Size], bool] | None = None,
+    ) -> None:
         super().__init__()
         self.float_layers = float_layers
+        self.ranges = ranges
+        self.linears = linears or (lambda shape: True)
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         exempt = stem(model, self.float_layers)
         convolutions = [n for n in model.graph.nodes if n.target in CONVOLUTIONS and n not in exempt]
         for node in model.graph.nodes:
-            if node.target in LINEARS and _is_constant(node.args[1]):
-                node.meta["quantization_annotation"] = QuantizationAnnotation(
-                    input_qspec_map={node.args[0]: _ROW, node.args[1]: _WEIGHT}, _annotated=True
-                )
+            if node.target in LINEARS and _is_constant(node.args[1]) and self.linears(node.args[1].meta["val"].shape):
+                spec = _ACTIVATION if self.ranges == "fixed" else _ROW
+                _annotate_input(node, spec)
+                if spec is _ACTIVATION:
+                    # XNNPACK's static linear layer gives int8
+                    node.meta["quantization_annotation"].output_qspec = _ACTIVATION
         for node in convolutions:
-            if _is_constant(node.args[1]):
+            if not _is_constant(node.args[1]):
+                continue
+            if self.ranges != "rows":
                 _annotate(node, {node.args[0]: _ACTIVATION, node.args[1]: _WEIGHT})
-        for node in residual_sums(model) if convolutions else []:
+            elif not is_depthwise(node.args[1].meta["val"].shape):
+                _annotate_input(node, _ROW)
+        for node in residual_sums(model) if convolutions and self.ranges != "rows" else []:
             _annotate(node, dict.fromkeys(node.args, _ACTIVATION))
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
         """Every annotation above is one that XNNPACK takes."""
+
+
+def _annotate_input(node: fx.Node, spec: QuantizationSpec) -> None:
+    node.meta["quantization_annotation"] = QuantizationAnnotation(
+        input_qspec_map={node.args[0]: spec, node.args[1]: _WEIGHT},  # type: ignore[dict-item]
+        _annotated=True,
+    )
 
 
 def _annotate(node: fx.Node, inputs: dict[Any, QuantizationSpec]) -> None:

@@ -44,7 +44,9 @@ Backend = Annotated[
     Literal["auto", "onnxruntime", "executorch", "coreml"],
     arg(help="Runtime; auto takes the first that this machine and the bundle both have."),
 ]
-Precision = Annotated[str, arg(metavar="NAME", help="fp32, fp16 or int8; auto takes what the bundle has.")]
+Precision = Annotated[
+    str, arg(metavar="NAME", help="fp32, int8 or another that the bundle has; auto takes the most faithful.")
+]
 From = Annotated[
     str | None, arg(name="from", metavar="MODEL", help="A dual encoder of yours: open_clip:NAME@WEIGHTS or hf:DIR.")
 ]
@@ -235,10 +237,15 @@ def export(
     ] = ("onnx", "executorch", "coreml"),
     precisions: Annotated[
         tuple[str, ...] | None,
-        arg(metavar="PRECISION ...", help="Any of fp32, fp16, int8; left out: all that each target offers."),
+        arg(
+            metavar="PRECISION ...",
+            help="Any of fp32, fp16, w8, w8a8-dynamic, w8a8-static, int8, w4 and, for coreml, palette8, palette6, "
+            "palette4; left out: fp32 and int8, for coreml fp16 and fp32.",
+        ),
     ] = None,
     data: Annotated[
-        str | None, arg(metavar="SOURCE", help="Calibration data for int8; default: the training data of the run.")
+        str | None,
+        arg(metavar="SOURCE", help="Real inputs for quantized files; default: the training data of the run."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:

@@ -100,6 +100,27 @@ def test_the_reader_takes_it_and_every_file_is_vouched_for(bundle: Path, model: 
     assert not [p for p in bundle.parent.iterdir() if p != bundle], "no scratch folder stays behind"
 
 
+def test_one_precision_of_a_target_from_export_to_embedding(model: Exportable, tmp_path: Path) -> None:
+    lines: list[str] = []
+    out = export_bundle(
+        model, tmp_path / "b", ("onnx:w8a8-dynamic", "onnx:w4"), calibration_data=make_data(), progress=lines.append
+    )
+    opened = Bundle.load(out)
+    assert [(v.target, v.precision) for v in opened.variants] == [("onnx", "w8a8-dynamic"), ("onnx", "w4")]
+    for variant in opened.variants:
+        notes = variant.notes
+        assert notes["image"]["scheme"]
+        assert notes["image"]["biases"] == "corrected"
+        assert 0.9 < notes["image"]["held_out_cosine_mean"] < 1
+        assert 0.5 < notes["vectors_mean_cosine"]["text"] <= 1
+        assert notes["bytes"] > 0
+        rows = EdgeModel.load(opened, precision=variant.precision).embed_text(["a red circle", "blue"])
+        assert rows.shape == (2, toy.DIM)
+        for stage in check_conformance(opened, "onnxruntime", variant.precision):
+            assert stage.passed, stage
+    assert EdgeModel.load(opened).variant.precision == "w8a8-dynamic", "the most faithful of the two"
+
+
 def test_a_process_of_its_own_writes_the_same_program(model: Exportable, tmp_path: Path) -> None:
     calibration = build_calibration(make_data(), model.towers.contract, model.tokenizer())
     how: Any = {"precision": "int8", "calibration": calibration}
@@ -283,12 +304,17 @@ def test_requests_that_cannot_be_met_are_refused_before_any_work(
     monkeypatch.setattr(writer, "open_source", lambda *a, **k: pytest.fail("work began"))
     with pytest.raises(UnknownNameError, match="did you mean 'coreml'"):
         export_bundle(model, tmp_path / "o", ("core-ml",))
-    with pytest.raises(UsageError, match="it would be missing from the bundle"):
-        export_bundle(model, tmp_path / "o", ("onnx:fp16",))
-    with pytest.raises(UsageError, match="'fp16' was asked for"):
-        export_bundle(model, tmp_path / "o", ("onnx", "coreml"), precisions=("fp16",))
-    with pytest.raises(UsageError, match="writes precision int4"):
-        export_bundle(model, tmp_path / "o", ("onnx",), precisions=("fp32", "int4"))
+    with pytest.raises(UsageError, match=r"looks weights up in a table.*it would be missing from the bundle"):
+        export_bundle(model, tmp_path / "o", ("onnx:palette4",))
+    with pytest.raises(UsageError, match="'palette6' was asked for"):
+        export_bundle(model, tmp_path / "o", ("coreml", "onnx"), precisions=("palette6",))
+    with pytest.raises(UsageError, match="no chosen target writes precision palette6: onnx writes fp32, fp16"):
+        export_bundle(model, tmp_path / "o", ("onnx",), precisions=("fp32", "palette6"))
+    for targets, precisions in ((("onnx",), ("fp32", "w8a8-dynamc")), (("onnx:w8a8-dynamc",), None)):
+        with pytest.raises(UnknownNameError, match="did you mean 'w8a8-dynamic'"):
+            export_bundle(model, tmp_path / "o", targets, precisions=precisions)
+    with pytest.raises(UsageError, match="no target was chosen"):
+        export_bundle(model, tmp_path / "o", ())
 
     def missing(name: str) -> Any:
         raise MissingExtraError("this needs the package 'executorch'; pip install 'pocketvlm[executorch]'")

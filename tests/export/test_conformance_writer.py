@@ -109,7 +109,9 @@ def test_real_pictures_only_when_given(written: tuple[Path, Vectors], towers: To
     assert content(tmp_path)["texts"] == []
 
 
-def test_only_int8_may_be_widened_and_says_why(written: tuple[Path, Vectors], towers: Towers, tmp_path: Path) -> None:
+def test_only_rounded_models_may_be_widened_and_say_why(
+    written: tuple[Path, Vectors], towers: Towers, tmp_path: Path
+) -> None:
     write_vectors(tmp_path, Towers(towers.image, None, towers.contract), None)
     before = content(tmp_path)["tolerance"]
     assert before["fp32"] == 1e-6
@@ -121,7 +123,15 @@ def test_only_int8_may_be_widened_and_says_why(written: tuple[Path, Vectors], to
     assert "0.04" in after["tolerance_source"]
     widen_tolerance(tmp_path, {"int8": 0.09})
     assert content(tmp_path)["tolerance"]["int8"] == 0.1
+    widen_tolerance(tmp_path, {"w4": 0.1, "w8": 0.004})
+    both = content(tmp_path)
+    assert both["tolerance"]["w4"] == pytest.approx(0.15)
+    assert both["tolerance"]["w8"] == pytest.approx(0.006)
+    assert both["tolerance_source"].startswith("w4: 1.5 times")
+    assert "; w8: " in both["tolerance_source"]
     before = (tmp_path / VECTORS).read_bytes()
+    with pytest.raises(IntegrityError, match=r"precision fp16 is 0.02 .*at most 0\.01 is allowed"):
+        widen_tolerance(tmp_path, {"fp16": 0.02})
     for lost in (0.11, 1.0, float("nan")):
         with pytest.raises(IntegrityError, match=r"at most 0\.1 is allowed"):
             widen_tolerance(tmp_path, {"int8": lost})

@@ -18,7 +18,7 @@ from torch import nn
 
 from pocketvlm.edge.backends import open_backend
 from pocketvlm.edge.errors import IntegrityError, MissingExtraError, UnknownNameError, UsageError
-from pocketvlm.export import fidelity, prepare
+from pocketvlm.export import fidelity, prepare, token_tables
 from pocketvlm.export.targets import get_target, list_targets
 from pocketvlm.export.targets.base import Towers, Variant
 from pocketvlm.export.targets.coreml import check_package
@@ -66,12 +66,12 @@ def towers() -> Towers:
 
 @pytest.fixture(scope="module")
 def lowered(towers: Towers, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, Variant]]:
-    """Every target at every precision, each lowered once."""
+    """Every target at its default precisions, each lowered once; `test_precisions.py` has the rest."""
     folder = tmp_path_factory.mktemp("bundle")
     found = {}
     for name in list_targets():
         target = get_target(name)
-        for precision in target.precisions:
+        for precision in target.defaults:
             variant = target.lower(
                 towers,
                 precision=precision,
@@ -445,8 +445,8 @@ def test_int8_table_is_within_half_a_step_of_the_float_table() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Embedding(300, 16), nn.Embedding(77, 4))
     module[0].weight.data[3] = 0
-    quantized = prepare.quantize_tables(module)
-    assert isinstance(quantized[0], prepare.Int8Embedding)  # type: ignore[index]
+    quantized = token_tables.quantize_tables(module)
+    assert isinstance(quantized[0], token_tables.Int8Embedding)  # type: ignore[index]
     assert isinstance(quantized[1], nn.Embedding), "a table of positions stays float"  # type: ignore[index]
     assert isinstance(module[0], nn.Embedding), "the original is untouched"
     ids = torch.arange(300, dtype=torch.int32).reshape(20, 15)
@@ -519,8 +519,8 @@ def test_no_rounding_between_a_convolution_and_its_clamp() -> None:
 def test_mistakes_are_named(towers: Towers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'onnx'"):
         get_target("onx")
-    with pytest.raises(UsageError, match="cannot write precision 'fp16'"):
-        get_target("onnx").lower(towers, precision="fp16", folder=tmp_path, calibration=None)
+    with pytest.raises(UsageError, match=r"cannot write precision .palette4. .*only fp32, fp16"):
+        get_target("onnx").lower(towers, precision="palette4", folder=tmp_path, calibration=None)
     for name in ("onnx", "executorch"):
         with pytest.raises(UsageError, match="without calibration data"):
             get_target(name).lower(towers, precision="int8", folder=tmp_path, calibration=None)
