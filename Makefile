@@ -1,5 +1,5 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans gpu-constants cache-build stream throughput memory test
+.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans gpu-constants cache-build stream throughput memory matrix test
 
 evidence: readme demo protocols parity text step-cost inherited
 
@@ -63,6 +63,12 @@ throughput:
 memory:
 	python -m benchmarks.contrastive_memory
 	python -m benchmarks.shared_loss
+
+# every student x target x precision that is not in the committed table yet; ExecuTorch takes minutes for some
+matrix:
+	mkdir -p runs/matrix && cp benchmarks/results/matrix.json runs/matrix/matrix.json
+	pocketvlm matrix --out runs/matrix
+	cp runs/matrix/matrix.json benchmarks/results/matrix.json && cp runs/matrix/matrix.json export/matrix.json
 
 test:
 	pytest -n 2

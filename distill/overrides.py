@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,19 +54,17 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         node[parts[-1]] = value
 
 
-def given_once(overrides: Sequence[str]) -> Sequence[str]:
-    """The overrides of a command line, of which none may be for the same key as another.
-
-    Raises:
-        UsageError: two are; an unquoted brace range, of which the shell makes several arguments, is the usual cause.
-    """
-    found: dict[str, str] = {}
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if (before := found.setdefault(key, override)) is not override:
-            raise UsageError(
-                f"{key} is given twice ({before!r} and {override!r}), of which the last alone would count; give it "
-                "once, in quotes if it has braces or stars that the shell expands"
+def as_typed(overrides: Sequence[str]) -> Sequence[str]:
+    """The overrides of a command line. A key that comes again replaces what came before, and that is said on stderr: an
+    unquoted brace range is several arguments to the shell, of which the last alone would count unseen."""
+    last = {override.partition("=")[0].strip(): override for override in overrides}
+    counts = Counter(override.partition("=")[0].strip() for override in overrides)
+    for key, count in counts.items():
+        if count > 1:
+            print(
+                f"{key} is given {count} times and the last counts ({last[key]!r}); put it in quotes if the shell was "
+                "not to expand it",
+                file=sys.stderr,
             )
     return overrides
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 from tyro.conf import Positional, arg
 
-from pocketvlm import cli_engine, cli_parity
+from pocketvlm import cli_engine, cli_measure, cli_parity
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
 from pocketvlm.table import emit
 
@@ -28,6 +28,7 @@ reference_app = tyro.extras.SubcommandApp()
 app.command(teacher_app, name="teacher", help="Look at a teacher before you train on it.")
 app.command(reference_app, name="reference", help="Record and show reference runs.")
 cli_engine.register(app)
+cli_measure.register(app)
 
 Json = Annotated[bool, arg(name="json", help="Print JSON instead of a table.")]
 Overwrite = Annotated[bool, arg(help="Replace an output folder that is not empty.")]
@@ -122,12 +123,12 @@ def distill(
 ) -> None:
     """Train a student by a recipe; writes checkpoints, metrics.jsonl and report.html into --out."""
     from pocketvlm.distill.loop import distill_run
-    from pocketvlm.distill.overrides import given_once
+    from pocketvlm.distill.overrides import as_typed
     from pocketvlm.distill.recipe import load_recipe
 
     if on_bad_sample != "recipe":
         overrides = (*overrides, f"data.on_bad_sample={on_bad_sample}")
-    result = distill_run(load_recipe(recipe, given_once(overrides)), out, resume=resume, overwrite=overwrite)
+    result = distill_run(load_recipe(recipe, as_typed(overrides)), out, resume=resume, overwrite=overwrite)
     if result.rank == 0:
         print(f"student: {result.student}\nreport:  {result.report}")
 

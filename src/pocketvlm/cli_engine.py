@@ -52,12 +52,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a run will take before it starts: work, memory, disk, days, cost, and every assumption behind them."""
-    from pocketvlm.distill.overrides import given_once
+    from pocketvlm.distill.overrides import as_typed
     from pocketvlm.distill.plan import make_plan
     from pocketvlm.distill.recipe import load_recipe
 
     found = make_plan(
-        load_recipe(recipe, given_once(overrides)),
+        load_recipe(recipe, as_typed(overrides)),
         samples=samples,
         epochs=epochs,
         device=device,
@@ -89,7 +89,7 @@ def cache_teacher(
     Prints the bytes that it will take first. A run uses the folder by teacher.cache=DIR.
     """
     from pocketvlm.distill.cache_teacher import Share, cache_teacher
-    from pocketvlm.distill.overrides import given_once
+    from pocketvlm.distill.overrides import as_typed
     from pocketvlm.distill.progress import Reporter
     from pocketvlm.distill.recipe import load_recipe
 
@@ -97,7 +97,7 @@ def cache_teacher(
     # one of them speaks for all
     report = Reporter(share.rank == 0)
     done = cache_teacher(
-        load_recipe(recipe, given_once(overrides)), out, dtype=dtype, shard_size=shard_size, by_shard=by_shard,
+        load_recipe(recipe, as_typed(overrides)), out, dtype=dtype, shard_size=shard_size, by_shard=by_shard,
         share=share, report=report,
     )  # fmt: skip
     if done:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from distill_toys import toy_recipe
 
-from pocketvlm.distill.overrides import given_once
+from pocketvlm.distill.overrides import as_typed
 from pocketvlm.distill.recipe import Recipe, list_recipes, load_recipe
 from pocketvlm.edge.errors import UnknownNameError, UsageError
 
@@ -70,11 +70,12 @@ def test_an_unknown_key_inside_an_objective_or_a_policy_is_named(raw: dict[str, 
     assert "did you mean 'image.size'" in str(caught.value)
 
 
-def test_a_key_that_is_given_twice_is_refused() -> None:
-    twice = ("data.stream.shards=s-000.tar", "train.steps=2", "data.stream.shards=s-001.tar")
-    with pytest.raises(UsageError, match=r"data\.stream\.shards is given twice .*s-000\.tar.*s-001\.tar.*in quotes"):
-        given_once(twice)
-    assert given_once(twice[:2]) == twice[:2]
+def test_a_key_that_is_given_again_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    expanded = ("train.steps=2", "data.stream.shards=s-000.tar", "data.stream.shards=s-001.tar")
+    assert as_typed(expanded) == expanded
+    told = capsys.readouterr().err
+    assert told.startswith("data.stream.shards is given 2 times and the last counts ('data.stream.shards=s-001.tar')")
+    assert "train.steps" not in told
 
 
 def test_overrides_are_typed_and_reach_lists(raw: dict[str, Any]) -> None:
