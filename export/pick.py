@@ -31,7 +31,8 @@ def pick(
 
     Args:
         size_mb: 1e6 bytes of the files of both towers, at most. latency_ms: of `tower` at batch 1 on one thread, at
-            most, on the machine that made the table, or with `measure` on this one.
+            most, on the machine that made the table, or with `measure` on this one. By processor time, which on one
+            thread is what the clock shows on a quiet machine.
         target, precision: only these. tower: "image" or "text".
         table: a matrix.json; None: the committed one.
         measure: lower the first `at_most` candidates here with random weights and time them; minutes each for some.
@@ -62,7 +63,7 @@ def pick(
         if row["status"] == "works"
         and (target is None or row["target"] == target)
         and (precision is None or row["precision"] == precision)
-        and "p50_ms" in row["towers"].get(tower, {})
+        and "processor_ms" in row["towers"].get(tower, {})
     ]
     slack = _SLACK if measure else 1.0
     fitting = sorted(_fitting(timed, size_mb, latency_ms, tower, slack), key=_weights, reverse=True)
@@ -83,7 +84,7 @@ def _fitting(
         for row in rows
         if row["status"] == "works"
         and (size_mb is None or row["mb"] <= size_mb)
-        and (latency_ms is None or row["towers"][tower]["p50_ms"] <= slack * latency_ms)
+        and (latency_ms is None or row["towers"][tower]["processor_ms"] <= slack * latency_ms)
     ]
 
 
@@ -99,7 +100,7 @@ def _weights(row: Row) -> float:
 
 
 def _shown(row: Row, here: bool) -> Row:
-    times = {f"{tower}_ms": (row["towers"].get(tower) or {}).get("p50_ms") for tower in ("image", "text")}
+    times = {f"{tower}_ms": (row["towers"].get(tower) or {}).get("processor_ms") for tower in ("image", "text")}
     return {
         "student": row["student"],
         "target": row["target"],
@@ -125,11 +126,11 @@ def _nothing(
 
     def excess(row: Row) -> float:
         size = row["mb"] / size_mb if size_mb else 0.0
-        return max(size, row["towers"][tower]["p50_ms"] / latency_ms if latency_ms else 0.0)
+        return max(size, row["towers"][tower]["processor_ms"] / latency_ms if latency_ms else 0.0)
 
     nearest = min(rows, key=excess)
     return UsageError(
         f"no student fits {' and '.join(wanted)}{' on this machine' * here}; the nearest in the table is "
         f"{nearest['student']} as {nearest['target']} {nearest['precision']} with {nearest['mb']:.1f} MB and "
-        f"{nearest['towers'][tower]['p50_ms']:.2f} ms, so allow that or prune a student ('pocketvlm prune')"
+        f"{nearest['towers'][tower]['processor_ms']:.2f} ms, so allow that or prune a student ('pocketvlm prune')"
     )

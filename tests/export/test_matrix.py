@@ -41,10 +41,11 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def row(student: str, mb: float, ms: float, **other: Any) -> dict[str, Any]:
     """A row as the matrix writes it, of a student with 4 x as many float bytes."""
-    tower = {"cosine_mean": 0.99, "cosine_min": 0.98, "sqnr_db": 20.0, "p50_ms": ms, "rounds_ms": [ms, ms]}
+    tower = {"cosine_mean": 0.99, "cosine_min": 0.98, "sqnr_db": 20.0, "processor_ms": ms}
+    tower |= {"p50_ms": 9 * ms, "rounds_ms": [9 * ms, 9 * ms]}  # by the clock of a busy machine
     made = {"student": student, "weights": "random", "target": "onnx", "precision": "int8", "status": "works"}
     made |= {"reason": "", "mb": mb, "of_float": 0.25, "seconds": 3.0, "session": 0}
-    return made | {"towers": {"image": tower, "text": tower | {"p50_ms": ms / 2, "cosine_mean": 0.98}}} | other
+    return made | {"towers": {"image": tower, "text": tower | {"processor_ms": ms / 2, "cosine_mean": 0.98}}} | other
 
 
 def failed(student: str, reason: str, **other: Any) -> dict[str, Any]:
