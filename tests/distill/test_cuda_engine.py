@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from distill_toys import make_world, toy_recipe, use_toy_teacher
 from objective_toys import total
+from rank_toys import free_ports, two_processes
 from stream_toys import write_world
 from test_stream_runs import rows_of, stream_recipe
 
@@ -258,16 +257,7 @@ def test_two_ranks_train_what_one_trains(tmp_path: Path, backend: str) -> None:
     if backend == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("NCCL wants a GPU for each of two ranks, and this machine has one")
     make_world(tmp_path / "world")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    started = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path), port, backend], env=environment)
-        for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = two_processes(__file__, tmp_path, *free_ports(1), backend, timeout=300)
     assert first["losses"] == second["losses"]
     assert first["skipped"] == second["skipped"] == 1
     assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())

@@ -6,14 +6,13 @@ The ranks are two processes that run this very file as a script; gloo meets thro
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from rank_toys import two_processes
 from torch import nn
 
 from pocketvlm.distill.balance import GradientBalance
@@ -198,20 +197,7 @@ def main(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    # without a network the default interface may not resolve; two processes of one machine meet on loopback
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return two_processes(__file__, folder, timeout=120)
 
 
 @pytest.mark.parametrize("how", ["shared", "shared, in blocks", "whole"])

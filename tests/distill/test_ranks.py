@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 
 from distill_toys import make_world, toy_recipe, use_toy_teacher
+from rank_toys import free_ports, two_processes
 
 from pocketvlm.distill.checkpoint import latest_checkpoint, load_checkpoint
 from pocketvlm.distill.guards import RunStopped
@@ -178,26 +177,7 @@ def _mean(ranks: Ranks) -> list[Any]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
     make_world(folder / "world", captioned=0.5)
-    sockets = [socket.socket() for _ in range(4)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [str(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    # without a network the default interface may not resolve; two processes of one machine meet on loopback
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder), *ports], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=600)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return folder, two_processes(__file__, folder, *free_ports(4))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

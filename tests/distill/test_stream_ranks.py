@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from distill_toys import use_toy_teacher
+from rank_toys import free_ports, two_processes
 from stream_toys import write_world
 from test_stream_runs import stream_recipe
 
@@ -101,31 +100,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     value = stream_recipe(write_world(folder / "cc"))
     changes = ("train.log_every=1", "train.steps=5", "student.overrides.text.dropout=0.1", "checkpoint.every=100")
     (folder / "recipe.yaml").write_text(load_recipe(value, changes).to_yaml())
-    sockets = [socket.socket() for _ in range(2 + 2 * len(STOPPED_RUNS))]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [str(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder), *ports],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=600)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    ports = free_ports(2 + 2 * len(STOPPED_RUNS))
+    return folder, two_processes(__file__, folder, *ports, own_sessions=True)
 
 
 @pytest.mark.parametrize("name", STOPPED_RUNS)
