@@ -25,7 +25,6 @@ from pocketvlm.export.parity import check_parity, pooled_task_bound, write_parit
 from pocketvlm.export.parity_again import rethreshold
 from pocketvlm.export.parity_junit import write_junit
 from pocketvlm.export.parity_report import print_report, render_html
-from pocketvlm.export.reference import record_reference
 from pocketvlm.export.reference_diff import diff_references
 from pocketvlm.export.reference_run import load_reference, sha256
 from pocketvlm.students import deploy_text
@@ -37,28 +36,6 @@ toy: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(toy)
 
 NORMALISE = [helper.make_node("LpNormalization", ["tampered"], ["embedding"], axis=-1, p=2)]
-
-
-@pytest.fixture(scope="module")
-def student() -> Any:
-    return toy.toy_student()
-
-
-@pytest.fixture(scope="module")
-def reference(student: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parity") / "reference"
-    record_reference(student, folder, data=toy.toy_data(), device="cpu")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def good(student: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.make_bundle(student, tmp_path_factory.mktemp("parity") / "bundle")
-
-
-@pytest.fixture
-def bundle(good: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good, tmp_path / "bundle"))
 
 
 def _contract(folder: Path) -> dict[str, Any]:

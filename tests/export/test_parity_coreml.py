@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.export.budgets import load_budgets
 from pocketvlm.export.parity import check_parity
-from pocketvlm.export.reference import record_reference
 from pocketvlm.export.targets.base import Towers
 from pocketvlm.export.targets.coreml import CoreMLTarget
 from pocketvlm.students import deploy_image, deploy_text
@@ -22,28 +20,6 @@ assert _spec
 assert _spec.loader
 toy: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(toy)
-
-
-@pytest.fixture(scope="module")
-def student() -> Any:
-    return toy.toy_student()
-
-
-@pytest.fixture(scope="module")
-def reference(student: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parity") / "reference"
-    record_reference(student, folder, data=toy.toy_data(), device="cpu")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def good(student: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.make_bundle(student, tmp_path_factory.mktemp("parity") / "bundle")
-
-
-@pytest.fixture
-def bundle(good: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good, tmp_path / "bundle"))
 
 
 def _add_coreml(student: Any, folder: Path) -> None:
