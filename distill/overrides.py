@@ -57,9 +57,9 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 def as_typed(overrides: Sequence[str]) -> Sequence[str]:
     """The overrides of a command line. A key that comes again replaces what came before, and that is said on stderr: an
     unquoted brace range is several arguments to the shell, of which the last alone would count unseen."""
-    last = {override.partition("=")[0].strip(): override for override in overrides}
-    counts = Counter(override.partition("=")[0].strip() for override in overrides)
-    for key, count in counts.items():
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    last = dict(zip(keys, overrides))
+    for key, count in Counter(keys).items():
         if count > 1:
             print(
                 f"{key} is given {count} times and the last counts ({last[key]!r}); put it in quotes if the shell was "

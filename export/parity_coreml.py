@@ -17,7 +17,7 @@ from pocketvlm.edge.bundle import Bundle, BundleVariant
 from pocketvlm.edge.errors import IntegrityError
 from pocketvlm.export.budgets import PrecisionBudgets
 from pocketvlm.export.mil import NAME, NOT_MODELLED, MilBackend, load_package
-from pocketvlm.export.parity_stages import StageResult, judged, run_towers, stage_towers
+from pocketvlm.export.parity_stages import StageResult, judged, open_runtime, run_towers, stage_towers
 from pocketvlm.export.reference_run import ReferenceRun
 
 # smaller tensors (biases, norms, scalars) match by chance or are merged by every converter
@@ -60,7 +60,8 @@ def stage_evaluated(
         UsageError: an operation that the evaluator does not know.
     """
     structure = check_structure(bundle, variant, reference)
-    backend = MilBackend({tower: bundle.path(name) for tower, name in variant.files.items()})
+    backend = open_runtime(bundle, variant)
+    assert isinstance(backend, MilBackend), "what runs Core ML files here"
     outputs = run_towers(backend, reference)
     held.append(outputs)
     numbers = stage_towers(stage, bundle, outputs, variant, reference, budgets)
