@@ -72,7 +72,7 @@ def start(request: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
 
     def answer(asked: dict[str, Any]) -> dict[str, Any]:
         if asked["do"] == "turn":
-            return _turn(lambda: run(one), calls, asked["runs"])
+            return timed_turn(lambda: run(one), calls, asked["runs"])
         if asked["do"] == "embed":
             np.save(asked["out"], run(rows))
             return {}
@@ -98,7 +98,7 @@ def _end_to_end(model: EdgeModel, tower: str, request: dict[str, Any]) -> dict[s
     return {"prepare": lambda: tokenizer.encode(text), "whole": lambda: model.embed_text(text)}
 
 
-def _turn(run: Callable[[], object], calls: dict[str, Callable[[], object]], runs: int) -> dict[str, Any]:
+def timed_turn(run: Callable[[], object], calls: dict[str, Callable[[], object]], runs: int) -> dict[str, Any]:
     """Milliseconds of each run of the graph, the preparation and the whole call, by the clock and on processors."""
     answer = {}
     for name, call in {"run": run, **calls}.items():

@@ -112,7 +112,7 @@ def record_reference(
     dtype = torch.float64 if where.type == "cpu" else torch.float32
     images = golden_images(data.samples, count=REAL_CASES, seed=seed)
     texts = golden_texts(data.samples, count=REAL_CASES, context_length=contract.text.context_length, seed=seed)
-    task = _task_inputs(data.samples, subject, max_task, seed)
+    task = task_inputs(data.samples, subject, max_task, seed)
 
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -226,7 +226,7 @@ def _caption(sample: Sample) -> str | None:
     return None
 
 
-def _task_inputs(samples: Sequence[Sample], subject: Subject, limit: int, seed: int) -> dict[str, Any]:
+def task_inputs(samples: Sequence[Sample], subject: Subject, limit: int, seed: int) -> dict[str, Any]:
     """Pictures with a caption and the gallery of their distinct captions; classes where pictures carry labels."""
     spec = subject.contract.image
     assert spec is not None, "open_subject refuses a single tower"
