@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import shutil
 import statistics
 import tempfile
@@ -30,7 +31,7 @@ import tyro
 
 from benchmarks.held_out import changes, distance, held_out
 from benchmarks.named_students import train
-from benchmarks.results_folder import machine, write
+from benchmarks.results_folder import RESULTS, machine, write
 from pocketvlm.data import open_data
 from pocketvlm.edge.bundle import Bundle, BundleVariant
 from pocketvlm.edge.tokenizer import Tokenizer
@@ -290,15 +291,16 @@ def main(
     """Compare, student by student; each finished student is written."""
     for package in ("nncf", "openvino"):
         import_module(package)
-    results: dict[str, Any] = {}
+    known = RESULTS / "quantizers.json"
+    results: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))["students"] if known.is_file() else {}
     for student in students:
         run = train(student, fold, work.resolve())
         scratch = Path(tempfile.mkdtemp(prefix="quantizers-"))
         try:
-            results[student] = compare(run, fold, scratch)
+            results[student] = {"rows": compare(run, fold, scratch), "fold": fold, "machine": machine()}
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        facts = {"fold": fold, "rounds": ROUNDS, "runs": RUNS, "students": results, "machine": machine()}
+        facts = {"rounds": ROUNDS, "runs": RUNS, "students": results}
         print(write("quantizers.json", facts), flush=True)
 
 

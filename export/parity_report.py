@@ -27,7 +27,7 @@ _COLORS = {
     "not-compared": "cyan",
     "not-run": "dim",
 }
-_STAGES = ("S0", "S1", "S2", "S3", "S4", "S5")
+STAGES = ("S0", "S1", "S2", "S3", "S4", "S5")
 
 
 def used(check: Check) -> float | None:
@@ -56,13 +56,13 @@ def print_report(report: ParityReport, console: Any = None) -> None:
     if report.variants:
         table = Table(title=f"Parity of {report.model}", title_justify="left", padding=(0, 1, 0, 0), box=SIMPLE_HEAD)
         table.add_column("variant", no_wrap=True)
-        for column in (*_STAGES, "1-cos", "SQNR", "R@5"):
-            table.add_column(column, justify="center" if column in _STAGES else "right", min_width=2, no_wrap=True)
+        for column in (*STAGES, "1-cos", "SQNR", "R@5"):
+            table.add_column(column, justify="center" if column in STAGES else "right", min_width=2, no_wrap=True)
         table.add_column("verdict", no_wrap=True)
         for variant in report.variants:
             lights = {stage.stage: stage.status for stage in variant.stages}
             row: list[Any] = [variant.name]
-            for name in _STAGES:
+            for name in STAGES:
                 status = lights.get(name)
                 row.append(Text(LIGHTS[status], style=_COLORS[status]) if status else "")
             row += [*_headline(variant), Text(WORDS[variant.status], style=_COLORS[variant.status])]
@@ -114,7 +114,7 @@ def render_html(report: ParityReport) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(
         number=number, used=used, metric_name=metric_name, lights=LIGHTS, words=WORDS, titles=TITLES,
-        stage_names=_STAGES, judged_at=JUDGED_AT, drift_plot=drift_plot,
+        stage_names=STAGES, judged_at=JUDGED_AT, drift_plot=drift_plot,
     )  # fmt: skip
     manifest = report.reference.get("manifest")
     return str(

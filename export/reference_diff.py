@@ -58,12 +58,12 @@ def diff_references(a: ReferenceRun, b: ReferenceRun) -> ReferenceDiff:
     """What differs between two recordings; rows are matched by case name and by task uid or text."""
     diff = ReferenceDiff()
     diff.limit = load_budgets().for_precision("fp32").metrics["one_minus_cosine_max"].value
-    for key, one, other in _pairs(a.manifest["sha256"], b.manifest["sha256"]):
+    for key, one, other in changed_values(a.manifest["sha256"], b.manifest["sha256"]):
         diff.model.append(f"sha256 of {key} is {_short(one)} and {_short(other)}")
-    for key, one, other in _pairs(a.contract.to_dict(), b.contract.to_dict()):
+    for key, one, other in changed_values(a.contract.to_dict(), b.contract.to_dict()):
         diff.model.append(f"{key} of the contract is {one!r} and {other!r}")
     facts = ({**m["numerics"], **{k: m["environment"].get(k) for k in _MACHINE}} for m in (a.manifest, b.manifest))
-    diff.made = [f"{key} {one!r} and {other!r}" for key, one, other in _pairs(*facts)]
+    diff.made = [f"{key} {one!r} and {other!r}" for key, one, other in changed_values(*facts)]
     for tower in ("image", "text"):
         left, right = _rows(a, tower), _rows(b, tower)
         alone = sorted(set(left) ^ set(right))
@@ -103,7 +103,8 @@ def _taps(a: ReferenceRun, b: ReferenceRun, tower: str, diff: ReferenceDiff) -> 
     diff.taps[tower] = {"first": first, "largest": float(each.max()), "at": names[int(each.argmax())]}
 
 
-def _pairs(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def changed_values(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value in a, value in b) wherever the two differ."""
     keys = [*a, *(key for key in b if key not in a)]
     return [(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
 

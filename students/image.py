@@ -51,6 +51,7 @@ class ImageTower(nn.Module):
         self.levels = levels
         self.widths: tuple[int, ...] = ()
         self.projection: nn.Module = nn.Identity()
+        self.plain_layout = any(_breaks_channel_last(module) for module in trunk.modules())
         # in units of 0..255, because (x - 255 mean) / (255 std) is one subtraction and one division
         self.register_buffer("shift", torch.tensor(spec.mean).mul(255).reshape(3, 1, 1), persistent=False)
         self.register_buffer("spread", torch.tensor(spec.std).mul(255).reshape(3, 1, 1), persistent=False)
@@ -121,7 +122,8 @@ class ImageTower(nn.Module):
         x = pixels.permute(0, 3, 1, 2).to(self.shift.dtype)
         if self.training and x.dtype != pixels.dtype and not torch.compiler.is_compiling():
             # the same numbers without two more arrays of the batch's size: half the time; graphs stay functional
-            return x.sub_(self.shift).div_(self.spread)
+            x = x.sub_(self.shift).div_(self.spread)
+            return x.contiguous() if self.plain_layout and x.device.type == "cpu" else x
         return (x - self.shift) / self.spread
 
     @property
@@ -231,6 +233,21 @@ def build_image_tower(config: ImageConfig, embed_dim: int, *, load_weights: bool
     tower.widths = _part_widths(tower, config)
     tower.projection = ProjectionHead(config.projection, sum(tower.widths), embed_dim)
     return tower
+
+
+def _breaks_channel_last(module: nn.Module) -> bool:
+    """Whether the CPU gradient of this layer's weight is wrong, or ends the process, on channel-last inputs.
+
+    oneDNN writes past its workspace for strided 1 x 1 convolutions of fewer channels than its block has, 16 at most
+    (oneDNN issue 6035; seen with torch 2.14 in FastViT's stem).
+    """
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.groups == 1
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels < 16
+    )
 
 
 def _pretrained_cfg(backbone: str) -> Any:

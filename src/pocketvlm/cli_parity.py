@@ -19,8 +19,41 @@ Json = Annotated[bool, arg(name="json", help="Print JSON instead of a table.")]
 
 def register(app: Any, reference_app: Any) -> None:
     """Add these commands to the command line."""
+    reference_app.command(reference_check, name="check")
     reference_app.command(reference_diff, name="diff")
     app.command(parity)
+
+
+def reference_check(
+    reference: Annotated[
+        Positional[Path], arg(metavar="REFERENCE", help="A folder made by 'pocketvlm reference record'.")
+    ],
+    model: Annotated[
+        str | None,
+        arg(metavar="MODEL", help="The model that was recorded: a run, 'open_clip:NAME@WEIGHTS' or 'hf:FOLDER'."),
+    ] = None,
+    device: Annotated[str, arg(help="auto, cpu (float64) or cuda (float32, TF32 off).")] = "auto",
+    allow_download: Annotated[bool, arg(help="A hub id may reach the network.")] = False,
+    trust_remote_code: Annotated[bool, arg(help="Python code that comes with a checkpoint may run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Is a recording whole and unchanged? With --model, ask the model again here; exits with 1 if it answers otherwise.
+
+    Whoever made the recording, and on whatever device: the answers must agree within the budget of float32.
+    """
+    from pocketvlm.export.compare import finite
+    from pocketvlm.export.reference import load_reference
+    from pocketvlm.export.reference_check import replay
+
+    recorded = load_reference(reference)
+    counts = ", ".join(f"{value} {key}" for key, value in recorded.manifest["counts"].items())
+    if model is None:
+        facts = {"whole": True, "sha256": recorded.digest, "counts": recorded.manifest["counts"]}
+        print(json.dumps(facts, indent=2) if as_json else f"whole and unchanged: {counts}; sha256 {recorded.digest}")
+        return
+    found = replay(recorded, model, device=device, allow_download=allow_download, trust_remote_code=trust_remote_code)
+    print(json.dumps(finite(found.to_dict()), indent=2) if as_json else "\n".join(found.lines()))
+    sys.exit(0 if found.same else 1)
 
 
 def reference_diff(

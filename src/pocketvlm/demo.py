@@ -274,7 +274,17 @@ def _runnable(variants: Sequence[str]) -> Iterator[tuple[BackendName, str]]:
 def _finish(demo: Demo, runs: dict[str, Any], parity: Any, used: dict[str, Any], *, total: float) -> Path:
     from pocketvlm.distill.environment import describe_environment
 
-    lights = [{"name": variant.name, "status": variant.status} for variant in parity.variants]
+    lights = [
+        {
+            "name": variant.name,
+            "status": variant.status,
+            "stages": [
+                {"stage": stage.stage, "title": stage.title, "status": stage.status, "message": stage.message}
+                for stage in variant.stages
+            ],
+        }
+        for variant in parity.variants
+    ]
     summary = {
         "quick": demo.quick,
         "fold": demo.fold,
@@ -304,6 +314,7 @@ def _finish(demo: Demo, runs: dict[str, Any], parity: Any, used: dict[str, Any],
 
 def _render(demo: Demo, runs: dict[str, Any], summary: dict[str, Any], columns: list[str], used: dict[str, Any]) -> str:
     from pocketvlm.distill.report import template_environment, thumbnail
+    from pocketvlm.export.parity_report import LIGHTS, STAGES, TITLES
 
     by_name = {row["model"]: row for row in demo.rows}
     distilled, alone = by_name["student, distilled"], by_name["student, without a teacher"]
@@ -319,5 +330,6 @@ def _render(demo: Demo, runs: dict[str, Any], summary: dict[str, Any], columns: 
     return template_environment("pocketvlm").get_template("demo.html.j2").render(
         fold=demo.fold, quick=demo.quick, cards=cards, columns=columns, rows=demo.rows, queries=used["queries"],
         lights=summary["parity"]["variants"], parity_message=summary["parity"]["message"], labels=used["labels"],
+        marks=LIGHTS, titles={name: TITLES[name] for name in STAGES},
         shown=shown, commands=demo.commands, seconds=summary["seconds"], licences=licences,
     )  # fmt: skip

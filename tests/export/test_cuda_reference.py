@@ -13,6 +13,7 @@ import pytest
 from pocketvlm.export.bundle import export_bundle
 from pocketvlm.export.parity import ParityReport, check_parity
 from pocketvlm.export.reference import load_reference
+from pocketvlm.export.reference_check import replay
 from pocketvlm.students import load_student
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "cuda_reference"
@@ -62,3 +63,8 @@ def test_int8_has_lost_nothing_beyond_its_budget(report: ParityReport) -> None:
     assert variant.status in ("pass", "undecided"), variant.message
     assert variant.stage("S3").status == "pass"
     assert json.dumps(variant.to_dict())
+
+
+def test_the_recording_of_a_gpu_is_replayed_here() -> None:
+    found = replay(load_reference(RUN), FOLDER / "student", device="cpu")
+    assert found.same, found.lines()

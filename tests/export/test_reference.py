@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 
+from pocketvlm.cli import main
 from pocketvlm.edge.errors import IntegrityError, UsageError, VersionError
 from pocketvlm.edge.preprocess import load_image
 from pocketvlm.export import numerics
 from pocketvlm.export.cases import golden_texts, nasty_images
 from pocketvlm.export.numerics import EmulatedTF32, reference_device, round_mantissa, strict_numerics, tf32
 from pocketvlm.export.reference import load_reference, record_reference, show
+from pocketvlm.export.reference_check import replay
 from pocketvlm.export.reference_run import sha256
 from pocketvlm.export.reference_show import describe
 from pocketvlm.export.reference_write import tap_modules
+from pocketvlm.students import save_student
 
 _spec = importlib.util.spec_from_file_location("toy_parity", Path(__file__).with_name("toy_parity.py"))
 assert _spec
@@ -321,3 +324,44 @@ def test_a_newer_schema_asks_for_an_upgrade(copy: Path) -> None:
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(VersionError, match="upgrade"):
         load_reference(copy)
+
+
+def test_a_recording_is_replayed_from_encoded_pictures_and_strings_on(student: Any, recorded: Path, copy: Path) -> None:
+    found = replay(load_reference(recorded), student, device="cpu")
+    assert found.same
+    assert found.answers["image"]["one_minus_cosine_max"] < 1e-12
+    assert found.answers["text"]["rows"] == len(load_reference(recorded).arrays["ids"]) + len(
+        load_reference(recorded).task.ids
+    )
+    # a picture whose recorded pixels are not those of its file
+    arrays = {"pixels": load_reference(copy).arrays["pixels"].copy()}
+    arrays["pixels"][0] = 255 - arrays["pixels"][0]
+    _rewrite(copy, "cases/arrays.npz", **arrays)
+    _resign(copy, "cases/arrays.npz")
+    found = replay(load_reference(copy), student, device="cpu")
+    assert not found.same
+    assert found.inputs[0].startswith("1 pictures have other pixels here")
+
+
+def test_a_replay_says_that_the_model_is_another(recorded: Path) -> None:
+    found = replay(load_reference(recorded), toy.toy_student(seed=1), device="cpu")
+    assert not found.same
+    assert found.model[0].startswith("sha256 of the weights")
+    assert found.answers["image"]["one_minus_cosine_max"] > 0.01
+    assert found.lines()[-1] == "DIFFERENT"
+
+
+def test_the_command_checks_and_replays(
+    student: Any, recorded: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["reference", "check", str(recorded)])
+    assert capsys.readouterr().out.startswith("whole and unchanged")
+    save_student(student, tmp_path / "student")
+    with pytest.raises(SystemExit) as left:
+        main(["reference", "check", str(recorded), "--model", str(tmp_path / "student"), "--device", "cpu"])
+    assert left.value.code == 0
+    (copy / "noise.json").write_text("{}")
+    with pytest.raises(SystemExit) as left:
+        main(["reference", "check", str(copy)])
+    assert left.value.code == 2
+    assert "was changed after recording" in capsys.readouterr().err.replace("\n", " ")

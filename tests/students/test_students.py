@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from pocketvlm.students import (
     student_names,
     train_tokenizer,
 )
+from pocketvlm.students.image import build_image_tower
 from pocketvlm.students.info import count_macs
 from pocketvlm.students.student import weights_digest
 
@@ -558,3 +561,26 @@ def test_a_changed_file_is_refused(tokenizer, tmp_path):
         edit("broken", lambda m: m.pop("schema_version"))
     with pytest.raises(UsageError, match=r"holds no student\.json"):
         load_student(tmp_path / "nothing")
+
+
+def test_training_leaves_the_layout_that_corrupts_memory() -> None:
+    """oneDNN issue 6035: FastViT's strided 1 x 1 stem over three channels, channel-last, kills the process at best."""
+    fast = build_image_tower(load_config("fastvit-t8").image, 16)
+    other = build_image_tower(load_config("mnv4-035").image, 16)
+    pixels = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
+    assert fast.train().standardised(pixels).is_contiguous()
+    for tower in (other.train(), fast.eval()):
+        assert tower.standardised(pixels).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_fastvit_trains_to_the_gradients_of_float64() -> None:
+    tower = build_image_tower(load_config("fastvit-t8", {"image.size": 128}).image, 16).train()
+    exact = copy.deepcopy(tower).double()
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 128, 128, 3), dtype=np.uint8))
+    for model in (tower, exact):
+        model(pixels)[0].square().mean().backward()
+    name, weight = next((n, p) for n, p in tower.named_parameters() if p.shape[1:] == (3, 1, 1))
+    truth = dict(exact.named_parameters())[name].grad
+    assert weight.grad is not None
+    assert truth is not None
+    assert torch.nn.functional.cosine_similarity(weight.grad.double().flatten(), truth.flatten(), dim=0) > 0.999
