@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import pocketvlm
 from pocketvlm.edge.contract import ModelContract
 from pocketvlm.edge.errors import IntegrityError, require
+from pocketvlm.export.half import half_graph
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
-from pocketvlm.export.targets.coreml_compress import compressed_graph, store_compressed
+from pocketvlm.export.targets.coreml_compress import compressed_graph, store_compressed, traceable
 from pocketvlm.export.targets.onnx import (
     INPUTS,
     OUTPUT,
@@ -42,6 +43,7 @@ class CoreMLTarget:
     contract's arithmetic: what Vision does with an image of another size is not specified. The text input `ids` is an
     int32 MLMultiArray [1, L]. The output `embedding` is a float32 MLMultiArray [1, D] at every precision.
 
+    fp16: weights are rounded so that kernels keep their sums (`export.half`).
     w8: weights and token tables in int8 with a scale per output channel (row). palette8, palette6, palette4: each
     weight or table holds 256, 64 or 16 different values. All compute in float16; constants below 2,048 elements stay
     float16.
@@ -82,9 +84,14 @@ class CoreMLTarget:
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             with quiet():
                 facts: dict[str, object] = {}
-                if precision not in ("fp16", "fp32"):
+                if precision != "fp32":
                     ready = prepared_tower(module, calibration, tower) if calibration else None
-                    module, facts = compressed_graph(module, ready, example_rows(towers, tower), precision)
+                    rows = example_rows(towers, tower)
+                    if precision == "fp16":
+                        graph, facts = half_graph(module, ready, rows)
+                    else:
+                        graph, facts = compressed_graph(module, ready, rows, precision)
+                    module = traceable(graph)
                 _convert(module, towers, tower, precision, folder / relative)
                 notes[tower] = facts | check_package(folder / relative, towers.contract, tower)
             files[tower] = relative

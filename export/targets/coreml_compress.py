@@ -93,13 +93,17 @@ def compressed_graph(
     if ready:
         notes |= fidelity(run_module(graph, ready.held), ready.expected).notes(precision)
         notes["held_out_by"] = "the rounded weights in eager float32"
-    # checks of the inputs' shapes and types: they cannot be traced, and Core ML's pixels come as float
+    return graph, notes
+
+
+def traceable(graph: fx.GraphModule) -> fx.GraphModule:
+    """Without its checks of the inputs' shapes and types: they cannot be traced, and Core ML's pixels come as float."""
     graph._forward_pre_hooks.clear()
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.graph.erase_node(node)
     graph.recompile()
-    return graph, notes
+    return graph
 
 
 def store_compressed(model: Any, precision: str) -> Any:

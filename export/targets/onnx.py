@@ -22,6 +22,7 @@ from torch import nn
 import pocketvlm
 from pocketvlm.edge.errors import UsageError, require
 from pocketvlm.export.fidelity import Scheme, choose_scheme, fidelity
+from pocketvlm.export.half import half_graph
 from pocketvlm.export.precision import CALIBRATED
 from pocketvlm.export.prepare import (
     STEM_LAYERS,
@@ -227,8 +228,9 @@ def _export_rewritten(
     with tempfile.TemporaryDirectory() as scratch:
         source, rewritten = Path(scratch) / "float.onnx", Path(scratch) / "rewritten.onnx"
         if precision == "fp16":
-            export_graph(module, rows, tower, source, contract_digest=digest)
-            model, scheme = to_half(onnx.load(str(source))), "half"
+            halved, notes = half_graph(module, ready, rows)
+            export_graph(halved, rows, tower, source, contract_digest=digest)
+            model, scheme = to_half(onnx.load(str(source))), str(notes["scheme"])
         else:
             bits: Literal[4, 8] = 4 if precision == "w4" else 8
             rounding = _ROUNDINGS[precision]
@@ -247,9 +249,7 @@ def _export_rewritten(
     _stamp(model, tower, precision, digest)
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
-    notes: dict[str, object] = {"scheme": scheme}
-    if precision != "fp16":
-        notes["biases"] = "corrected" if ready else "as they were, for want of calibration data"
+    notes = {"scheme": scheme, "biases": "corrected" if ready else "as they were, for want of calibration data"}
     if ready:
         notes |= fidelity(run_file(path, ready.held, tower), ready.expected).notes(precision)
     return notes
