@@ -32,7 +32,7 @@ SCHEMA_VERSION = "1.0"
 MANIFEST = "bundle.json"
 # what "auto" tries, most faithful first
 PRECISION_ORDER = (
-    *("fp32", "fp16", "w8", "palette8", "int8", "w8a8-dynamic", "w8a8-static", "palette6", "w4", "palette4"),
+    *("fp32", "fp16", "w8", "palette8", "mixed", "int8", "w8a8-dynamic", "w8a8-static", "palette6", "w4", "palette4"),
 )
 UNZIPPED_LIMIT = 8 << 30  # bytes; stops an archive that expands without end
 

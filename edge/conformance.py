@@ -30,8 +30,8 @@ VECTORS_SCHEMA = "1.0"
 # largest 1 - cosine where the vectors state none: the starting budgets of the parity check (its 99th percentile where
 # it has one, else twice its mean)
 DEFAULT_TOLERANCE = {
-    "fp32": 1e-6, "fp16": 1e-4, "w8": 0.002, "palette8": 0.002, "int8": 0.02, "w8a8-dynamic": 0.02,
-    "w8a8-static": 0.02, "palette6": 0.02, "w4": 0.06, "palette4": 0.06,
+    "fp32": 1e-6, "fp16": 1e-4, "w8": 0.002, "palette8": 0.002, "mixed": 0.02, "int8": 0.02,
+    "w8a8-dynamic": 0.02, "w8a8-static": 0.02, "palette6": 0.02, "w4": 0.06, "palette4": 0.06,
 }  # fmt: skip
 
 

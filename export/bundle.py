@@ -32,6 +32,7 @@ from pocketvlm.export.calibration import DEFAULT_SIZE, open_calibration
 from pocketvlm.export.cases import ImageCase, golden_images
 from pocketvlm.export.conformance import VECTORS, Vectors, widen_tolerance, write_vectors
 from pocketvlm.export.mil import PREDICT_SCRIPT
+from pocketvlm.export.mixed import PLAN_FILE, Plan, load_plan
 from pocketvlm.export.precision import PRECISIONS
 from pocketvlm.export.probe import Probe, probe_variants
 from pocketvlm.export.source import Exportable, Source, open_source
@@ -74,6 +75,7 @@ def export_bundle(
     *,
     calibration_size: int = DEFAULT_SIZE,
     examples: Sequence[ImageCase] | None = None,
+    plan: Plan | str | Path | None = None,
     allow_download: bool = False,
     trust_remote_code: bool = False,
     processes: int = 1,
@@ -94,6 +96,7 @@ def export_bundle(
         calibration_size: pictures and texts to calibrate and judge with.
         examples: real pictures for the conformance vectors, which must be free to publish. None: three of the
             calibration source where that is the built-in set, else none.
+        plan: what stays in float in "mixed" variants, or its file (`export.mixed`); the bundle keeps a copy.
         allow_download, trust_remote_code: permit, for a hub id, the network, and code that lies beside its weights.
         processes: 2 lowers ExecuTorch programs in a process of their own while the other targets are written; the
             files are the same.
@@ -104,39 +107,46 @@ def export_bundle(
 
     Raises:
         UsageError: `out` is not empty, nothing to export, a precision that no chosen target writes, or one that needs
-            calibration data without it. UnknownNameError: no such target or precision.
+            calibration data or a plan without it; a plan that fits another student, or that nothing would use.
+        UnknownNameError: no such target or precision, or no such block in the model.
         MissingExtraError: a target's converter is not installed; names the extra.
         IntegrityError: a written file does not run or does not compute what the model computes.
     """
     out, say = Path(out), progress or (lambda line: None)
     _check_out(out, overwrite)
-    plan = _plan(targets, precisions)
+    wanted = _wanted(targets, precisions)
+    keep = load_plan(plan) if isinstance(plan, str | Path) else plan
+    _check_plan(keep, wanted)
     model = open_source(student_or_run, allow_download=allow_download, trust_remote_code=trust_remote_code)
+    if keep is not None:
+        keep.check(model.towers.contract, {"image": model.towers.image, "text": model.towers.text})
     tokenizer = model.tokenizer()
     calibration, source = None, None
     data = calibration_data or _data_of_run(student_or_run)
-    if data is not None and any(precision not in ("fp32", "fp16") for _, precision in plan):
+    if data is not None and any(precision not in ("fp32", "fp16") for _, precision in wanted):
         say("reading calibration data")
         calibration, source = open_calibration(data, model.towers.contract, tokenizer, size=calibration_size)
-    for target, precision in plan:
+    for target, precision in wanted:
         # before anything slow is done
-        check_precision(target, precision, calibration)
+        check_precision(target, precision, calibration, keep)
     if examples is None:
         examples = _examples(source)
-    with _staged(out, overwrite) as folder, _background(plan, processes) as writer:
+    with _staged(out, overwrite) as folder, _background(wanted, processes) as writer:
         if model.tokenizer_json is not None:
             assert model.towers.contract.text is not None
             (folder / model.towers.contract.text.tokenizer).write_bytes(model.tokenizer_json)
         say("computing conformance vectors in float64")
         vectors = write_vectors(folder, model.towers, tokenizer, examples=examples)
         lowered = {}
-        for target, precision in _in_order(plan, writer):
+        for target, precision in _in_order(wanted, writer):
             say(f"lowering to {target.name} {precision}")
-            lowered[target.name, precision] = _lower(target, precision, model, folder, calibration)
+            lowered[target.name, precision] = _lower(target, precision, model, folder, calibration, keep)
         if writer is not None:
             say("waiting for executorch")
             writer.finish()
-        variants = [lowered[target.name, precision] for target, precision in plan]
+        variants = [lowered[target.name, precision] for target, precision in wanted]
+        if keep is not None:
+            keep.save(folder / PLAN_FILE)
         if any(variant.target == "coreml" for variant in variants):
             script = resources.files("pocketvlm.export.mil").joinpath("coreml_predict.py").read_bytes()
             (folder / PREDICT_SCRIPT).write_bytes(script)
@@ -190,7 +200,7 @@ def format_table(rows: Sequence[VariantRow]) -> str:
 # --- plan and folder ------------------------------------------------------------------------------------------------
 
 
-def _plan(targets: Sequence[str], precisions: Sequence[str] | None) -> list[tuple[Target, str]]:
+def _wanted(targets: Sequence[str], precisions: Sequence[str] | None) -> list[tuple[Target, str]]:
     """(backend, precision) pairs; every backend is opened here, so that a missing extra shows before any work."""
     if isinstance(targets, str):
         targets = (targets,)
@@ -223,6 +233,18 @@ def _plan(targets: Sequence[str], precisions: Sequence[str] | None) -> list[tupl
     if not plan:
         raise UsageError("no target was chosen, so there is nothing to export; name onnx, executorch or coreml")
     return list({(target.name, precision): (target, precision) for target, precision in plan}.values())
+
+
+def _check_plan(plan: Plan | None, wanted: list[tuple[Target, str]]) -> None:
+    """Before the model is opened, which takes longer."""
+    mixed = [target for target, precision in wanted if precision == "mixed"]
+    if mixed and plan is None:
+        check_precision(mixed[0], "mixed", Calibration(np.zeros(0), np.zeros(0), ""), None)
+    if plan is not None and not mixed:
+        raise UsageError(
+            "a plan was given and no chosen precision is mixed, so the plan would change nothing; add mixed to the "
+            "precisions or leave the plan out"
+        )
 
 
 def _because(target: Target, refused: Sequence[str]) -> str:
@@ -310,9 +332,21 @@ def _examples(source: DataSource | None) -> list[ImageCase]:
     return [case for case in golden_images(source.samples, count=_EXAMPLES) if case.real]
 
 
-def _lower(target: Target, precision: str, model: Exportable, folder: Path, calibration: Calibration | None) -> Variant:
+def _lower(
+    target: Target,
+    precision: str,
+    model: Exportable,
+    folder: Path,
+    calibration: Calibration | None,
+    plan: Plan | None,
+) -> Variant:
+    how: Any = {"precision": precision, "folder": folder, "calibration": calibration}
     try:
-        return target.lower(model.towers, precision=precision, folder=folder, calibration=calibration)  # type: ignore[arg-type]
+        variant = target.lower(model.towers, plan=plan, **how)
+        if precision != "mixed" or plan is None:
+            return variant
+        kept = {tower: list(blocks) for tower, blocks in plan.keep.items()}
+        return replace(variant, notes={**variant.notes, "plan": PLAN_FILE, "in_float": kept})
     except PocketvlmError:
         raise
     except Exception as error:  # converters raise whatever they like, often for one unknown operator

@@ -254,7 +254,8 @@ def _plan(
             "once"
         )
     opened = [get_target(name) for name in targets or list_targets()]
-    known = {precision for target in opened for precision in target.precisions}
+    # mixed is one student's own plan, which no row has
+    known = {precision for target in opened for precision in target.precisions} - {"mixed"}
     for precision in precisions or ():
         if precision not in known:
             raise unknown_name("precision of these targets", precision, known)
@@ -263,7 +264,7 @@ def _plan(
         for name in names
         for target in opened
         for precision in target.precisions
-        if precisions is None or precision in precisions
+        if precision in (known if precisions is None else precisions)
     ]
 
 

@@ -13,11 +13,11 @@ from typing import Literal, get_args
 from pocketvlm.export.budgets import load_budgets
 
 Precision = Literal[
-    "fp32", "fp16", "w8", "palette8", "w8a8-dynamic", "w8a8-static", "int8", "palette6", "w4", "palette4"
+    "fp32", "fp16", "w8", "palette8", "mixed", "w8a8-dynamic", "w8a8-static", "int8", "palette6", "w4", "palette4"
 ]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 # set on real inputs; the others need none, and use what they are given to be judged by
-CALIBRATED = frozenset({"int8", "w8a8-static"})
+CALIBRATED = frozenset({"int8", "mixed", "w8a8-static"})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -27,9 +27,14 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from pocketvlm.export.fidelity import run_module, split_calibration
+from pocketvlm.export.graphs import constant as _constant
+from pocketvlm.export.graphs import in_float, mark_float, prune
+from pocketvlm.export.graphs import set_parameter as _set_parameter
 from pocketvlm.export.rounding import balancing_scales, round_rows, round_tensor, round_weight, turn_down
-from pocketvlm.export.token_tables import quantize_tables
+from pocketvlm.export.token_tables import quantize_tables, quantized_tables
 
+# begins the names that `round_weights` gives to weights which stay in float
+FLOAT_WEIGHT = "in_float_weight"
 # convolutions at the input that stay in float: a thousandth of the weights, and where rounding hurts most (their few
 # channels carry everything that follows)
 STEM_LAYERS = 3
@@ -149,7 +154,7 @@ class Rounding:
 
     def weight(self, node: fx.Node, weight: Tensor) -> Tensor:
         """The values that the weight of a convolution or linear layer takes."""
-        if weight.numel() < self.smallest:
+        if weight.numel() < self.smallest or in_float(node):
             return weight
         return self.linear(weight) if node.target in LINEARS else self.convolution(weight)
 
@@ -174,7 +179,7 @@ def correct_bias(
     rounding = rounding or Rounding(round_weight, "mixed")
     inputs = _one_batch(rows)
     exempt = {node.name for node in stem(graph_module, float_layers)}
-    rounded = _rounded(graph_module, float_layers) if rounding.inputs in ("mixed", "fixed") else set()
+    rounded = rounded_nodes(graph_module, float_layers) if rounding.inputs in ("mixed", "fixed") else set()
     observed = set(rounded)
     if rounding.inputs == "fixed":
         observed |= {str(node.args[0]) for node in graph_module.graph.nodes if node.target in LINEARS}
@@ -182,7 +187,7 @@ def correct_bias(
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
     _Observed(graph_module, own, observed, ranges).run(inputs)
     corrections: dict[str, Tensor] = {}
-    _Corrected(graph_module, expected or own, corrections, exempt, ranges, rounded, rounding).run(inputs)
+    Corrected(graph_module, expected or own, corrections, exempt, ranges, rounded, rounding).run(inputs)
     for node in list(graph_module.graph.nodes):
         if node.name in corrections:
             old = _constant(graph_module, node.args[2]) if len(node.args) > 2 else None
@@ -198,7 +203,8 @@ def round_weights(graph_module: fx.GraphModule, rounding: Rounding) -> None:
     for node in list(graph_module.graph.nodes):
         if _weighted(graph_module, node):
             weight = cast(Tensor, _constant(graph_module, node.args[1]))
-            _set_parameter(graph_module, node, 1, rounding.weight(node, weight), "rounded_weight")
+            how = FLOAT_WEIGHT if in_float(node) else "rounded_weight"
+            _set_parameter(graph_module, node, 1, rounding.weight(node, weight), how)
     prune(graph_module)
 
 
@@ -232,10 +238,11 @@ def has_attention(graph_module: fx.GraphModule) -> bool:
 
 def residual_sums(graph_module: fx.GraphModule) -> list[fx.Node]:
     """The sums that static int8 rounds: of two activations below convolutions. In transformers none, because they
-    carry outliers there."""
+    carry outliers there, and none that `mark_float` has exempted."""
     if has_attention(graph_module):
         return []
-    return [node for node in graph_module.graph.nodes if node.target in _SUMS and _is_residual(node)]
+    sums = [n for n in graph_module.graph.nodes if n.target in _SUMS and not in_float(n)]
+    return [node for node in sums if _is_residual(node)]
 
 
 def clamp_of(node: fx.Node) -> fx.Node | None:
@@ -244,12 +251,13 @@ def clamp_of(node: fx.Node) -> fx.Node | None:
     return users[0] if len(users) == 1 and users[0].target in _CLAMPS else None
 
 
-def _rounded(graph_module: fx.GraphModule, float_layers: int) -> set[str]:
+def rounded_nodes(graph_module: fx.GraphModule, float_layers: int) -> set[str]:
     """Names of the nodes whose values static int8 rounds: what convolutions and residual sums read and write."""
     exempt = stem(graph_module, float_layers)
     convolutions = [n for n in graph_module.graph.nodes if n.target in CONVOLUTIONS and _weighted(graph_module, n)]
     found = set()
-    for node in (*(n for n in convolutions if n not in exempt), *residual_sums(graph_module)):
+    int8 = (n for n in convolutions if n not in exempt and not in_float(n))
+    for node in (*int8, *residual_sums(graph_module)):
         inputs = node.args[:1] if node.target in CONVOLUTIONS else node.args[:2]
         found |= {node.name for node in (*cast("tuple[fx.Node, ...]", inputs), clamp_of(node) or node)}
     return found
@@ -333,8 +341,12 @@ class _Observed(fx.Interpreter):
         return output
 
 
-class _Corrected(fx.Interpreter):
-    """Runs with rounded weights and activations and corrects each layer before the next one sees its output."""
+class Corrected(fx.Interpreter):
+    """Runs with rounded weights and activations and corrects each layer before the next one sees its output.
+
+    expected: layer -> mean output per channel. found: gets the corrections. exempt: layers left alone. ranges, rounded:
+    of the values that get a fixed range, all by names of nodes.
+    """
 
     def __init__(
         self,
@@ -360,15 +372,21 @@ class _Corrected(fx.Interpreter):
         else:
             (x, weight, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
             linear = n.target in LINEARS
-            if linear and self.rounding.inputs in ("mixed", "rows"):
+            if in_float(n):
+                pass
+            elif linear and self.rounding.inputs in ("mixed", "rows"):
                 x = round_rows(x)
             elif linear and self.rounding.inputs == "fixed":
                 x = round_tensor(x, *self.ranges[str(n.args[0])])
             output = cast(Any, n.target)(x, self.rounding.weight(n, weight), *rest, **kwargs)
-            delta = self.expected[n.name] - _channel_mean(n, output)
-            self.found[n.name] = delta
+            delta = self.correction(n, output)
             output = output + (delta if n.target in LINEARS else delta.reshape(-1, *[1] * (output.ndim - 2)))
         return round_tensor(output, *self.ranges[n.name]) if n.name in self.rounded else output
+
+    def correction(self, n: fx.Node, output: Tensor) -> Tensor:
+        """What a layer's output lacks to its expected mean, [channels]."""
+        self.found[n.name] = self.expected[n.name] - _channel_mean(n, output)
+        return self.found[n.name]
 
 
 def _is_residual(node: fx.Node) -> bool:
@@ -403,65 +421,34 @@ def _channel_mean(node: fx.Node, output: Tensor) -> Tensor:
     return output.transpose(0, 1).flatten(1).mean(dim=1)
 
 
-def _constant(owner: nn.Module, argument: Any) -> Tensor | None:
-    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
-        return None
-    value: Any = owner
-    for part in str(argument.target).split("."):
-        value = getattr(value, part)
-    return value.detach()
-
-
-def _set_parameter(graph_module: fx.GraphModule, node: fx.Node, position: int, value: Tensor, stem: str) -> None:
-    """Make argument `position` of `node` a new parameter, so that a weight shared with another node stays as it is."""
-    name = f"{stem}_{node.name}"
-    graph_module.register_parameter(name, nn.Parameter(value, requires_grad=False))
-    with graph_module.graph.inserting_before(node):
-        attribute = graph_module.graph.get_attr(name)
-    attribute.meta["val"] = value
-    arguments = list(node.args)
-    while len(arguments) <= position:
-        arguments.append(None)
-    arguments[position] = attribute
-    node.args = tuple(arguments)
-
-
-def prune(graph_module: fx.GraphModule) -> None:
-    """Drop operators, parameters and buffers that the output does not depend on, in place.
-
-    ExecuTorch writes every parameter of the module it is given, so a projector left over from training would ship.
-    """
-    graph_module.graph.eliminate_dead_code()
-    graph_module.delete_all_unused_submodules()
-    used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
-    for name, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]:
-        if name not in used:
-            owner: Any = graph_module
-            *path, last = name.split(".")
-            for part in path:
-                owner = getattr(owner, part)
-            delattr(owner, last)
-    graph_module.recompile()
-
-
 class Prepared:
     """One tower made ready for int8, for every backend.
 
     fit, held: the calibration inputs to quantize with and to judge with. expected: the float tower's rows for `held`.
-    convolutional: it has convolutions beyond those that stay in float.
+    convolutional: it has convolutions beyond those that stay in float. blocks: of the tower that stay in float.
     """
 
-    def __init__(self, module: nn.Module, rows: NDArray[Any]) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, rows: NDArray[Any], blocks: Collection[str] = ()) -> None:
+        self._module, self._rows = module, rows
         self.fit, self.held = split_calibration(rows)
         self.expected = run_module(module, self.held)
-        self._balanced = capture(quantize_tables(module), self.fit)
+        self._balanced = capture(quantize_tables(module, 8, blocks), self.fit)
+        mark_float(self._balanced, blocks)
         fold_batchnorm(self._balanced)
         balance_linears(self._balanced, self.fit)
         self._convolutions = len(stem(self._balanced, len(self._balanced.graph.nodes)))
         self.convolutional = self._convolutions > STEM_LAYERS
         self.attention = has_attention(self._balanced)
         self._corrected: dict[int, fx.GraphModule] = {}
+
+    def keeping(self, blocks: Collection[str]) -> Prepared:
+        """The same with these blocks in float (names as in `export.graphs`)."""
+        if quantized_tables(self._module, blocks) != quantized_tables(self._module):
+            return Prepared(self._module, self._rows, blocks)
+        other = copy.copy(self)
+        other._balanced, other._corrected = copy.deepcopy(self._balanced), {}
+        mark_float(other._balanced, blocks)
+        return other
 
     def graph(self, *, static: bool) -> tuple[fx.GraphModule, int]:
         """A copy of the prepared graph, and how many convolutions at the input its biases expect in float.

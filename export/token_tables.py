@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from pocketvlm.export.graphs import block_name, inside
 
 _WEIGHT_MAX = 127
 # below this many rows a table is positions, not tokens: it costs nothing and every token would suffer
@@ -68,13 +71,24 @@ class Int4Embedding(nn.Module):
         return rows.reshape(*ids.shape, self.width)
 
 
-def quantize_tables(module: nn.Module, bits: Literal[4, 8] = 8) -> nn.Module:
-    """A copy whose token tables are `Int8Embedding`, or of 4 bits where their width is a multiple of 32; small tables
-    (positions) stay as they are."""
+def quantized_tables(module: nn.Module, in_float: Collection[str] = ()) -> list[str]:
+    """Paths of the token tables that `quantize_tables` replaces: not small ones (positions), and none that is or lies
+    in one of the blocks `in_float`."""
+    return [
+        path
+        for path, child in module.named_modules()
+        if isinstance(child, nn.Embedding)
+        and child.num_embeddings >= _TABLE_ROWS
+        and not inside(block_name(path), in_float)
+    ]
+
+
+def quantize_tables(module: nn.Module, bits: Literal[4, 8] = 8, in_float: Collection[str] = ()) -> nn.Module:
+    """A copy whose token tables are `Int8Embedding`, or of 4 bits where their width is a multiple of 32."""
     module = copy.deepcopy(module)
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Embedding) and child.num_embeddings >= _TABLE_ROWS:
-                four = bits == 4 and child.embedding_dim % BLOCK == 0
-                setattr(parent, name, (Int4Embedding if four else Int8Embedding)(child.weight))
+    for path in quantized_tables(module, in_float):
+        child = module.get_submodule(path)
+        assert isinstance(child, nn.Embedding)
+        four = bits == 4 and child.embedding_dim % BLOCK == 0
+        module.set_submodule(path, (Int4Embedding if four else Int8Embedding)(child.weight))
     return module

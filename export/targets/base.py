@@ -13,6 +13,7 @@ from torch import nn
 
 from pocketvlm.edge.contract import ModelContract
 from pocketvlm.edge.errors import UsageError, unknown_name
+from pocketvlm.export.mixed import Plan
 from pocketvlm.export.precision import CALIBRATED, PRECISIONS, Precision
 
 
@@ -65,16 +66,23 @@ class Target(Protocol):
     refused: ClassVar[dict[str, str]]
 
     def lower(
-        self, towers: Towers, *, precision: Precision, folder: Path, calibration: Calibration | None
+        self,
+        towers: Towers,
+        *,
+        precision: Precision,
+        folder: Path,
+        calibration: Calibration | None,
+        plan: Plan | None = None,
     ) -> Variant: ...
 
 
-def check_precision(target: Target, precision: str, calibration: Calibration | None) -> None:
+def check_precision(target: Target, precision: str, calibration: Calibration | None, plan: Plan | None = None) -> None:
     """Refuse what a backend cannot write.
 
     Raises:
         UnknownNameError: no such precision.
-        UsageError: not one of this backend's, or one that needs calibration inputs without them.
+        UsageError: not one of this backend's, one that needs calibration inputs without them, or "mixed" without a
+            plan.
     """
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
@@ -87,4 +95,9 @@ def check_precision(target: Target, precision: str, calibration: Calibration | N
         raise UsageError(
             f"target {target.name!r} was asked for {precision} without calibration data; ranges guessed from noise "
             "lose accuracy, so pass real data (--data, in Python calibration_data=...)"
+        )
+    if precision == "mixed" and plan is None:
+        raise UsageError(
+            f"target {target.name!r} was asked for mixed without a plan, so no block would stay in float and it would "
+            "be int8; make one with 'pocketvlm quantize' and pass it (--plan FILE, in Python plan=...), or ask for int8"
         )

@@ -16,6 +16,7 @@ import pocketvlm
 from pocketvlm.edge.contract import ModelContract
 from pocketvlm.edge.errors import IntegrityError, require
 from pocketvlm.export.half import half_graph
+from pocketvlm.export.mixed import Plan, kept
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
 from pocketvlm.export.targets.coreml_compress import compressed_graph, store_compressed, traceable
 from pocketvlm.export.targets.onnx import (
@@ -45,15 +46,15 @@ class CoreMLTarget:
 
     fp16: weights are rounded so that kernels keep their sums (`export.half`).
     w8: weights and token tables in int8 with a scale per output channel (row). palette8, palette6, palette4: each
-    weight or table holds 256, 64 or 16 different values. All compute in float16; constants below 2,048 elements stay
-    float16.
+    weight or table holds 256, 64 or 16 different values. mixed: w8 with the blocks of a plan in float16. All compute in
+    float16; constants below 2,048 elements stay float16.
 
     Conversion and saving work on any system, prediction needs macOS. Every package is read back from disk and its
     interface compared with the contract before the export counts as done.
     """
 
     name: ClassVar[str] = "coreml"
-    precisions: ClassVar[tuple[str, ...]] = ("fp16", "fp32", "w8", "palette8", "palette6", "palette4")
+    precisions: ClassVar[tuple[str, ...]] = ("fp16", "fp32", "w8", "mixed", "palette8", "palette6", "palette4")
     defaults: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
     refused: ClassVar[dict[str, str]] = {
         "w4": "blocks of 32 need iOS 18 and these packages are for iOS 17: palette4 is its 4-bit format",
@@ -65,14 +66,22 @@ class CoreMLTarget:
         with quiet():
             require("coremltools", "coreml")
 
-    def lower(self, towers: Towers, *, precision: Precision, folder: Path, calibration: Calibration | None) -> Variant:
+    def lower(
+        self,
+        towers: Towers,
+        *,
+        precision: Precision,
+        folder: Path,
+        calibration: Calibration | None,
+        plan: Plan | None = None,
+    ) -> Variant:
         """Write one package per tower.
 
         Raises:
-            UsageError: this backend has no such precision.
+            UsageError: this backend has no such precision, or mixed without calibration data or a plan.
             IntegrityError: what was read back from disk does not have the contract's interface.
         """
-        check_precision(self, precision, calibration)
+        check_precision(self, precision, calibration, plan)
         files: dict[str, str] = {}
         notes: dict[str, object] = {
             "minimum_deployment_target": DEPLOYMENT_TARGET,
@@ -90,7 +99,8 @@ class CoreMLTarget:
                     if precision == "fp16":
                         graph, facts = half_graph(module, ready, rows)
                     else:
-                        graph, facts = compressed_graph(module, ready, rows, precision)
+                        blocks = kept(plan, tower) if precision == "mixed" else ()
+                        graph, facts = compressed_graph(module, ready, rows, precision, blocks)
                     module = traceable(graph)
                 _convert(module, towers, tower, precision, folder / relative)
                 notes[tower] = facts | check_package(folder / relative, towers.contract, tower)

@@ -7,9 +7,9 @@ result can be judged in eager mode, where the packages themselves run on macOS o
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from pocketvlm.export.fidelity import fidelity, run_module
+from pocketvlm.export.graphs import block_name, constant, in_float, inside, mark_float, prune, set_parameter
 from pocketvlm.export.prepare import (
+    FLOAT_WEIGHT,
     Prepared,
     Rounding,
     capture,
@@ -65,20 +67,23 @@ def palettize(weight: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def compressed_graph(
-    module: nn.Module, ready: Prepared | None, rows: NDArray[Any], precision: str
+    module: nn.Module, ready: Prepared | None, rows: NDArray[Any], precision: str, blocks: Collection[str] = ()
 ) -> tuple[fx.GraphModule, dict[str, object]]:
     """The tower with rounded weights (linear layers, convolutions, token tables), biases corrected, and notes.
 
-    ready: where there are calibration inputs; without them biases stay. rows: example inputs, for tracing.
+    ready: where there are calibration inputs; without them biases stay. rows: example inputs, for tracing. blocks: of
+    the tower that stay in float16.
     """
     values: Callable[[Tensor], Tensor] = round_weight
     if precision in PALETTE_BITS:
         values = partial(palettize, bits=PALETTE_BITS[precision])
     rounded = copy.deepcopy(module)
-    for child in rounded.modules():
-        if isinstance(child, nn.Embedding) and child.weight.numel() >= SMALLEST:
+    for path, child in rounded.named_modules():
+        table = isinstance(child, nn.Embedding) and child.weight.numel() >= SMALLEST
+        if table and not inside(block_name(path), blocks):
             child.weight.data.copy_(values(child.weight.data))
     graph = capture(rounded, ready.fit if ready else rows)
+    mark_float(graph, blocks)
     fold_batchnorm(graph)
     rounding = Rounding(values, "none", values, SMALLEST)
     if ready:
@@ -86,8 +91,14 @@ def compressed_graph(
         fold_batchnorm(exact)
         correct_bias(graph, ready.fit, 0, rounding, mean_outputs(exact, ready.fit))
     round_weights(graph, rounding)
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.aten.embedding.default and in_float(node):
+            set_parameter(graph, node, 0, cast(Tensor, constant(graph, node.args[0])), FLOAT_WEIGHT)
+    prune(graph)
     notes: dict[str, object] = {
-        "scheme": "weights-per-channel" if precision == "w8" else f"{2 ** PALETTE_BITS[precision]}-values-per-tensor",
+        "scheme": "weights-per-channel"
+        if precision in ("w8", "mixed")
+        else f"{2 ** PALETTE_BITS[precision]}-values-per-tensor",
         "biases": "corrected" if ready else "as they were, for want of calibration data",
     }
     if ready:
@@ -110,9 +121,10 @@ def store_compressed(model: Any, precision: str) -> Any:
     """Let coremltools store the rounded weights of a converted model in as many bits as they need."""
     import coremltools.optimize.coreml as cto
 
-    if precision == "w8":
+    if precision in ("w8", "mixed"):
         linear = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", granularity="per_channel")
-        return cto.linear_quantize_weights(model, cto.OptimizationConfig(global_config=linear))
+        kept = dict.fromkeys(n for n in cto.get_weights_metadata(model, weight_threshold=1) if FLOAT_WEIGHT in n)
+        return cto.linear_quantize_weights(model, cto.OptimizationConfig(global_config=linear, op_name_configs=kept))
     bits = PALETTE_BITS[precision]
     # not coremltools' mode "unique": it sorts float16 values, and numpy 2.3.5 left some out of order on the processor
     # that this was written on, so that equal values were counted twice and more bits were spent

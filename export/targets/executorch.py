@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pocketvlm.edge.errors import require
 from pocketvlm.export.fidelity import Scheme, choose_scheme, fidelity, run_module
+from pocketvlm.export.mixed import Plan
 from pocketvlm.export.prepare import (
     LINEARS,
     STEM_LAYERS,
@@ -45,11 +46,11 @@ class ExecuTorchTarget:
 
     int8: token tables are int8 rows with a scale each; linear layers are balanced and dynamic, convolutions static but
     for the first three, biases corrected (`export.prepare`). Where a convolutional tower does not meet the floor, one
-    with all convolutions in float is tried, and the better is kept.
+    with all convolutions in float is tried, and the better is kept. mixed: int8 with the blocks of a plan in float.
     """
 
     name: ClassVar[str] = "executorch"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "w8a8-dynamic", "w8a8-static", "int8", "w4")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "mixed", "w8a8-dynamic", "w8a8-static", "int8", "w4")
     defaults: ClassVar[tuple[str, ...]] = ("fp32", "int8")
     refused: ClassVar[dict[str, str]] = {
         "fp16": "XNNPACK computes in float16 on few processors, so the file could not be checked",
@@ -63,13 +64,21 @@ class ExecuTorchTarget:
             require(module, "executorch")
         self._write = write or write_program
 
-    def lower(self, towers: Towers, *, precision: Precision, folder: Path, calibration: Calibration | None) -> Variant:
+    def lower(
+        self,
+        towers: Towers,
+        *,
+        precision: Precision,
+        folder: Path,
+        calibration: Calibration | None,
+        plan: Plan | None = None,
+    ) -> Variant:
         """Write both towers into one program.
 
         Raises:
-            UsageError: this backend has no such precision, or one that needs calibration data without it.
+            UsageError: this backend has no such precision, or one that needs calibration data, or a plan, without it.
         """
-        check_precision(self, precision, calibration)
+        check_precision(self, precision, calibration, plan)
         programs: dict[str, Any] = {}
         notes: dict[str, object] = {"backend": "xnnpack"}
         with quiet():
@@ -79,11 +88,12 @@ class ExecuTorchTarget:
                     graph = capture(module, rows)
                     prune(graph)
                     lowered: nn.Module = graph
-                elif precision == "int8":
-                    lowered, notes[tower] = _quantize(prepared_tower(module, calibration, tower))
+                elif precision in ("int8", "mixed"):
+                    ready = prepared_tower(module, calibration, tower, plan if precision == "mixed" else None)
+                    lowered, notes[tower] = _quantize(ready)
                 else:
-                    ready = prepared_tower(module, calibration, tower) if calibration else None
-                    lowered, notes[tower] = _rung(module, ready, rows, precision)
+                    judge = prepared_tower(module, calibration, tower) if calibration else None
+                    lowered, notes[tower] = _rung(module, judge, rows, precision)
                 example = torch.from_numpy(example_rows(towers, tower)[:1])
                 programs[METHODS[tower]] = torch.export.export(lowered, (example,))
             relative = f"{self.name}/model-{precision}.pte"
@@ -114,7 +124,7 @@ def _partitioners(precision: str) -> list[Any]:
     # dynamic linear layers go first, as the other would take them apart; and only they, because a partitioner for all
     # that can be dynamic takes the static convolutions too and cuts the network at every residual sum
     dynamic = ConfigPrecisionType.DYNAMIC_QUANT
-    configs = [LinearConfig, AddmmConfig, *([] if precision == "int8" else [ConvolutionConfig])]
+    configs = [LinearConfig, AddmmConfig, *([] if precision in ("int8", "mixed") else [ConvolutionConfig])]
     return [XnnpackPartitioner(configs=configs, config_precisions=dynamic), rest]
 
 

@@ -8,7 +8,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ import pocketvlm
 from pocketvlm.edge.errors import UsageError, require
 from pocketvlm.export.fidelity import Scheme, choose_scheme, fidelity
 from pocketvlm.export.half import half_graph
+from pocketvlm.export.mixed import Plan, kept
 from pocketvlm.export.precision import CALIBRATED
 from pocketvlm.export.prepare import (
     STEM_LAYERS,
@@ -33,6 +34,7 @@ from pocketvlm.export.prepare import (
 )
 from pocketvlm.export.rounding import round_blocks, round_weight
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
+from pocketvlm.export.targets.onnx_float import marked_values, nodes_behind
 from pocketvlm.export.targets.onnx_ladder import Batches, quantize_ahead, to_half, weights_to_int4, weights_to_int8
 
 OPSET = 18  # the newest that every onnxruntime since 1.14 (mobile and web builds included) runs in full
@@ -61,11 +63,11 @@ class OnnxTarget:
 
     int8: token tables are int8 rows with a scale each; linear layers are balanced and dynamic, convolutions static but
     for the first three, biases corrected (`export.prepare`). Where a convolutional tower does not meet the floor, one
-    with all convolutions in float is tried, and the better is kept.
+    with all convolutions in float is tried, and the better is kept. mixed: int8 with the blocks of a plan in float.
     """
 
     name: ClassVar[str] = "onnx"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "w8", "w8a8-dynamic", "w8a8-static", "int8", "w4")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "w8", "mixed", "w8a8-dynamic", "w8a8-static", "int8", "w4")
     defaults: ClassVar[tuple[str, ...]] = ("fp32", "int8")
     refused: ClassVar[dict[str, str]] = dict.fromkeys(
         ("palette8", "palette6", "palette4"), "no operator of ONNX looks weights up in a table"
@@ -75,13 +77,21 @@ class OnnxTarget:
         for module in ("onnx", "onnxscript"):
             require(module, "onnx")
 
-    def lower(self, towers: Towers, *, precision: Precision, folder: Path, calibration: Calibration | None) -> Variant:
+    def lower(
+        self,
+        towers: Towers,
+        *,
+        precision: Precision,
+        folder: Path,
+        calibration: Calibration | None,
+        plan: Plan | None = None,
+    ) -> Variant:
         """Write the towers that exist, at this precision.
 
         Raises:
-            UsageError: this backend has no such precision, or one that needs calibration data without it.
+            UsageError: this backend has no such precision, or one that needs calibration data, or a plan, without it.
         """
-        check_precision(self, precision, calibration)
+        check_precision(self, precision, calibration, plan)
         files: dict[str, str] = {}
         notes: dict[str, object] = {"opset": OPSET}
         for tower, module in present_towers(towers):
@@ -94,7 +104,7 @@ class OnnxTarget:
                 if precision == "fp32":
                     export_graph(module, rows, tower, path, contract_digest=digest)
                 elif precision in CALIBRATED:
-                    ready = prepared_tower(module, calibration, tower)
+                    ready = prepared_tower(module, calibration, tower, plan if precision == "mixed" else None)
                     notes[tower] = _export_calibrated(ready, tower, path, digest, precision)
                 else:
                     judge = prepared_tower(module, calibration, tower) if calibration else None
@@ -103,8 +113,11 @@ class OnnxTarget:
         return Variant(self.name, precision, files, "dynamic", towers.contract.embed_dim, notes)
 
 
-def prepared_tower(module: nn.Module, calibration: Calibration | None, tower: Tower) -> Prepared:
-    """One tower made ready for int8, shared by all targets that are given the same calibration.
+def prepared_tower(
+    module: nn.Module, calibration: Calibration | None, tower: Tower, plan: Plan | None = None
+) -> Prepared:
+    """One tower made ready for int8, shared by all targets that are given the same calibration. plan: what of it stays
+    in float.
 
     Raises:
         UsageError: fewer than four, of which one has to judge the result.
@@ -116,7 +129,8 @@ def prepared_tower(module: nn.Module, calibration: Calibration | None, tower: To
             f"int8 calibration of the {tower} tower was given {len(rows)} inputs and needs at least 4 (better 100 or "
             "more); nothing could be measured, so pass a data set that has them"
         )
-    return prepared(module, np.ascontiguousarray(rows), calibration.memo)
+    ready = prepared(module, np.ascontiguousarray(rows), calibration.memo)
+    return ready.keeping(kept(plan, tower)) if kept(plan, tower) else ready
 
 
 def present_towers(towers: Towers) -> Iterator[tuple[Tower, nn.Module]]:
@@ -162,8 +176,12 @@ def quiet() -> Iterator[None]:
             gc.enable()
 
 
-def export_graph(module: nn.Module, rows: NDArray[Any], tower: Tower, path: Path, *, contract_digest: str) -> None:
-    """One float32 tower to one self-contained ONNX file with a free batch size."""
+def export_graph(module: nn.Module, rows: NDArray[Any], tower: Tower, path: Path, *, contract_digest: str) -> list[str]:
+    """One float32 tower to one self-contained ONNX file with a free batch size.
+
+    Returns:
+        Names of the values that operators exempted by `mark_float` compute; none where `module` is no graph.
+    """
     onnx = require("onnx", "onnx")
     batch = torch.export.Dim("batch", min=1, max=4096)
     captured = torch.export.export(module, (torch.from_numpy(rows),), dynamic_shapes=({0: batch},))
@@ -186,9 +204,11 @@ def export_graph(module: nn.Module, rows: NDArray[Any], tower: Tower, path: Path
     # the exporter names values after their operators, and a token lookup is called "embedding" too
     _rename(model, OUTPUT, f"{OUTPUT}_value")
     _rename(model, _OUTPUT_DRAFT, OUTPUT)
+    floats = marked_values(module, captured.graph_module, model.graph)
     _stamp(model, tower, "fp32", contract_digest)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))
+    return floats
 
 
 def run_file(path: Path, rows: NDArray[Any], tower: Tower, batch: int = 32) -> NDArray[np.float32]:
@@ -206,7 +226,7 @@ def run_file(path: Path, rows: NDArray[Any], tower: Tower, batch: int = 32) -> N
 def _export_calibrated(ready: Prepared, tower: Tower, path: Path, digest: str, precision: str) -> dict[str, object]:
     onnx = require("onnx", "onnx")
     with tempfile.TemporaryDirectory() as scratch:
-        schemes = (_schemes if precision == "int8" else _static_schemes)(ready, tower, Path(scratch), digest)
+        schemes = (_static_schemes if precision == "w8a8-static" else _schemes)(ready, tower, Path(scratch), digest)
         candidate, _, notes = choose_scheme(schemes, lambda file: run_file(file, ready.held, tower), ready.expected)
         model = onnx.load(str(candidate))
         _stamp(model, tower, precision, digest)
@@ -275,27 +295,28 @@ def _static_schemes(ready: Prepared, tower: Tower, folder: Path, digest: str) ->
 def _schemes(ready: Prepared, tower: Tower, folder: Path, digest: str) -> list[Scheme[Path]]:
     """What to try, in order: linear layers are always dynamic, convolutions static where there are any."""
 
-    def exported(static: bool) -> tuple[Path, int]:
+    def exported(static: bool) -> tuple[Path, int, list[str]]:
         graph, float_layers = ready.graph(static=static)
         path = folder / f"prepared-{float_layers}.onnx"
-        export_graph(graph, ready.fit[:2], tower, path, contract_digest=digest)
-        return path, float_layers
+        floats = export_graph(graph, ready.fit[:2], tower, path, contract_digest=digest)
+        return path, float_layers, floats
 
     def dynamic() -> Path:
-        return _quantize_dynamic(exported(False)[0], folder / "dynamic.onnx")
+        source, _, floats = exported(False)
+        return _quantize_dynamic(source, folder / "dynamic.onnx", floats)
 
     def static() -> Path:
-        source, float_layers = exported(True)
+        source, float_layers, floats = exported(True)
         target = folder / "static.onnx"
-        _quantize_static(source, target, ready.fit, tower, ready.attention, float_layers)
-        return _quantize_dynamic(target, folder / "mixed.onnx")
+        _quantize_static(source, target, ready.fit, tower, ready.attention, float_layers, floats)
+        return _quantize_dynamic(target, folder / "mixed.onnx", floats)
 
     if not ready.convolutional:
         return [Scheme("dynamic", dynamic)]
     return [Scheme("static-qdq", static), Scheme("dynamic", dynamic, last_resort=True)]
 
 
-def _quantize_dynamic(source: Path, target: Path) -> Path:
+def _quantize_dynamic(source: Path, target: Path, floats: Sequence[str] = ()) -> Path:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     onnx = require("onnx", "onnx")
@@ -309,12 +330,19 @@ def _quantize_dynamic(source: Path, target: Path) -> Path:
         per_channel=True,
         # ConvInteger has no fast kernel on the CPU provider: it is 30 times slower than the float convolution
         op_types_to_quantize=["MatMul", "Gemm"],
+        nodes_to_exclude=nodes_behind(model.graph, floats),
     )
     return target
 
 
 def _quantize_static(
-    source: Path, target: Path, fit: NDArray[Any], tower: Tower, attention: bool, float_layers: int
+    source: Path,
+    target: Path,
+    fit: NDArray[Any],
+    tower: Tower,
+    attention: bool,
+    float_layers: int,
+    floats: Sequence[str] = (),
 ) -> Path:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
@@ -324,6 +352,7 @@ def _quantize_static(
     kinds = ["Conv", "Clip", "Relu"]
     # 8-bit residual sums ruin transformers; convolutional towers run them in int8 from end to end
     kinds += [] if attention else ["Add"]
+    graph = onnx.load(str(prepared)).graph
     quantize_static(
         str(prepared),
         str(target),
@@ -333,7 +362,7 @@ def _quantize_static(
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         op_types_to_quantize=kinds,
-        nodes_to_exclude=_stem(onnx.load(str(prepared)).graph, float_layers),
+        nodes_to_exclude=[*_stem(graph, float_layers), *nodes_behind(graph, floats)],
         calibrate_method=CalibrationMethod.MinMax,
     )
     return target

@@ -16,6 +16,7 @@ from torch import fx
 from torchao.quantization.pt2e.observer import MinMaxObserver, PerChannelMinMaxObserver, PlaceholderObserver
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
+from pocketvlm.export.graphs import in_float
 from pocketvlm.export.prepare import CONVOLUTIONS, LINEARS, clamp_of, is_depthwise, residual_sums, stem
 
 _ACTIVATION = QuantizationSpec(
@@ -48,9 +49,10 @@ class TowerQuantizer(Quantizer):
     """Linear layers dynamic, convolutions and residual sums static: activations per tensor, weights per output channel,
     biases float (int32 in XNNPACK).
 
-    float_layers: convolutions at the input that stay in float. ranges: "mixed" is the above; "rows" makes ordinary
-    convolutions dynamic too and leaves depthwise ones in float, for which XNNPACK has no such kernel; "fixed" makes
-    linear layers static. linears: which linear layers, by the shape of their weight; all unless given.
+    float_layers: convolutions at the input that stay in float, besides what `mark_float` has exempted. ranges: "mixed"
+    is the above; "rows" makes ordinary convolutions dynamic too and leaves depthwise ones in float, for which XNNPACK
+    has no such kernel; "fixed" makes linear layers static. linears: which linear layers, by the shape of their weight;
+    all unless given.
     """
 
     def __init__(
@@ -65,10 +67,12 @@ class TowerQuantizer(Quantizer):
         self.linears = linears or (lambda shape: True)
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        exempt = stem(model, self.float_layers)
+        exempt = {*stem(model, self.float_layers), *(node for node in model.graph.nodes if in_float(node))}
         convolutions = [n for n in model.graph.nodes if n.target in CONVOLUTIONS and n not in exempt]
         for node in model.graph.nodes:
-            if node.target in LINEARS and _is_constant(node.args[1]) and self.linears(node.args[1].meta["val"].shape):
+            if node.target not in LINEARS or node in exempt or not _is_constant(node.args[1]):
+                continue
+            if self.linears(node.args[1].meta["val"].shape):
                 spec = _ACTIVATION if self.ranges == "fixed" else _ROW
                 _annotate_input(node, spec)
                 if spec is _ACTIVATION:

@@ -240,13 +240,16 @@ def export(
         tuple[str, ...] | None,
         arg(
             metavar="PRECISION ...",
-            help="Any of fp32, fp16, w8, w8a8-dynamic, w8a8-static, int8, w4 and, for coreml, palette8, palette6, "
-            "palette4; left out: fp32 and int8, for coreml fp16 and fp32.",
+            help="Any of fp32, fp16, w8, mixed, w8a8-dynamic, w8a8-static, int8, w4 and, for coreml, palette8, "
+            "palette6, palette4; left out: fp32 and int8, for coreml fp16 and fp32.",
         ),
     ] = None,
     data: Annotated[
         str | None,
         arg(metavar="SOURCE", help="Real inputs for quantized files; default: the training data of the run."),
+    ] = None,
+    plan: Annotated[
+        Path | None, arg(metavar="FILE", help="What stays in float where the precision is mixed: of 'quantize'.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -256,7 +259,8 @@ def export(
 
     bundle = export_bundle(
         _one_source("export", source, from_), out, targets, precisions, data, overwrite,
-        allow_download=allow_download, trust_remote_code=trust_remote_code, processes=2, progress=Reporter().line,
+        plan=plan, allow_download=allow_download, trust_remote_code=trust_remote_code, processes=2,
+        progress=Reporter().line,
     )  # fmt: skip
     print(f"{bundle}\n{format_table(summarize(bundle))}")
 
