@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 import time
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,8 +19,11 @@ from torch import nn
 
 from pocketvlm.edge.contract import ModelContract, TextSpec
 from pocketvlm.edge.errors import UsageError
-from pocketvlm.export.calibration import open_calibration
+from pocketvlm.export.calibration import DEFAULT_SIZE, open_calibration
 from pocketvlm.export.fidelity import run_module
+from pocketvlm.export.mil import NAME as MIL
+from pocketvlm.export.mil import NOT_MODELLED, MilBackend
+from pocketvlm.export.reference import task_inputs
 from pocketvlm.export.source import open_source
 from pocketvlm.export.targets import Calibration, Precision, Towers, get_target
 from pocketvlm.export.targets.onnx import present_towers
@@ -30,33 +35,36 @@ from pocketvlm.students.image import build_image_tower, image_spec
 from pocketvlm.students.text import TextTower
 
 CALIBRATION, JUDGED = 64, 32
+TASK = 512
 EMBED_DIM = 384
+
+
+class Judged(NamedTuple):
+    """Inputs that a row is judged on, by tower; positives: of a task, for each picture the rows of its texts."""
+
+    rows: dict[str, NDArray[Any]]
+    positives: list[list[int]] | None
+    description: str
 
 
 def start(request: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     """Build the student, its calibration inputs and what the eager model says of other inputs.
 
-    request: student (a shipped name, or a run or student folder), data (a `--data` source or None), folder (scratch).
+    request: student (a shipped name, or a run or student folder), data and judge (`--data` sources or None), folder
+    (scratch).
 
     Returns:
-        name, weights, float_mb, inputs, and per tower a .npy of inputs and the mean cosine between their embeddings;
-        and what lowers one (target, precision).
+        name, weights, float_mb, inputs, judged, positives, and per tower a .npy of inputs and the mean cosine between
+        their embeddings; and what lowers one (target, precision).
     """
     torch.set_num_threads(1)
     folder = Path(request["folder"])
-    towers, calibration, weights = _open(request["student"], request["data"])
-    judged = {
-        "image": calibration.pixels[CALIBRATION:] if towers.image is not None else None,
-        "text": calibration.ids[CALIBRATION:] if towers.text is not None else None,
-    }
-    fitted = dataclasses.replace(
-        calibration, pixels=calibration.pixels[:CALIBRATION], ids=calibration.ids[:CALIBRATION]
-    )
-    opened: dict[str, Any] = {"name": towers.contract.name, "weights": weights, "inputs": calibration.description}
-    opened |= {"between": {}, "rows": {}, "expected": {}}
+    towers, fitted, judged, weights = _open(request["student"], request["data"], request.get("judge"))
+    opened: dict[str, Any] = {"name": towers.contract.name, "weights": weights, "inputs": fitted.description}
+    opened |= {"judged": judged.description, "positives": judged.positives, "between": {}, "rows": {}, "expected": {}}
     parameters = 0
     for tower, module in present_towers(towers):
-        rows = cast("NDArray[Any]", judged[tower])
+        rows = judged.rows[tower]
         expected = run_module(module, rows)
         np.save(folder / f"{tower}-rows.npy", rows)
         np.save(folder / f"{tower}-expected.npy", expected)
@@ -71,33 +79,71 @@ def start(request: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
         wall, processor = time.perf_counter(), time.process_time()
         target = get_target(asked["target"])
         variant = target.lower(towers, precision=cast(Precision, asked["precision"]), folder=folder, calibration=fitted)
-        seconds = time.perf_counter() - wall
-        return {
-            "variant": dataclasses.asdict(variant),
-            "seconds": seconds,
-            "processor_seconds": time.process_time() - processor,
-        }
+        done: dict[str, Any] = {"variant": dataclasses.asdict(variant), "seconds": time.perf_counter() - wall}
+        done["processor_seconds"] = time.process_time() - processor
+        if asked["target"] == "coreml" and platform.system() != "Darwin":
+            done |= _evaluated(folder, variant.files, judged.rows)
+        return done
 
     return opened, answer
 
 
-def _open(student: str, data: str | None) -> tuple[Towers, Calibration, str]:
+def _evaluated(folder: Path, files: dict[str, str], rows: dict[str, NDArray[Any]]) -> dict[str, Any]:
+    """Core ML packages, read back and computed here: what ran them, what that leaves out, the files of the answers."""
+    backend = MilBackend({tower: folder / name for tower, name in files.items()})
+    found = {}
+    for tower, run in (("image", backend.run_image), ("text", backend.run_text)):
+        if tower in files:
+            found[tower] = str(folder / f"{tower}-found.npy")
+            np.save(found[tower], run(rows[tower]))
+    return {"found": found, "runtime": MIL, "not_modelled": NOT_MODELLED, "overflow": backend.overflow}
+
+
+def _open(student: str, data: str | None, judge: str | None) -> tuple[Towers, Calibration, Judged, str]:
+    """Towers, what calibrates, what judges, and whose weights they are."""
     if Path(student).is_dir():
         model = open_source(student)
-        if data is not None:
-            size = CALIBRATION + JUDGED
-            calibration, _ = open_calibration(data, model.towers.contract, model.tokenizer(), size=size)
-            assert calibration is not None, "a source was given"
-            _refuse_few(calibration, data)
-            return model.towers, calibration, "given"
-        return model.towers, made_up_inputs(model.towers.contract), "given"
+        contract = model.towers.contract
+        if data is None:
+            return model.towers, *_split(model.towers, made_up_inputs(contract)), "given"
+        tokenizer = model.tokenizer()
+        size = CALIBRATION + JUDGED if judge is None else DEFAULT_SIZE
+        calibration, _ = open_calibration(data, contract, tokenizer, size=size)
+        assert calibration is not None, "a source was given"
+        if judge is not None:
+            return model.towers, calibration, _task(judge, contract, tokenizer), "given"
+        _refuse_few(calibration, data)
+        return model.towers, *_split(model.towers, calibration), "given"
     if data is not None:
         raise UsageError(
             f"--data {data!r} was given and student {student!r} is a name, whose random weights have no tokenizer; "
             "its texts could not be encoded, so leave --data out or give a run folder"
         )
     towers = random_towers(student)
-    return towers, made_up_inputs(towers.contract), "random"
+    return towers, *_split(towers, made_up_inputs(towers.contract)), "random"
+
+
+def _split(towers: Towers, inputs: Calibration) -> tuple[Calibration, Judged]:
+    """The first rows to calibrate with, the others to judge on."""
+    fitted = dataclasses.replace(inputs, pixels=inputs.pixels[:CALIBRATION], ids=inputs.ids[:CALIBRATION])
+    every = {"image": inputs.pixels, "text": inputs.ids}
+    rows: dict[str, NDArray[Any]] = {tower: every[tower][CALIBRATION:] for tower, _ in present_towers(towers)}
+    return fitted, Judged(rows, None, f"the last {JUDGED} of: {inputs.description}")
+
+
+def _task(judge: str, contract: ModelContract, tokenizer: Any) -> Judged:
+    from pocketvlm.data import open_data
+
+    if contract.image is None or contract.text is None:
+        raise UsageError(
+            f"--judge {judge!r} was given and {contract.name!r} is of kind {contract.kind!r}; a change of R@5 needs a "
+            "picture and a text tower, so leave --judge out"
+        )
+    source = open_data(judge)
+    subject: Any = SimpleNamespace(contract=contract, ids=tokenizer.encode)
+    task = task_inputs(source.samples, subject, TASK, 0)
+    said = f"{source.name}: {len(task['uids'])} pictures, {len(task['texts'])} texts"
+    return Judged({"image": task["pixels"], "text": task["ids"]}, task["positives"], said)
 
 
 def _refuse_few(calibration: Calibration, data: str) -> None:

@@ -71,12 +71,15 @@ def bench(
 def matrix(
     *,
     students: Annotated[
-        tuple[str, ...] | None, arg(metavar="NAME ...", help="Students, run or student folders; left out: all names.")
+        tuple[str, ...] | None, arg(metavar="NAME ...", help="Students, folders, NAME=FOLDER; left out: all names.")
     ] = None,
     targets: Annotated[Names, arg(metavar="TARGET ...", help="onnx, executorch, coreml; left out: all.")] = None,
     precisions: Annotated[Names, arg(metavar="NAME ...", help="Such as fp32 int8; left out: all.")] = None,
     data: Annotated[
-        str | None, arg(metavar="SOURCE", help="Pictures and texts to calibrate and judge on, for run folders.")
+        str | None, arg(metavar="SOURCE", help="Pictures and texts to calibrate with, for run folders.")
+    ] = None,
+    judge: Annotated[
+        str | None, arg(metavar="SOURCE", help="Others to judge on, R@5 included; left out: 32 of --data.")
     ] = None,
     out: Annotated[Path, arg(metavar="DIR", help="Folder of matrix.json and matrix.md; goes on with what is there.")],
     retry: Annotated[bool, arg(help="Try rows again that failed.")] = False,
@@ -89,7 +92,7 @@ def matrix(
 
     table = make_matrix(
         student_names() if students is None else students, out, targets=targets, precisions=precisions, data=data,
-        retry=retry, progress=_say,
+        judge=judge, retry=retry, progress=_say,
     )  # fmt: skip
     print(json.dumps(table, indent=1) if as_json else matrix_table(table))
 

@@ -18,7 +18,7 @@ from pocketvlm.edge.contract import ImageSpec, ModelContract, TextSpec
 from pocketvlm.edge.errors import IntegrityError, UnknownNameError, UsageError, VersionError
 from pocketvlm.export import matrix as module
 from pocketvlm.export import pick as picking
-from pocketvlm.export.matrix import COMMITTED, make_matrix, matrix_table, read_matrix, try_student
+from pocketvlm.export.matrix import COMMITTED, make_matrix, matrix_table, read_matrix, task_change, try_student
 from pocketvlm.export.matrix_worker import made_up_inputs, made_up_pictures, random_towers
 from pocketvlm.export.pick import pick
 from pocketvlm.export.workers import WorkerError
@@ -81,10 +81,68 @@ def test_a_saved_student_is_lowered_run_and_judged(student: Path, tmp_path: Path
     assert not list((tmp_path / "out").glob(".*"))
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The toy data as a manifest, so that a worker can open it."""
+    folder, rows = tmp_path_factory.mktemp("pairs"), []
+    for index, sample in enumerate(toys.toy_data().samples):
+        (folder / f"{index}.png").write_bytes(sample.image.read())
+        rows.append({"image": f"{index}.png", "caption": sample.captions[0].text})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "pairs.jsonl")
+
+
+def test_core_ml_files_are_computed_and_the_order_of_captions_is_judged(
+    student: Path, pairs: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("coremltools")
+    options: dict[str, Any] = {"targets": ["coreml"], "precisions": ["fp32", "palette4"], "data": pairs, "judge": pairs}
+    exact, coarse = make_matrix([f"mine={student}"], tmp_path, **options)["rows"]
+    for found in (exact, coarse):
+        assert (found["student"], found["status"], found["runtime"]) == ("mine", "works", "coreml-mil")
+        assert "Neural Engine" in found["not_modelled"]
+        assert found["towers"]["image"].keys().isdisjoint({"processor_ms", "p50_ms", "rounds_ms"})
+        assert found["judged"] == "pairs: 40 pictures, 40 texts"
+        assert found["task"]["image-to-text"]["queries"] == 40
+    assert exact["towers"]["image"]["sqnr_db"] > 80
+    assert {change["change"] for change in exact["task"].values()} == {0.0}
+    assert coarse["towers"]["image"]["sqnr_db"] < exact["towers"]["image"]["sqnr_db"] - 40
+    text = (tmp_path / "matrix.md").read_text()
+    assert "computed by `coreml-mil`" in text
+    assert "+0.0 (6.3) / +0.0 (6.3) |" in text, "Tango's bound with 40 queries of which none changed: z2 / (n + z2)"
+
+
+def test_the_change_of_a_task_counts_what_was_lost_and_won() -> None:
+    axes = np.eye(8)
+    right = {"image": axes, "text": axes}
+    positives = [[i] for i in range(7)]  # the last text has no picture and the last picture no text
+    positives.append([])
+    same = task_change(positives, right, right)
+    assert same["image-to-text"] == {
+        "recall_at_5": 1.0,
+        "change": 0.0,
+        "loss_bound": same["image-to-text"]["loss_bound"],
+        "queries": 7,
+    }
+    assert same["image-to-text"]["loss_bound"] > 0.2
+    # the first picture is sent to where it is the farthest from its text
+    moved = axes.copy()
+    moved[0] = np.r_[-1.0, np.ones(7)]
+    lost = task_change(positives, right, {"image": moved, "text": axes})
+    assert lost["image-to-text"]["change"] == pytest.approx(-1 / 7, abs=1e-5)
+    assert lost["image-to-text"]["loss_bound"] > same["image-to-text"]["loss_bound"]
+    assert lost["text-to-image"]["change"] == pytest.approx(-1 / 7, abs=1e-5)
+    back = task_change(positives, {"image": 3 * moved, "text": axes}, right)
+    assert back["image-to-text"]["recall_at_5"] == pytest.approx(6 / 7, abs=1e-5)
+    assert back["image-to-text"]["change"] == pytest.approx(1 / 7, abs=1e-5)
+
+
 def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, list[tuple[str, str]]]] = []
 
-    def tried(source: str, pairs: list[tuple[str, str]], data: str | None, say: Any) -> Iterator[dict[str, Any]]:
+    def tried(
+        source: str, pairs: list[tuple[str, str]], data: str | None, say: Any, judge: str | None
+    ) -> Iterator[dict[str, Any]]:
         asked.append((source, list(pairs)))
         for target, precision in pairs:
             if len(asked) == 1 and precision == "int8":
@@ -201,6 +259,8 @@ def test_what_the_plan_refuses(tmp_path: Path) -> None:
             make_matrix(out=tmp_path, **options)
     with pytest.raises(UsageError, match="random weights have no tokenizer"):
         make_matrix(["mnv4-035"], tmp_path, data="openmoji")
+    with pytest.raises(UsageError, match="without --data"):
+        make_matrix(["mnv4-035"], tmp_path, judge="openmoji")
     with pytest.raises(UsageError, match="given more than once"):
         make_matrix(["mnv4-035", "mnv4-035"], tmp_path)
     with pytest.raises(UsageError, match="no student was given"):
