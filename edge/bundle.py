@@ -132,6 +132,8 @@ class Bundle:
         check_schema_version(raw.get("schema_version"), "bundle")
         try:
             loaded = cls(folder, raw, ModelContract.from_dict(raw["contract"]))
+            if raw.get("contract_sha256") not in (None, loaded.contract.digest()):
+                raise _malformed("the contract in bundle.json is not the one that it was exported with")
             for relative, entry in raw["files"].items():
                 _check_relative(relative)
                 if not isinstance(entry["sha256"], str):

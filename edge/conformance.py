@@ -142,7 +142,10 @@ class _Runner:
         return self._distance(case, self.model.embed_text(case["text"]))
 
     def _distance(self, case: dict[str, Any], found: NDArray[np.float32]) -> float:
-        """1 - cosine in float64; a variant with a narrower embedding is compared with that prefix."""
+        """1 - cosine in float64; a variant with a narrower embedding is compared with that prefix.
+
+        Logits mean something by their length too: |a - b|^2 / (2 |a| |b|), which is 1 - cosine at equal lengths.
+        """
         expected = np.array(case["embedding"], np.float64)[: self.model.dim]
         row = found[0].astype(np.float64)
         if expected.shape != row.shape:
@@ -150,7 +153,10 @@ class _Runner:
                 f"the recorded embedding has width {len(expected)} and the model gives {len(row)}; "
                 "they cannot be compared, so export the bundle again"
             )
-        return float(1.0 - expected @ row / (np.linalg.norm(expected) * np.linalg.norm(row)))
+        lengths = np.linalg.norm(expected) * np.linalg.norm(row)
+        if self.model.contract.kind == "classifier":
+            return float(np.square(expected - row).sum() / (2 * lengths))
+        return float(1.0 - expected @ row / lengths)
 
     def _file(self, name: str) -> Path:
         bundle = self.model.bundle

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import pocketvlm
 from pocketvlm.data.sample import Sample
@@ -30,7 +31,9 @@ from pocketvlm.edge.bundle import MANIFEST, SCHEMA_VERSION, describe_files
 from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError, unknown_name
 from pocketvlm.export.calibration import DEFAULT_SIZE, open_calibration
 from pocketvlm.export.cases import ImageCase, golden_images
-from pocketvlm.export.conformance import VECTORS, Vectors, widen_tolerance, write_vectors
+from pocketvlm.export.conformance import VECTORS, Vectors, double_rows, widen_tolerance, write_vectors
+from pocketvlm.export.fidelity import split_calibration
+from pocketvlm.export.labels import BARE, bake_labels
 from pocketvlm.export.mil import PREDICT_SCRIPT
 from pocketvlm.export.mixed import PLAN_FILE, Plan, load_plan
 from pocketvlm.export.precision import PRECISIONS
@@ -54,7 +57,8 @@ Progress = Callable[[str], None]
 @dataclass(frozen=True)
 class VariantRow:
     """One line of the summary. mb: 1e6 bytes of its files. ratio: to fp32 of the same target (to four bytes per
-    parameter where that was not written). latency_ms: tower -> batch 1, one thread, on the exporting machine."""
+    parameter where that was not written). latency_ms: tower -> batch 1, one thread, on the exporting machine.
+    same_label: of a classifier, the share of held-out calibration pictures that get the float model's label."""
 
     target: str
     precision: str
@@ -63,6 +67,7 @@ class VariantRow:
     ratio: float
     latency_ms: dict[str, float]
     meets_floor: bool | None
+    same_label: float | None = None
 
 
 def export_bundle(
@@ -76,6 +81,8 @@ def export_bundle(
     calibration_size: int = DEFAULT_SIZE,
     examples: Sequence[ImageCase] | None = None,
     plan: Plan | str | Path | None = None,
+    labels: Sequence[str] | None = None,
+    templates: str | Sequence[str] = BARE,
     allow_download: bool = False,
     trust_remote_code: bool = False,
     processes: int = 1,
@@ -97,6 +104,8 @@ def export_bundle(
         examples: real pictures for the conformance vectors, which must be free to publish. None: three of the
             calibration source where that is the built-in set, else none.
         plan: what stays in float in "mixed" variants, or its file (`export.mixed`); the bundle keeps a copy.
+        labels: bake these into the graph: an image-only bundle whose output is a logit for each (`export.labels`).
+        templates: the prompts that stand for a label.
         allow_download, trust_remote_code: permit, for a hub id, the network, and code that lies beside its weights.
         processes: 2 lowers ExecuTorch programs in a process of their own while the other targets are written; the
             files are the same.
@@ -120,6 +129,8 @@ def export_bundle(
     model = open_source(student_or_run, allow_download=allow_download, trust_remote_code=trust_remote_code)
     if keep is not None:
         keep.check(model.towers.contract, {"image": model.towers.image, "text": model.towers.text})
+    if labels is not None:
+        model = bake_labels(model, labels, templates)
     tokenizer = model.tokenizer()
     calibration, source = None, None
     data = calibration_data or _data_of_run(student_or_run)
@@ -151,7 +162,7 @@ def export_bundle(
             script = resources.files("pocketvlm.export.mil").joinpath("coreml_predict.py").read_bytes()
             (folder / PREDICT_SCRIPT).write_bytes(script)
         say("running the files")
-        variants = _with_measurements(folder, model, variants, vectors)
+        variants = _with_measurements(folder, model, variants, vectors, calibration)
         manifest = _manifest(folder, model, variants, calibration, source, bool(examples))
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return out
@@ -179,17 +190,23 @@ def summarize(bundle_folder: str | Path) -> list[VariantRow]:
                 float(notes["ratio_to_fp32"]),
                 dict(notes.get("latency_ms_batch1_1thread") or {}),
                 all(floors) if floors else None,
+                (notes.get("same_label") or {}).get("share"),
             )
         )
     return rows
 
 
 def format_table(rows: Sequence[VariantRow]) -> str:
-    """`summarize` as lines of text: target, precision, file, MB, ratio to fp32, milliseconds of both towers."""
-    lines: list[tuple[str, ...]] = [("target", "precision", "file", "MB", "of fp32", "image ms", "text ms", "")]
+    """`summarize` as lines of text: target, precision, file, MB, ratio to fp32, milliseconds of both towers, and of a
+    classifier how many pictures keep their label."""
+    labelled = any(row.same_label is not None for row in rows)
+    head = ("target", "precision", "file", "MB", "of fp32", "image ms", "text ms", *["same label"] * labelled, "")
+    lines: list[tuple[str, ...]] = [head]
     for row in rows:
         times = [f"{row.latency_ms[t]:.2f}" if t in row.latency_ms else "-" for t in ("image", "text")]
         warning = f"below the {row.precision} floor" if row.meets_floor is False else ""
+        if labelled:
+            times.append("-" if row.same_label is None else f"{100 * row.same_label:.1f} %")
         lines.append(
             (row.target, row.precision, ", ".join(row.files), f"{row.mb:.2f}", f"{row.ratio:.3f}", *times, warning)
         )
@@ -360,8 +377,13 @@ def _lower(
 # --- measurements ---------------------------------------------------------------------------------------------------
 
 
-def _with_measurements(folder: Path, model: Exportable, variants: list[Variant], vectors: Vectors) -> list[Variant]:
-    probes = _probe(folder, model, variants, vectors)
+def _with_measurements(
+    folder: Path, model: Exportable, variants: list[Variant], vectors: Vectors, calibration: Calibration | None
+) -> list[Variant]:
+    held = None
+    if model.towers.contract.kind == "classifier" and calibration is not None:
+        _, held = split_calibration(calibration.pixels)
+    probes = _probe(folder, model, variants, vectors, held)
     sizes = [_bytes(folder, variant) for variant in variants]
     full = {v.target: size for v, size in zip(variants, sizes) if v.precision == "fp32"}
     measured: dict[str, float] = {}
@@ -378,18 +400,24 @@ def _with_measurements(folder: Path, model: Exportable, variants: list[Variant],
             measured[variant.precision] = max(worst, measured.get(variant.precision, 0.0))
             notes["vectors_mean_cosine"] = {tower: round(v, 6) for tower, v in probe.mean_cosine.items()}
             notes["vectors_worst_1_minus_cosine"] = {tower: float(f"{v:.3g}") for tower, v in probe.worst.items()}
+            if probe.top1 is not None and held is not None:
+                notes["same_label"] = {"share": round(probe.top1, 4), "pictures": len(held)}
             notes["latency_ms_batch1_1thread"] = {tower: round(v, 3) for tower, v in probe.latency_ms.items()}
         finished.append(replace(variant, notes={**variant.notes, **notes}))
     widen_tolerance(folder, measured)
     return finished
 
 
-def _probe(folder: Path, model: Exportable, variants: list[Variant], vectors: Vectors) -> dict[tuple[str, str], Probe]:
+def _probe(
+    folder: Path, model: Exportable, variants: list[Variant], vectors: Vectors, held: NDArray[np.uint8] | None
+) -> dict[tuple[str, str], Probe]:
     found: dict[tuple[str, str], Probe] = {}
     inputs: dict[str, Any] = {}
     expected: dict[str, Any] = {}
     if model.towers.image is not None:
         inputs["image"], expected["image"] = vectors.pixels, vectors.image
+        if held is not None:
+            inputs["judged"], expected["judged"] = held, double_rows(model.towers.image, held, normalize=False)
     if model.towers.text is not None:
         inputs["text"], expected["text"] = vectors.ids, vectors.text
     for target in dict.fromkeys(v.target for v in variants):

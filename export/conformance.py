@@ -42,9 +42,10 @@ _WIDEST_8_BIT = 0.1
 
 @dataclass(frozen=True)
 class Vectors:
-    """What was written: inputs of the graphs and the reference rows, float64 and of unit length.
+    """What was written: inputs of the graphs and the reference rows, float64 and, but for logits, of unit length.
 
-    pixels: uint8 [n, S, S, 3]. ids: int32 [m, L]. image, text: [n, D] and [m, D]. Zero rows for an absent tower.
+    pixels: uint8 [n, S, S, 3]. ids: int32 [m, L]. image, text: [n, D] and [m, D]; a classifier's image rows are its
+    logits as they are. Zero rows for an absent tower.
     """
 
     pixels: NDArray[np.uint8]
@@ -105,8 +106,8 @@ def widen_tolerance(folder: Path, measured: dict[str, float]) -> None:
         _dump(folder, content)
 
 
-def double_rows(module: nn.Module, rows: NDArray[Any]) -> NDArray[np.float64]:
-    """The tower's rows computed in float64, one input at a time, normalised.
+def double_rows(module: nn.Module, rows: NDArray[Any], *, normalize: bool = True) -> NDArray[np.float64]:
+    """The tower's rows computed in float64, one input at a time; of unit length unless told otherwise.
 
     Raises:
         IntegrityError: a value is not finite.
@@ -119,7 +120,7 @@ def double_rows(module: nn.Module, rows: NDArray[Any]) -> NDArray[np.float64]:
             "the model in float64 gives values that are not finite for the conformance inputs; every runtime would, "
             "so the weights are damaged: export an earlier checkpoint"
         )
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    return found / np.linalg.norm(found, axis=1, keepdims=True) if normalize else found
 
 
 def _images(
@@ -130,7 +131,7 @@ def _images(
         return [], np.zeros((0, 1, 1, 3), np.uint8), np.zeros((0, 1))
     cases = [*examples, *(case for case in nasty_images() if case.name in _IMAGES)]
     pixels = np.stack([load_image(case.data, spec) for case in cases])
-    rows = double_rows(towers.image, pixels)
+    rows = double_rows(towers.image, pixels, normalize=towers.contract.kind != "classifier")
     entries = []
     for case, picture, row in zip(cases, pixels, rows):
         bytes_file = f"{FOLDER}/images/{case.name}.{case.extension}"

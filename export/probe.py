@@ -32,12 +32,17 @@ _TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class Probe:
-    """One variant as its runtime sees it. worst, mean_cosine: tower -> largest 1 - cosine, and mean cosine, over the
-    given rows (NaN: not finite). latency_ms: tower -> median of one input on one thread."""
+    """One variant as its runtime sees it.
+
+    worst: tower -> largest |a - b|^2 / (2 |a| |b|) over the given rows, which is 1 - cosine at equal lengths (NaN: not
+    finite). latency_ms: tower -> median of one input on one thread. mean_cosine: by tower. top1: share of the "judged"
+    rows, if any, whose largest number is where it is expected.
+    """
 
     worst: dict[str, float]
     latency_ms: dict[str, float]
     mean_cosine: dict[str, float]
+    top1: float | None = None
 
 
 def probe_variants(
@@ -45,7 +50,7 @@ def probe_variants(
 ) -> list[Probe]:
     """Probe variants of one target, in a child process.
 
-    inputs, expected: tower -> rows of the graph's input, and reference embeddings [n, D].
+    inputs, expected: tower -> rows of the graph's input, and reference embeddings [n, D]; "judged" for `Probe.top1`.
 
     Raises:
         IntegrityError: the files cannot be loaded or run.
@@ -80,13 +85,16 @@ def _measure(
 ) -> tuple[float, float, float]:
     found = run(rows).astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = (found * expected).sum(axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+        lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+        cosine = (found * expected).sum(axis=1) / lengths
+        # 1 - cosine at equal lengths; wrong lengths, which make other probabilities of logits, count too
+        distance = np.square(found - expected).sum(axis=1) / (2 * lengths)
     times = []
     for _ in range(_RUNS):
         start = time.perf_counter()
         run(rows[:1])
         times.append(time.perf_counter() - start)
-    return float(np.max(1.0 - cosine)), float(np.median(times) * 1e3), float(np.mean(cosine))
+    return float(np.max(distance)), float(np.median(times) * 1e3), float(np.mean(cosine))
 
 
 def _main(request: Path) -> None:
@@ -102,7 +110,12 @@ def _main(request: Path) -> None:
         for tower, run in (("image", backend.run_image), ("text", backend.run_text)):
             if tower in variant.files:
                 worst[tower], latency[tower], mean[tower] = _measure(run, arrays[f"in_{tower}"], arrays[f"out_{tower}"])
-        answers.append(asdict(Probe(worst, latency, mean)))
+        top1 = None
+        if "in_judged" in arrays:
+            # one at a time, as an app would: a batch may share what one picture alone would set
+            found = np.concatenate([backend.run_image(row[None]) for row in arrays["in_judged"]])
+            top1 = float((found.argmax(axis=1) == arrays["out_judged"].argmax(axis=1)).mean())
+        answers.append(asdict(Probe(worst, latency, mean, top1)))
     Path(content["answer"]).write_text(json.dumps(answers), encoding="utf-8")
 
 

@@ -251,16 +251,25 @@ def export(
     plan: Annotated[
         Path | None, arg(metavar="FILE", help="What stays in float where the precision is mixed: of 'quantize'.")
     ] = None,
+    labels: Annotated[
+        Path | None, arg(metavar="FILE", help="Bake these labels in, one a line: logits out, no text tower.")
+    ] = None,
+    templates: Annotated[
+        tuple[str, ...], arg(metavar="TEMPLATE ...", help="Prompts for --labels, where {} stands for the label.")
+    ] = ("{}",),
     overwrite: Overwrite = False,
 ) -> None:
     """Freeze a student into a bundle: model files per target and precision, tokenizer, conformance vectors."""
     from pocketvlm.distill.progress import Reporter
     from pocketvlm.export.bundle import export_bundle, format_table, summarize
+    from pocketvlm.export.labels import read_labels
 
+    if labels is None and templates != ("{}",):
+        raise UsageError("--templates were given without --labels, whose prompts they are; give a file of labels too")
     bundle = export_bundle(
         _one_source("export", source, from_), out, targets, precisions, data, overwrite,
-        plan=plan, allow_download=allow_download, trust_remote_code=trust_remote_code, processes=2,
-        progress=Reporter().line,
+        plan=plan, labels=None if labels is None else read_labels(labels), templates=templates,
+        allow_download=allow_download, trust_remote_code=trust_remote_code, processes=2, progress=Reporter().line,
     )  # fmt: skip
     print(f"{bundle}\n{format_table(summarize(bundle))}")
 
