@@ -36,6 +36,7 @@ from pocketvlm.export.fidelity import split_calibration
 from pocketvlm.export.labels import BARE, bake_labels
 from pocketvlm.export.mil import PREDICT_SCRIPT
 from pocketvlm.export.mixed import PLAN_FILE, Plan, load_plan
+from pocketvlm.export.optimum_files import OptimumFiles
 from pocketvlm.export.precision import PRECISIONS
 from pocketvlm.export.probe import Probe, probe_variants
 from pocketvlm.export.source import Exportable, Source, open_source
@@ -73,7 +74,7 @@ class VariantRow:
 def export_bundle(
     student_or_run: Source,
     out: str | Path,
-    targets: Sequence[str] = DEFAULT_TARGETS,
+    targets: Sequence[str | Target] = DEFAULT_TARGETS,
     precisions: Sequence[str] | None = None,
     calibration_data: str | Path | DataSource | Sequence[Sample] | Calibration | None = None,
     overwrite: bool = False,
@@ -93,7 +94,8 @@ def export_bundle(
     Args:
         student_or_run: a `Student`, a run or student folder, "open_clip:..." or "hf:...", or an `Exportable`.
         out: the bundle folder; it appears complete or not at all.
-        targets: of "onnx", "executorch", "coreml"; "onnx:int8" asks for one precision of one target.
+        targets: of "onnx", "executorch", "coreml"; "onnx:int8" asks for one precision of one target. Or a `Target` of
+            yours, such as files that were made elsewhere (`export.optimum_files`).
         precisions: of `export.precision.PRECISIONS`; each target writes those that it knows. None: each target's own
             few (`Target.defaults`).
         calibration_data: int8 and w8a8-static cannot do without, the other quantized precisions have their biases
@@ -127,17 +129,19 @@ def export_bundle(
     keep = load_plan(plan) if isinstance(plan, str | Path) else plan
     _check_plan(keep, wanted)
     model = open_source(student_or_run, allow_download=allow_download, trust_remote_code=trust_remote_code)
-    if keep is not None:
-        keep.check(model.towers.contract, {"image": model.towers.image, "text": model.towers.text})
     if labels is not None:
         model = bake_labels(model, labels, templates)
+    if keep is not None:
+        keep.check(model.towers.contract, {"image": model.towers.image, "text": model.towers.text})
     tokenizer = model.tokenizer()
     calibration, source = None, None
     data = calibration_data or _data_of_run(student_or_run)
-    if data is not None and any(precision not in ("fp32", "fp16") for _, precision in wanted):
+    if data is not None and any(precision != "fp32" for _, precision in wanted):
         say("reading calibration data")
         calibration, source = open_calibration(data, model.towers.contract, tokenizer, size=calibration_size)
     for target, precision in wanted:
+        if isinstance(target, OptimumFiles):
+            continue  # calibrated by who made them
         # before anything slow is done
         check_precision(target, precision, calibration, keep)
     if examples is None:
@@ -217,7 +221,7 @@ def format_table(rows: Sequence[VariantRow]) -> str:
 # --- plan and folder ------------------------------------------------------------------------------------------------
 
 
-def _wanted(targets: Sequence[str], precisions: Sequence[str] | None) -> list[tuple[Target, str]]:
+def _wanted(targets: Sequence[str | Target], precisions: Sequence[str] | None) -> list[tuple[Target, str]]:
     """(backend, precision) pairs; every backend is opened here, so that a missing extra shows before any work."""
     if isinstance(targets, str):
         targets = (targets,)
@@ -227,6 +231,9 @@ def _wanted(targets: Sequence[str], precisions: Sequence[str] | None) -> list[tu
     plan: list[tuple[Target, str]] = []
     refusals: dict[str, str] = {}
     for entry in targets:
+        if not isinstance(entry, str):
+            plan += [(entry, precision) for precision in entry.precisions]
+            continue
         name, _, only = entry.partition(":")
         target = get_target(name)
         asked = [only] if only else target.defaults if precisions is None else precisions

@@ -94,7 +94,11 @@ def bake_labels(model: Exportable, labels: Sequence[str], templates: str | Seque
         normalized=False,
         labels=labels,
     )
-    facts = {"model_id": contract.model_id, "space_id": contract.space_id, "templates": list(templates)}
+    facts: dict[str, object] = {
+        "model_id": contract.model_id,
+        "space_id": contract.space_id,
+        "templates": list(templates),
+    }
     facts |= {"logit_scale": contract.logit_scale, "logit_bias": contract.logit_bias}
     return Exportable(
         Towers(head.eval().requires_grad_(False), None, classifier),

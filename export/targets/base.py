@@ -61,10 +61,12 @@ class Target(Protocol):
     """
 
     name: ClassVar[str]
-    precisions: ClassVar[tuple[str, ...]]
-    defaults: ClassVar[tuple[str, ...]]
     refused: ClassVar[dict[str, str]]
 
+    @property
+    def precisions(self) -> tuple[str, ...]: ...
+    @property
+    def defaults(self) -> tuple[str, ...]: ...
     def lower(
         self,
         towers: Towers,

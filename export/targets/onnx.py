@@ -205,7 +205,7 @@ def export_graph(module: nn.Module, rows: NDArray[Any], tower: Tower, path: Path
     _rename(model, OUTPUT, f"{OUTPUT}_value")
     _rename(model, _OUTPUT_DRAFT, OUTPUT)
     floats = marked_values(module, captured.graph_module, model.graph)
-    _stamp(model, tower, "fp32", contract_digest)
+    stamp(model, tower, "fp32", contract_digest)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))
     return floats
@@ -229,7 +229,7 @@ def _export_calibrated(ready: Prepared, tower: Tower, path: Path, digest: str, p
         schemes = (_static_schemes if precision == "w8a8-static" else _schemes)(ready, tower, Path(scratch), digest)
         candidate, _, notes = choose_scheme(schemes, lambda file: run_file(file, ready.held, tower), ready.expected)
         model = onnx.load(str(candidate))
-        _stamp(model, tower, precision, digest)
+        stamp(model, tower, precision, digest)
         onnx.save(model, str(path))
     return notes
 
@@ -266,7 +266,7 @@ def _export_rewritten(
             else:
                 model, scheme = onnx.load(str(_quantize_dynamic(source, rewritten))), "dynamic"
                 weights_to_int8(model, ("Conv",), STEM_LAYERS)
-    _stamp(model, tower, precision, digest)
+    stamp(model, tower, precision, digest)
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
     notes = {"scheme": scheme, "biases": "corrected" if ready else "as they were, for want of calibration data"}
@@ -425,7 +425,8 @@ def _strip(model: Any) -> None:
             del node.metadata_props[:]
 
 
-def _stamp(model: Any, tower: Tower, precision: str, digest: str) -> None:
+def stamp(model: Any, tower: Tower, precision: str, digest: str) -> None:
+    """Metadata that names tower, precision and contract, in place of whatever the file says of its making."""
     _strip(model)
     model.producer_name, model.producer_version = "pocketvlm", pocketvlm.__version__
     del model.metadata_props[:]

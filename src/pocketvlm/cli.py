@@ -257,18 +257,25 @@ def export(
     templates: Annotated[
         tuple[str, ...], arg(metavar="TEMPLATE ...", help="Prompts for --labels, where {} stands for the label.")
     ] = ("{}",),
+    optimum: Annotated[
+        Path | None, arg(metavar="DIR", help="ONNX files that optimum made of the model --from; nothing is lowered.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Freeze a student into a bundle: model files per target and precision, tokenizer, conformance vectors."""
     from pocketvlm.distill.progress import Reporter
     from pocketvlm.export.bundle import export_bundle, format_table, summarize
     from pocketvlm.export.labels import read_labels
+    from pocketvlm.export.optimum_files import OptimumFiles
 
     if labels is None and templates != ("{}",):
         raise UsageError("--templates were given without --labels, whose prompts they are; give a file of labels too")
+    if optimum is not None and (source, precisions, data, labels) != (None, None, None, None):
+        raise UsageError("--optimum takes files as they are; with it give --from hf:DIR, --out and nothing to lower")
     bundle = export_bundle(
-        _one_source("export", source, from_), out, targets, precisions, data, overwrite,
-        plan=plan, labels=None if labels is None else read_labels(labels), templates=templates,
+        _one_source("export", source, from_), out, targets if optimum is None else [OptimumFiles(optimum)],
+        precisions, data, overwrite, plan=plan,
+        labels=None if labels is None else read_labels(labels), templates=templates,
         allow_download=allow_download, trust_remote_code=trust_remote_code, processes=2, progress=Reporter().line,
     )  # fmt: skip
     print(f"{bundle}\n{format_table(summarize(bundle))}")
