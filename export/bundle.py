@@ -28,7 +28,7 @@ from pocketvlm.data.source import DataSource
 from pocketvlm.distill.recipe import load_recipe
 from pocketvlm.distill.run_folder import RECIPE
 from pocketvlm.edge.bundle import MANIFEST, SCHEMA_VERSION, describe_files
-from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError, unknown_name
+from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError
 from pocketvlm.export.calibration import DEFAULT_SIZE, open_calibration
 from pocketvlm.export.cases import ImageCase, golden_images
 from pocketvlm.export.conformance import VECTORS, Vectors, double_rows, widen_tolerance, write_vectors
@@ -37,11 +37,11 @@ from pocketvlm.export.labels import BARE, bake_labels
 from pocketvlm.export.mil import PREDICT_SCRIPT
 from pocketvlm.export.mixed import PLAN_FILE, Plan, load_plan
 from pocketvlm.export.optimum_files import OptimumFiles
-from pocketvlm.export.precision import PRECISIONS
 from pocketvlm.export.probe import Probe, probe_variants
 from pocketvlm.export.source import Exportable, Source, open_source
-from pocketvlm.export.targets import Calibration, Target, Variant, check_precision, get_target
+from pocketvlm.export.targets import Calibration, Target, Variant, check_precision
 from pocketvlm.export.targets.executorch_writer import BackgroundWriter
+from pocketvlm.export.wanted import check_plan_is_used, wanted_variants
 
 DEFAULT_TARGETS = ("onnx", "executorch", "coreml")
 # the issue's floor for full precision against float64; int8 is judged by the parity check on real data
@@ -125,9 +125,9 @@ def export_bundle(
     """
     out, say = Path(out), progress or (lambda line: None)
     _check_out(out, overwrite)
-    wanted = _wanted(targets, precisions)
+    wanted = wanted_variants(targets, precisions)
     keep = load_plan(plan) if isinstance(plan, str | Path) else plan
-    _check_plan(keep, wanted)
+    check_plan_is_used(keep, wanted)
     model = open_source(student_or_run, allow_download=allow_download, trust_remote_code=trust_remote_code)
     if labels is not None:
         model = bake_labels(model, labels, templates)
@@ -219,60 +219,6 @@ def format_table(rows: Sequence[VariantRow]) -> str:
 
 
 # --- plan and folder ------------------------------------------------------------------------------------------------
-
-
-def _wanted(targets: Sequence[str | Target], precisions: Sequence[str] | None) -> list[tuple[Target, str]]:
-    """(backend, precision) pairs; every backend is opened here, so that a missing extra shows before any work."""
-    if isinstance(targets, str):
-        targets = (targets,)
-    for precision in precisions or ():
-        if precision not in PRECISIONS:
-            raise unknown_name("precision", precision, PRECISIONS)
-    plan: list[tuple[Target, str]] = []
-    refusals: dict[str, str] = {}
-    for entry in targets:
-        if not isinstance(entry, str):
-            plan += [(entry, precision) for precision in entry.precisions]
-            continue
-        name, _, only = entry.partition(":")
-        target = get_target(name)
-        asked = [only] if only else target.defaults if precisions is None else precisions
-        if only and only not in PRECISIONS:
-            raise unknown_name("precision", only, PRECISIONS)
-        refused = [p for p in asked if p not in target.precisions]
-        if len(refused) == len(asked):
-            raise UsageError(
-                f"target {name!r} writes {', '.join(target.precisions)} and {', '.join(refused) or 'nothing'!r} was "
-                f"asked for{_because(target, refused)}; it would be missing from the bundle, so choose another "
-                "precision or leave the target out"
-            )
-        refusals |= {p: f"{name} writes {', '.join(target.precisions)}{_because(target, [p])}" for p in refused}
-        plan += [(target, precision) for precision in target.precisions if precision in asked]
-    lacking = sorted(set(refusals) - {precision for _, precision in plan})
-    if lacking:
-        raise UsageError(
-            f"no chosen target writes precision {lacking[0]}: {refusals[lacking[0]]}; the bundle would lack it, so add "
-            "a target that writes it or leave it out"
-        )
-    if not plan:
-        raise UsageError("no target was chosen, so there is nothing to export; name onnx, executorch or coreml")
-    return list({(target.name, precision): (target, precision) for target, precision in plan}.values())
-
-
-def _check_plan(plan: Plan | None, wanted: list[tuple[Target, str]]) -> None:
-    """Before the model is opened, which takes longer."""
-    mixed = [target for target, precision in wanted if precision == "mixed"]
-    if mixed and plan is None:
-        check_precision(mixed[0], "mixed", Calibration(np.zeros(0), np.zeros(0), ""), None)
-    if plan is not None and not mixed:
-        raise UsageError(
-            "a plan was given and no chosen precision is mixed, so the plan would change nothing; add mixed to the "
-            "precisions or leave the plan out"
-        )
-
-
-def _because(target: Target, refused: Sequence[str]) -> str:
-    return f" ({target.refused[refused[0]]})" if refused else ""
 
 
 @contextlib.contextmanager

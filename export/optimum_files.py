@@ -17,6 +17,7 @@ import numpy as np
 
 from pocketvlm.edge.contract import ModelContract
 from pocketvlm.edge.errors import IntegrityError, UsageError, require
+from pocketvlm.export.mixed import Plan
 from pocketvlm.export.onnx_weights import weight_scales
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant
 from pocketvlm.export.targets.onnx import INPUTS, OUTPUT, Tower, stamp
@@ -78,7 +79,15 @@ class OptimumFiles:
                 )
             known[tower] = path
 
-    def lower(self, towers: Towers, *, precision: Precision, folder: Path, calibration: Calibration | None) -> Variant:
+    def lower(
+        self,
+        towers: Towers,
+        *,
+        precision: Precision,
+        folder: Path,
+        calibration: Calibration | None,
+        plan: Plan | None = None,
+    ) -> Variant:
         """Write both towers of this precision.
 
         Raises:

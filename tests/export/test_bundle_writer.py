@@ -319,7 +319,7 @@ def test_requests_that_cannot_be_met_are_refused_before_any_work(
     def missing(name: str) -> Any:
         raise MissingExtraError("this needs the package 'executorch'; pip install 'pocketvlm[executorch]'")
 
-    monkeypatch.setattr(writer, "get_target", missing)
+    monkeypatch.setattr("pocketvlm.export.wanted.get_target", missing)
     with pytest.raises(MissingExtraError, match=r"pocketvlm\[executorch\]"):
         export_bundle(model, tmp_path / "o", ("executorch",))
 
