@@ -14,7 +14,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from pocketvlm.distill.recipe import load_recipe
 from pocketvlm.distill.run_folder import RECIPE
 from pocketvlm.edge.bundle import MANIFEST, SCHEMA_VERSION, describe_files
 from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError
+from pocketvlm.export.bundle_table import VariantRow, format_table, summarize
 from pocketvlm.export.calibration import DEFAULT_SIZE, open_calibration
 from pocketvlm.export.cases import ImageCase, golden_images
 from pocketvlm.export.conformance import VECTORS, Vectors, double_rows, widen_tolerance, write_vectors
@@ -41,7 +42,10 @@ from pocketvlm.export.probe import Probe, probe_variants
 from pocketvlm.export.source import Exportable, Source, open_source
 from pocketvlm.export.targets import Calibration, Target, Variant, check_precision
 from pocketvlm.export.targets.executorch_writer import BackgroundWriter
+from pocketvlm.export.unlowered import lowering_error
 from pocketvlm.export.wanted import check_plan_is_used, wanted_variants
+
+__all__ = ["DEFAULT_TARGETS", "VariantRow", "export_bundle", "format_table", "summarize"]
 
 DEFAULT_TARGETS = ("onnx", "executorch", "coreml")
 # the issue's floor for full precision against float64; int8 is judged by the parity check on real data
@@ -53,22 +57,6 @@ _PACKAGES = (
 )
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class VariantRow:
-    """One line of the summary. mb: 1e6 bytes of its files. ratio: to fp32 of the same target (to four bytes per
-    parameter where that was not written). latency_ms: tower -> batch 1, one thread, on the exporting machine.
-    same_label: of a classifier, the share of held-out calibration pictures that get the float model's label."""
-
-    target: str
-    precision: str
-    files: tuple[str, ...]
-    mb: float
-    ratio: float
-    latency_ms: dict[str, float]
-    meets_floor: bool | None
-    same_label: float | None = None
 
 
 def export_bundle(
@@ -158,7 +146,7 @@ def export_bundle(
             lowered[target.name, precision] = _lower(target, precision, model, folder, calibration, keep)
         if writer is not None:
             say("waiting for executorch")
-            writer.finish()
+            _finish(writer, model)
         variants = [lowered[target.name, precision] for target, precision in wanted]
         if keep is not None:
             keep.save(folder / PLAN_FILE)
@@ -170,52 +158,6 @@ def export_bundle(
         manifest = _manifest(folder, model, variants, calibration, source, bool(examples))
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return out
-
-
-def summarize(bundle_folder: str | Path) -> list[VariantRow]:
-    """The variants of a written bundle, for a table.
-
-    Raises:
-        UsageError, IntegrityError, VersionError: as `edge.bundle.Bundle.load`.
-    """
-    from pocketvlm.edge.bundle import Bundle
-
-    bundle = Bundle.load(bundle_folder, verify=False)
-    rows = []
-    for variant in bundle.variants:
-        notes = variant.notes
-        floors = [notes[t]["meets_floor"] for t in ("image", "text") if "meets_floor" in (notes.get(t) or {})]
-        rows.append(
-            VariantRow(
-                variant.target,
-                variant.precision,
-                tuple(dict.fromkeys(variant.files.values())),
-                float(notes["bytes"]) / 1e6,
-                float(notes["ratio_to_fp32"]),
-                dict(notes.get("latency_ms_batch1_1thread") or {}),
-                all(floors) if floors else None,
-                (notes.get("same_label") or {}).get("share"),
-            )
-        )
-    return rows
-
-
-def format_table(rows: Sequence[VariantRow]) -> str:
-    """`summarize` as lines of text: target, precision, file, MB, ratio to fp32, milliseconds of both towers, and of a
-    classifier how many pictures keep their label."""
-    labelled = any(row.same_label is not None for row in rows)
-    head = ("target", "precision", "file", "MB", "of fp32", "image ms", "text ms", *["same label"] * labelled, "")
-    lines: list[tuple[str, ...]] = [head]
-    for row in rows:
-        times = [f"{row.latency_ms[t]:.2f}" if t in row.latency_ms else "-" for t in ("image", "text")]
-        warning = f"below the {row.precision} floor" if row.meets_floor is False else ""
-        if labelled:
-            times.append("-" if row.same_label is None else f"{100 * row.same_label:.1f} %")
-        lines.append(
-            (row.target, row.precision, ", ".join(row.files), f"{row.mb:.2f}", f"{row.ratio:.3f}", *times, warning)
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
 # --- plan and folder ------------------------------------------------------------------------------------------------
@@ -302,6 +244,15 @@ def _examples(source: DataSource | None) -> list[ImageCase]:
     return [case for case in golden_images(source.samples, count=_EXAMPLES) if case.real]
 
 
+def _finish(writer: BackgroundWriter, model: Exportable) -> None:
+    try:
+        writer.finish()
+    except UsageError as error:
+        if error.__cause__ is None:
+            raise
+        raise lowering_error(error, "executorch", model.towers) from error
+
+
 def _lower(
     target: Target,
     precision: str,
@@ -320,11 +271,7 @@ def _lower(
     except PocketvlmError:
         raise
     except Exception as error:  # converters raise whatever they like, often for one unknown operator
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
-        raise UsageError(
-            f"{target.name} {precision} cannot express {model.towers.contract.name!r} ({reason}); "
-            f"no bundle was written, so leave the target {target.name!r} out or choose another backbone"
-        ) from error
+        raise lowering_error(error, f"{target.name} {precision}", model.towers) from error
 
 
 # --- measurements ---------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError, un
 from pocketvlm.export.bench import WORKER as BENCH_WORKER
 from pocketvlm.export.bench import describe_machine
 from pocketvlm.export.compare import paired_change, target_ranks
+from pocketvlm.export.delegation import all_warnings
 from pocketvlm.export.workers import Worker, WorkerError
 
 SCHEMA_VERSION = "1.0"
@@ -62,7 +63,8 @@ def make_matrix(
         cosine_mean, cosine_min, sqnr_db (over the eager model's values), p50_ms and rounds_ms (batch 1, one thread,
         by the clock), processor_ms (the same on its processor, which others' work hardly changes) and between (mean
         cosine of different inputs, which random weights push towards 1). Core ML files off macOS are computed by
-        `coreml-mil` (`runtime`), which has no times. status: "works" or "fails". With `judge`, `task`: direction ->
+        `coreml-mil` (`runtime`), which has no times; ExecuTorch rows have `delegation` (`export.delegation`), and its
+        warnings as reason. status: "works" or "fails". With `judge`, `task`: direction ->
         recall of the float model, change (fractions) and its one-sided 95 % bound: what may be lost at most.
 
     Raises:
@@ -118,12 +120,15 @@ def matrix_table(table: dict[str, Any]) -> str:
     """The rows as a Markdown table, a line on the machines below it."""
     columns = ["student", "target", "precision", "MB", "of float"]
     columns += ["scheme, picture", "cosine", "SQNR dB", "ms", "scheme, text", "cosine", "SQNR dB", "ms"]
-    columns += ["R@5 change, picture to text / back (lost at most)", "lowered in s"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * 3 + "|---:" * 2 + "|---|---:|---:|---:" * 2 + "|---:|---:|"]
+    columns += ["R@5 change, picture to text / back (lost at most)", "outside XNNPACK", "lowered in s"]
+    lines = [
+        "| " + " | ".join(columns) + " |",
+        "|---" * 3 + "|---:" * 2 + "|---|---:|---:|---:" * 2 + "|---:" * 3 + "|",
+    ]
     for row in table["rows"]:
         head = f"| {row['student']} | {row['target']} | {row['precision']} |"
         if row["status"] == "fails":
-            lines.append(f"{head} **fails**: {row['reason']}" + " |" * 12)
+            lines.append(f"{head} **fails**: {row['reason']}" + " |" * 13)
             continue
         cells = [f"{row['mb']:.2f}", f"{row['of_float']:.3f}"]
         for tower in ("image", "text"):
@@ -134,7 +139,7 @@ def matrix_table(table: dict[str, Any]) -> str:
                 cells += [f"{found['cosine_mean']:.5f}", f"{found['sqnr_db']:.1f}", time]
             else:
                 cells += ["not run here" if row["status"] == "lowers" and found else "–", "–", "–"]
-        cells += [_task_cell(row.get("task")), f"{row['seconds']:.0f}"]
+        cells += [_task_cell(row.get("task")), _outside_cell(row.get("delegation")), f"{row['seconds']:.0f}"]
         lines.append(f"{head} {' | '.join(cells)} |")
     if any(row.get("runtime") for row in table["rows"]):
         lines.append(
@@ -155,6 +160,12 @@ def _task_cell(task: dict[str, dict[str, float]] | None) -> str:
     found = [task[direction] for direction in ("image-to-text", "text-to-image")]
     # no sign on a change that rounds to nothing
     return " / ".join(f"{round(100 * t['change'], 1) + 0.0:+.1f} ({100 * t['loss_bound']:.1f})" for t in found)
+
+
+def _outside_cell(found: dict[str, Any] | None) -> str:
+    """Operators that the backend left, of all, by method."""
+    methods = (found or {}).values()
+    return " / ".join(f"{row['outside']} of {row['outside'] + row['delegated']}" for row in methods) or "–"
 
 
 def try_student(
@@ -203,11 +214,12 @@ def _tried(source: str, target: str, precision: str, folder: Path, opened: dict[
         "target": target,
         "precision": precision,
         "status": "works",
-        "reason": "",
+        "reason": "; ".join(all_warnings(variant["notes"].get("delegation"))),
         "mb": round(size, 3),
         "of_float": round(size / opened["float_mb"], 4),
         "seconds": round(done["seconds"], 1),
         "processor_seconds": round(done["processor_seconds"], 1),
+        "delegation": variant["notes"].get("delegation"),
         "inputs": opened["inputs"],
         "judged": opened["judged"],
         "towers": {

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pocketvlm.edge.contract import ModelContract, TextSpec
-from pocketvlm.edge.errors import UsageError
+from pocketvlm.edge.errors import PocketvlmError, UsageError
 from pocketvlm.export.calibration import DEFAULT_SIZE, open_calibration
 from pocketvlm.export.fidelity import run_module
 from pocketvlm.export.mil import NAME as MIL
@@ -27,6 +27,7 @@ from pocketvlm.export.reference import task_inputs
 from pocketvlm.export.source import open_source
 from pocketvlm.export.targets import Calibration, Precision, Towers, get_target
 from pocketvlm.export.targets.onnx import present_towers
+from pocketvlm.export.unlowered import lowering_error
 from pocketvlm.export.workers import Answer, serve
 from pocketvlm.students.build import seeded
 from pocketvlm.students.config import load_config
@@ -78,7 +79,13 @@ def start(request: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     def answer(asked: dict[str, Any]) -> dict[str, Any]:
         wall, processor = time.perf_counter(), time.process_time()
         target = get_target(asked["target"])
-        variant = target.lower(towers, precision=cast(Precision, asked["precision"]), folder=folder, calibration=fitted)
+        precision = cast(Precision, asked["precision"])
+        try:
+            variant = target.lower(towers, precision=precision, folder=folder, calibration=fitted)
+        except PocketvlmError:
+            raise
+        except Exception as error:  # converters raise whatever they like
+            raise lowering_error(error, f"{target.name} {precision}", towers) from error
         done: dict[str, Any] = {"variant": dataclasses.asdict(variant), "seconds": time.perf_counter() - wall}
         done["processor_seconds"] = time.process_time() - processor
         if asked["target"] == "coreml" and platform.system() != "Darwin":

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketvlm.edge.errors import require
+from pocketvlm.export.delegation import delegation
 from pocketvlm.export.fidelity import Scheme, choose_scheme, fidelity, run_module
 from pocketvlm.export.mixed import Plan
 from pocketvlm.export.prepare import (
@@ -58,8 +59,10 @@ class ExecuTorchTarget:
         **dict.fromkeys(("palette8", "palette6", "palette4"), "XNNPACK looks no weights up in a table"),
     }
 
-    def __init__(self, write: Callable[[dict[str, Any], str, dict[str, Any], Path], None] | None = None) -> None:
-        """write: how programs become a file; `write_program` unless given."""
+    def __init__(
+        self, write: Callable[[dict[str, Any], str, dict[str, Any], Path], dict[str, Any] | None] | None = None
+    ) -> None:
+        """write: how programs become a file, with what `write_program` returns, which it is unless given."""
         for module in ("executorch.exir", "torchao"):
             require(module, "executorch")
         self._write = write or write_program
@@ -98,7 +101,9 @@ class ExecuTorchTarget:
                 programs[METHODS[tower]] = torch.export.export(lowered, (example,))
             relative = f"{self.name}/model-{precision}.pte"
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            self._write(programs, precision, _constants(towers), folder / relative)
+            taken_over = self._write(programs, precision, _constants(towers), folder / relative)
+            if taken_over is not None:
+                notes["delegation"] = taken_over
         files: dict[str, str] = {tower: relative for tower, _ in present_towers(towers)}
         return Variant(self.name, precision, files, "fixed-1", towers.contract.embed_dim, notes)
 
@@ -128,14 +133,16 @@ def _partitioners(precision: str) -> list[Any]:
     return [XnnpackPartitioner(configs=configs, config_precisions=dynamic), rest]
 
 
-def write_program(programs: dict[str, Any], precision: str, constants: dict[str, Any], path: Path) -> None:
-    """Lower exported programs (method name -> `torch.export.ExportedProgram`) to one file."""
+def write_program(programs: dict[str, Any], precision: str, constants: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Lower exported programs (method name -> `torch.export.ExportedProgram`) to one file; returns `delegation`."""
     from executorch.exir import to_edge_transform_and_lower
 
     partitioners = {method: _partitioners(precision) for method in programs}
     manager = to_edge_transform_and_lower(programs, partitioner=partitioners, constant_methods=constants)
+    taken_over = delegation(manager, programs)
     with open(path, "wb") as file:
         manager.to_executorch().write_to_file(file)
+    return taken_over
 
 
 def _quantize(ready: Prepared) -> tuple[nn.Module, dict[str, object]]:

@@ -20,6 +20,8 @@ import torch
 
 from pocketvlm.edge.errors import UsageError
 
+_SAID = 200  # last lines of what a failed child said
+
 
 class BackgroundWriter:
     """Writes programs to files in a child process; `finish` waits for them. A context: leaving it ends the child.
@@ -39,7 +41,7 @@ class BackgroundWriter:
             encoding="utf-8",
             env=os.environ | {"PYTHONWARNINGS": "ignore"},
         )
-        self._requests = 0
+        self._promised: list[tuple[Path, dict[str, Any]]] = []
 
     def __enter__(self) -> BackgroundWriter:
         return self
@@ -53,15 +55,21 @@ class BackgroundWriter:
         self._errors.close()
         self._scratch.cleanup()
 
-    def write(self, programs: dict[str, Any], precision: str, constants: dict[str, Any], path: Path) -> None:
-        """Hand over exported programs (method name -> `torch.export.ExportedProgram`) to be written to `path`."""
-        folder = Path(self._scratch.name) / str(self._requests)
+    def write(self, programs: dict[str, Any], precision: str, constants: dict[str, Any], path: Path) -> dict[str, Any]:
+        """Hand over exported programs (method name -> `torch.export.ExportedProgram`) to be written to `path`.
+
+        Returns:
+            What `write_program` returns; `finish` fills it.
+        """
+        folder = Path(self._scratch.name) / str(len(self._promised))
         folder.mkdir()
-        self._requests += 1
+        answer: dict[str, Any] = {}
+        self._promised.append((folder / "answer.json", answer))
         for method, program in programs.items():
             torch.export.save(program, folder / f"{method}.pt2")
         request: dict[str, Any] = {"programs": {method: str(folder / f"{method}.pt2") for method in programs}}
         request |= {"precision": precision, "constants": constants, "path": str(path)}
+        request["answer"] = str(folder / "answer.json")
         assert self._child.stdin is not None
         try:
             self._child.stdin.write(json.dumps(request) + "\n")
@@ -69,12 +77,13 @@ class BackgroundWriter:
         except OSError:
             self.finish()
             raise
+        return answer
 
     def finish(self) -> None:
         """Wait until everything is written.
 
         Raises:
-            UsageError: the child failed.
+            UsageError: the child failed; caused by an error with all that it said, where it said something.
         """
         self._child.communicate()
         if self._child.returncode < 0:
@@ -84,11 +93,13 @@ class BackgroundWriter:
             )
         if self._child.returncode != 0:
             self._errors.seek(0)
-            last = (self._errors.read().strip().splitlines() or [f"exit code {self._child.returncode}"])[-1]
+            said = self._errors.read().strip().splitlines() or [f"exit code {self._child.returncode}"]
             raise UsageError(
-                f"executorch cannot express this model ({last[:300]}); no bundle was written, so leave the target "
+                f"executorch cannot express this model ({said[-1][:300]}); no bundle was written, so leave the target "
                 "'executorch' out or choose another backbone"
-            )
+            ) from RuntimeError("\n".join([said[-1], *said[-_SAID:]]))
+        for file, answer in self._promised:
+            answer |= json.loads(file.read_text(encoding="utf-8"))
 
 
 def _main() -> None:
@@ -103,7 +114,8 @@ def _main() -> None:
         request = json.loads(line)
         programs = {method: torch.export.load(file) for method, file in request["programs"].items()}
         with quiet():
-            write_program(programs, request["precision"], request["constants"], Path(request["path"]))
+            found = write_program(programs, request["precision"], request["constants"], Path(request["path"]))
+        Path(request["answer"]).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
