@@ -34,6 +34,7 @@ from pocketvlm.export.calibration import DEFAULT_SIZE, open_calibration
 from pocketvlm.export.cases import ImageCase, golden_images
 from pocketvlm.export.conformance import VECTORS, Vectors, double_rows, widen_tolerance, write_vectors
 from pocketvlm.export.fidelity import split_calibration
+from pocketvlm.export.finetune import Finetune, finetune_export
 from pocketvlm.export.labels import BARE, bake_labels
 from pocketvlm.export.mil import PREDICT_SCRIPT
 from pocketvlm.export.mixed import PLAN_FILE, Plan, load_plan
@@ -72,6 +73,7 @@ def export_bundle(
     plan: Plan | str | Path | None = None,
     labels: Sequence[str] | None = None,
     templates: str | Sequence[str] = BARE,
+    finetune: Finetune | int | None = None,
     allow_download: bool = False,
     trust_remote_code: bool = False,
     processes: int = 1,
@@ -96,6 +98,7 @@ def export_bundle(
         plan: what stays in float in "mixed" variants, or its file (`export.mixed`); the bundle keeps a copy.
         labels: bake these into the graph: an image-only bundle whose output is a logit for each (`export.labels`).
         templates: the prompts that stand for a label.
+        finetune: fine-tune with fake quantization before int8 and w4 are written (`export.finetune`), or its steps.
         allow_download, trust_remote_code: permit, for a hub id, the network, and code that lies beside its weights.
         processes: 2 lowers ExecuTorch programs in a process of their own while the other targets are written; the
             files are the same.
@@ -132,6 +135,10 @@ def export_bundle(
             continue  # calibrated by who made them
         # before anything slow is done
         check_precision(target, precision, calibration, keep)
+    if finetune is not None:
+        finetune_export(
+            finetune, [(target.name, precision) for target, precision in wanted], model, calibration, data, say
+        )
     if examples is None:
         examples = _examples(source)
     with _staged(out, overwrite) as folder, _background(wanted, processes) as writer:

@@ -30,6 +30,7 @@ from pocketvlm.export.rounding import round_blocks_evenly, round_weight
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
 from pocketvlm.export.targets.onnx import Tower, example_rows, prepared_tower, present_towers, quiet
 from pocketvlm.export.token_tables import BLOCK
+from pocketvlm.export.tuned import trained, tuning_notes
 
 METHODS: dict[Tower, str] = {"image": "encode_image", "text": "encode_text"}
 
@@ -152,7 +153,7 @@ def _quantize(ready: Prepared) -> tuple[nn.Module, dict[str, object]]:
     schemes = [static, dynamic] if ready.convolutional else [dynamic]
     # one row at a time, as the file runs: dynamic ranges are those of the whole batch in eager mode
     graph, _, notes = choose_scheme(schemes, lambda graph: run_module(graph, ready.held, 1), ready.expected)
-    return graph, notes
+    return graph, notes | tuning_notes(ready)
 
 
 def _rung(
@@ -165,7 +166,7 @@ def _rung(
     if ready is None:
         graph, fit = weight_only_graph(module, rows, bits), rows
     else:
-        graph, fit = ready.rounded(_ROUNDINGS[precision], bits), ready.fit
+        graph, fit = ready.rounded(ROUNDINGS[precision], bits), ready.fit
     if precision == "w8a8-static":
         lowered = _convert(graph, TowerQuantizer(STEM_LAYERS, "fixed"), fit)
     else:
@@ -181,7 +182,7 @@ def _rung(
     }
     if ready:
         notes |= fidelity(run_module(lowered, ready.held, 1), ready.expected).notes(precision)
-    return lowered, notes
+    return lowered, notes | tuning_notes(ready, ROUNDINGS[precision])
 
 
 def _no_blocks(shape: torch.Size) -> bool:
@@ -196,7 +197,7 @@ def _dense_weight(weight: Tensor) -> Tensor:
     return weight if is_depthwise(weight.shape) else round_weight(weight)
 
 
-_ROUNDINGS = {
+ROUNDINGS = {
     "w8a8-dynamic": Rounding(round_weight, "rows", _dense_weight),
     "w8a8-static": Rounding(round_weight, "fixed"),
     "w4": Rounding(_linear_weight, "rows", _dense_weight),
@@ -233,8 +234,12 @@ def _lowerable(ready: Prepared, *, static: bool) -> nn.Module:
     from pocketvlm.export.targets.xnnpack_quantizer import TowerQuantizer
 
     graph, float_layers = ready.graph(static=static)
+    tuned = trained(ready)
+    steps = tuned.steps if tuned and static else {}
     # without static ranges to observe, two rows are enough to run the graph once
-    return _convert(graph, TowerQuantizer(float_layers), ready.fit if static else ready.fit[:2])
+    return _convert(
+        graph, TowerQuantizer(float_layers, steps=steps), ready.fit if static and not steps else ready.fit[:2]
+    )
 
 
 @torch.no_grad()

@@ -36,6 +36,8 @@ from pocketvlm.export.rounding import round_blocks, round_weight
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
 from pocketvlm.export.targets.onnx_float import marked_values, nodes_behind
 from pocketvlm.export.targets.onnx_ladder import Batches, quantize_ahead, to_half, weights_to_int4, weights_to_int8
+from pocketvlm.export.targets.onnx_steps import tensor_overrides
+from pocketvlm.export.tuned import trained, tuning_notes
 
 OPSET = 18  # the newest that every onnxruntime since 1.14 (mobile and web builds included) runs in full
 Tower = Literal["image", "text"]
@@ -43,7 +45,7 @@ INPUTS: dict[Tower, str] = {"image": "pixels", "text": "ids"}
 OUTPUT = "embedding"
 # calibration inputs that each of onnxruntime's calibrators gets; the latter two keep histograms of every activation
 CALIBRATOR_ROWS = {"MinMax": 256, "Percentile": 48, "Entropy": 48}
-_ROUNDINGS = {
+ROUNDINGS = {
     "w8": Rounding(round_weight, "none"),
     "w4": Rounding(round_blocks, "none"),
     "w8a8-dynamic": Rounding(round_weight, "rows"),
@@ -231,7 +233,7 @@ def _export_calibrated(ready: Prepared, tower: Tower, path: Path, digest: str, p
         model = onnx.load(str(candidate))
         stamp(model, tower, precision, digest)
         onnx.save(model, str(path))
-    return notes
+    return notes | (tuning_notes(ready) if precision == "int8" else {})
 
 
 def _export_rewritten(
@@ -253,7 +255,7 @@ def _export_rewritten(
             model, scheme = to_half(onnx.load(str(source))), str(notes["scheme"])
         else:
             bits: Literal[4, 8] = 4 if precision == "w4" else 8
-            rounding = _ROUNDINGS[precision]
+            rounding = ROUNDINGS[precision]
             graph = ready.rounded(rounding, bits) if ready else weight_only_graph(module, rows, bits)
             export_graph(graph, rows, tower, source, contract_digest=digest)
             model = onnx.load(str(source))
@@ -272,7 +274,7 @@ def _export_rewritten(
     notes = {"scheme": scheme, "biases": "corrected" if ready else "as they were, for want of calibration data"}
     if ready:
         notes |= fidelity(run_file(path, ready.held, tower), ready.expected).notes(precision)
-    return notes
+    return notes | (tuning_notes(ready, ROUNDINGS[precision]) if precision in ROUNDINGS else {})
 
 
 def _static_schemes(ready: Prepared, tower: Tower, folder: Path, digest: str) -> list[Scheme[Path]]:
@@ -308,7 +310,7 @@ def _schemes(ready: Prepared, tower: Tower, folder: Path, digest: str) -> list[S
     def static() -> Path:
         source, float_layers, floats = exported(True)
         target = folder / "static.onnx"
-        _quantize_static(source, target, ready.fit, tower, ready.attention, float_layers, floats)
+        _quantize_static(source, target, ready, tower, float_layers, floats)
         return _quantize_dynamic(target, folder / "mixed.onnx", floats)
 
     if not ready.convolutional:
@@ -336,13 +338,7 @@ def _quantize_dynamic(source: Path, target: Path, floats: Sequence[str] = ()) ->
 
 
 def _quantize_static(
-    source: Path,
-    target: Path,
-    fit: NDArray[Any],
-    tower: Tower,
-    attention: bool,
-    float_layers: int,
-    floats: Sequence[str] = (),
+    source: Path, target: Path, ready: Prepared, tower: Tower, float_layers: int, floats: Sequence[str] = ()
 ) -> Path:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
@@ -351,12 +347,13 @@ def _quantize_static(
     _preprocess(source, prepared)
     kinds = ["Conv", "Clip", "Relu"]
     # 8-bit residual sums ruin transformers; convolutional towers run them in int8 from end to end
-    kinds += [] if attention else ["Add"]
-    graph = onnx.load(str(prepared)).graph
+    kinds += [] if ready.attention else ["Add"]
+    graph, tuned = onnx.load(str(prepared)).graph, trained(ready)
+    overrides = tensor_overrides(tuned.graph, graph, tuned.steps) if tuned else {}
     quantize_static(
         str(prepared),
         str(target),
-        Batches(_batches(fit, tower)),
+        Batches(_batches(ready.fit, tower)),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QUInt8,
@@ -364,6 +361,7 @@ def _quantize_static(
         op_types_to_quantize=kinds,
         nodes_to_exclude=[*_stem(graph, float_layers), *nodes_behind(graph, floats)],
         calibrate_method=CalibrationMethod.MinMax,
+        extra_options={"TensorQuantOverrides": overrides},
     )
     return target
 

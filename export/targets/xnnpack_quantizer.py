@@ -8,14 +8,21 @@ towers and left in float in transformers, where they carry outliers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import fx
 from torchao.quantization.pt2e.observer import MinMaxObserver, PerChannelMinMaxObserver, PlaceholderObserver
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+from torchao.quantization.pt2e.quantizer import (
+    FixedQParamsQuantizationSpec,
+    QuantizationAnnotation,
+    QuantizationSpec,
+    QuantizationSpecBase,
+    Quantizer,
+)
 
+from pocketvlm.export.fake_quant import Step
 from pocketvlm.export.graphs import in_float
 from pocketvlm.export.prepare import CONVOLUTIONS, LINEARS, clamp_of, is_depthwise, residual_sums, stem
 
@@ -52,7 +59,7 @@ class TowerQuantizer(Quantizer):
     float_layers: convolutions at the input that stay in float, besides what `mark_float` has exempted. ranges: "mixed"
     is the above; "rows" makes ordinary convolutions dynamic too and leaves depthwise ones in float, for which XNNPACK
     has no such kernel; "fixed" makes linear layers static. linears: which linear layers, by the shape of their weight;
-    all unless given.
+    all unless given. steps: grids of activations that are known ahead, by node; the others are observed.
     """
 
     def __init__(
@@ -60,11 +67,13 @@ class TowerQuantizer(Quantizer):
         float_layers: int = 0,
         ranges: Literal["mixed", "rows", "fixed"] = "mixed",
         linears: Callable[[torch.Size], bool] | None = None,
+        steps: Mapping[str, Step] | None = None,
     ) -> None:
         super().__init__()
         self.float_layers = float_layers
         self.ranges = ranges
         self.linears = linears or (lambda shape: True)
+        self.steps = steps or {}
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         exempt = {*stem(model, self.float_layers), *(node for node in model.graph.nodes if in_float(node))}
@@ -82,12 +91,36 @@ class TowerQuantizer(Quantizer):
             if not _is_constant(node.args[1]):
                 continue
             if self.ranges != "rows":
-                _annotate(node, {node.args[0]: _ACTIVATION, node.args[1]: _WEIGHT})
+                self._annotate(node, {node.args[0]: self._spec(node.args[0]), node.args[1]: _WEIGHT})
             elif not is_depthwise(node.args[1].meta["val"].shape):
                 _annotate_input(node, _ROW)
         for node in residual_sums(model) if convolutions and self.ranges != "rows" else []:
-            _annotate(node, dict.fromkeys(node.args, _ACTIVATION))
+            self._annotate(node, {argument: self._spec(argument) for argument in node.args})
         return model
+
+    def _spec(self, node: Any) -> QuantizationSpecBase:
+        step = self.steps.get(node.name)
+        if step is None:
+            return _ACTIVATION
+        return FixedQParamsQuantizationSpec(
+            dtype=torch.int8,
+            scale=step.scale,
+            zero_point=step.zero - 128,
+            quant_min=-128,
+            quant_max=127,
+            qscheme=torch.per_tensor_affine,
+        )
+
+    def _annotate(self, node: fx.Node, inputs: dict[Any, QuantizationSpecBase]) -> None:
+        """Quantize the node's inputs and its output, or the output of the clamp that alone consumes it."""
+        clamp = clamp_of(node)
+        node.meta["quantization_annotation"] = QuantizationAnnotation(
+            input_qspec_map=inputs, output_qspec=None if clamp is not None else self._spec(node), _annotated=True
+        )
+        if clamp is not None:
+            clamp.meta["quantization_annotation"] = QuantizationAnnotation(
+                output_qspec=self._spec(clamp), _annotated=True
+            )
 
     def validate(self, model: fx.GraphModule) -> None:
         """Every annotation above is one that XNNPACK takes."""
@@ -98,16 +131,6 @@ def _annotate_input(node: fx.Node, spec: QuantizationSpec) -> None:
         input_qspec_map={node.args[0]: spec, node.args[1]: _WEIGHT},  # type: ignore[dict-item]
         _annotated=True,
     )
-
-
-def _annotate(node: fx.Node, inputs: dict[Any, QuantizationSpec]) -> None:
-    """Quantize the node's inputs and its output, or the output of the clamp that alone consumes it."""
-    clamp = clamp_of(node)
-    node.meta["quantization_annotation"] = QuantizationAnnotation(
-        input_qspec_map=inputs, output_qspec=None if clamp is not None else _ACTIVATION, _annotated=True
-    )
-    if clamp is not None:
-        clamp.meta["quantization_annotation"] = QuantizationAnnotation(output_qspec=_ACTIVATION, _annotated=True)
 
 
 def _is_constant(argument: Any) -> bool:

@@ -248,6 +248,10 @@ def export(
         str | None,
         arg(metavar="SOURCE", help="Real inputs for quantized files; default: the training data of the run."),
     ] = None,
+    finetune: Annotated[
+        int | None,
+        arg(metavar="STEPS", help="Fine-tune with fake quantization before int8 and w4 are written; 200 is usual."),
+    ] = None,
     plan: Annotated[
         Path | None, arg(metavar="FILE", help="What stays in float where the precision is mixed: of 'quantize'.")
     ] = None,
@@ -274,7 +278,7 @@ def export(
         raise UsageError("--optimum takes files as they are; with it give --from hf:DIR, --out and nothing to lower")
     bundle = export_bundle(
         _one_source("export", source, from_), out, targets if optimum is None else [OptimumFiles(optimum)],
-        precisions, data, overwrite, plan=plan,
+        precisions, data, overwrite, plan=plan, finetune=finetune,
         labels=None if labels is None else read_labels(labels), templates=templates,
         allow_download=allow_download, trust_remote_code=trust_remote_code, processes=2, progress=Reporter().line,
     )  # fmt: skip
