@@ -56,7 +56,8 @@ def weight_scales(path: Path) -> tuple[list[str], list[str], bool]:
     there is any constant of 8 or 4 bits in two dimensions or more.
 
     Looked at are integer constants of two dimensions and more that a DequantizeLinear, MatMulInteger, ConvInteger or
-    QLinear operator reads. Token tables that are looked up are no such weights.
+    QLinear operator reads, or a Cast with a Mul by a constant behind it. Token tables that are looked up are no such
+    weights.
     """
     onnx = require("onnx", "onnx")
     graph = onnx.load(str(path)).graph
@@ -68,12 +69,15 @@ def weight_scales(path: Path) -> tuple[list[str], list[str], bool]:
     positions = {"DequantizeLinear": (0, 1), "QLinearConv": (3, 4), "QLinearMatMul": (3, 4)}
     each: list[str] = []
     whole: list[str] = []
+    cast = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
     for node in graph.node:
         if node.op_type in positions:
             weight, scale = (node.input[index] for index in positions[node.op_type])
         elif node.op_type in ("MatMulInteger", "ConvInteger"):
             weight = node.input[1]
             scale = weight.removesuffix("_quantized") + "_scale"
+        elif node.op_type == "Mul" and cast.get(node.input[0]) in constants:
+            weight, scale = cast[node.input[0]], node.input[1]
         else:
             continue
         shape = constants.get(weight, [])

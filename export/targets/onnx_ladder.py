@@ -37,7 +37,9 @@ def to_half(model: Any) -> Any:
 def weights_to_int8(model: Any, kinds: tuple[str, ...] = _WEIGHTED, float_convolutions: int = 0) -> int:
     """Store the constant weights of these operators as int8 with a scale per output channel, in place.
 
-    A DequantizeLinear before the operator makes them float again, so that activations and arithmetic stay float.
+    Activations and arithmetic stay float. Linear layers read theirs from a DequantizeLinear, for which onnxruntime has
+    a kernel of its own; convolutions from a Cast and a Mul, which every runtime computes once, when it loads the file (a
+    DequantizeLinear it keeps for each run, which makes a convolution several times slower than one in float).
     float_convolutions: so many at the input stay as they are.
 
     Returns:
@@ -58,13 +60,21 @@ def weights_to_int8(model: Any, kinds: tuple[str, ...] = _WEIGHTED, float_convol
             continue
         axis = _output_axis(node, weight.ndim)
         if (name, axis) not in done:
-            done[name, axis] = f"{name}_of_int8_{axis}"
+            done[name, axis] = value = f"{name}_of_int8_{axis}"
             scale = _channel_scale(weight, axis)
             shape = [-1 if at == axis else 1 for at in range(weight.ndim)]
-            levels = np.round(weight / scale.reshape(shape)).astype(np.int8)
-            parts = {f"{name}_int8_{axis}": levels, f"{name}_scale_{axis}": scale}
+            levels, steps = f"{name}_int8_{axis}", f"{name}_scale_{axis}"
+            make = onnx.helper.make_node
+            if node.op_type == "Conv":
+                cast = make("Cast", [levels], [f"{value}_cast"], to=onnx.TensorProto.FLOAT)
+                added += [cast, make("Mul", [f"{value}_cast", steps], [value])]
+            else:
+                added.append(make("DequantizeLinear", [levels, steps], [value], axis=axis))
+            parts = {
+                levels: np.round(weight / scale.reshape(shape)).astype(np.int8),
+                steps: scale.reshape(shape) if node.op_type == "Conv" else scale,
+            }
             model.graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in parts.items())
-            added.append(onnx.helper.make_node("DequantizeLinear", [*parts], [done[name, axis]], axis=axis))
         node.input[1] = done[name, axis]
         changed += 1
     for node in reversed(added):
