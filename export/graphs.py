@@ -85,11 +85,24 @@ def block_of(path: str) -> str:
     return ".".join(parts[: numbered[-1] + 1]) if numbered else path
 
 
+def blocks_of(paths: Iterable[str]) -> list[str]:
+    """For each layer its block (`block_of`); a block that lies in another counts to that."""
+    found = [block_of(path) for path in paths]
+    return [min((one for one in set(found) if inside(block, [one])), key=len) for block in found]
+
+
 def mark_float(graph_module: fx.GraphModule, blocks: Collection[str]) -> None:
     """Let every operator of these blocks stay in float, for all that quantizes the graph or a copy of it, in place."""
     for node in graph_module.graph.nodes:
         path = path_of(node)
         if path and inside(path, blocks):
+            node.meta[_FLOAT] = True
+
+
+def keep_all_but(graph_module: fx.GraphModule, block: str) -> None:
+    """`mark_float` for everything outside one block."""
+    for node in graph_module.graph.nodes:
+        if not inside(path_of(node), [block]):
             node.meta[_FLOAT] = True
 
 

@@ -335,7 +335,7 @@ class _Observed(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         output = super().run_node(n)
         if _weighted(self.module, n):
-            self.means[n.name] = _channel_mean(n, output)
+            self.means[n.name] = channel_mean(n, output)
         if n.name in self.rounded:
             self.ranges[n.name] = torch.aminmax(output)
         return output
@@ -385,7 +385,7 @@ class Corrected(fx.Interpreter):
 
     def correction(self, n: fx.Node, output: Tensor) -> Tensor:
         """What a layer's output lacks to its expected mean, [channels]."""
-        self.found[n.name] = self.expected[n.name] - _channel_mean(n, output)
+        self.found[n.name] = self.expected[n.name] - channel_mean(n, output)
         return self.found[n.name]
 
 
@@ -415,7 +415,8 @@ def _weighted(owner: nn.Module, node: fx.Node) -> bool:
     return isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
 
 
-def _channel_mean(node: fx.Node, output: Tensor) -> Tensor:
+def channel_mean(node: fx.Node, output: Tensor) -> Tensor:
+    """The mean of a layer's output over everything but channels."""
     if node.target in LINEARS:
         return output.reshape(-1, output.shape[-1]).mean(dim=0)
     return output.transpose(0, 1).flatten(1).mean(dim=1)
@@ -449,6 +450,10 @@ class Prepared:
         other._balanced, other._corrected = copy.deepcopy(self._balanced), {}
         mark_float(other._balanced, blocks)
         return other
+
+    def balanced(self) -> fx.GraphModule:
+        """A copy of the graph before biases are corrected."""
+        return copy.deepcopy(self._balanced)
 
     def graph(self, *, static: bool) -> tuple[fx.GraphModule, int]:
         """A copy of the prepared graph, and how many convolutions at the input its biases expect in float.
