@@ -102,11 +102,12 @@ def timed_turn(run: Callable[[], object], calls: dict[str, Callable[[], object]]
     """Milliseconds of each run of the graph, the preparation and the whole call, by the clock and on processors."""
     answer = {}
     for name, call in {"run": run, **calls}.items():
-        answer[name], answer[f"{name}_processor"] = _times(call, runs)
+        answer[name], answer[f"{name}_processor"] = times(call, runs)
     return answer
 
 
-def _times(call: Callable[[], object], runs: int) -> tuple[list[float], list[float]]:
+def times(call: Callable[[], object], runs: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of each of so many calls, after some that are not measured: by the clock, and on processors."""
     for _ in range(WARM_UP):
         call()
     wall, processor = [], []

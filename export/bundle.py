@@ -126,7 +126,7 @@ def export_bundle(
         keep.check(model.towers.contract, {"image": model.towers.image, "text": model.towers.text})
     tokenizer = model.tokenizer()
     calibration, source = None, None
-    data = calibration_data or _data_of_run(student_or_run)
+    data = calibration_data or data_of_run(student_or_run)
     if data is not None and any(precision != "fp32" for _, precision in wanted):
         say("reading calibration data")
         calibration, source = open_calibration(data, model.towers.contract, tokenizer, size=calibration_size)
@@ -237,7 +237,7 @@ def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _data_of_run(source: object) -> str | None:
+def data_of_run(source: object) -> str | None:
     """What the run in this folder was trained on; None for anything else."""
     if not isinstance(source, str | Path) or not (Path(source) / RECIPE).is_file():
         return None

@@ -64,7 +64,9 @@ def build_validation(
     ordered, _, _ = stratified(list(data))
     spec = contract.image
     assert spec is not None, "the caller has refused a single tower"
-    taken, pixels, captions, picked = 0, [], [], hashlib.sha256()
+    taken, picked = 0, hashlib.sha256()
+    pixels: list[NDArray[np.uint8]] = []
+    captions: list[list[str]] = []
     for sample in ordered:
         texts = [caption.text for caption in sample.captions] or ([sample.label] if sample.label else [])
         if len(pixels) == size or (taken >= calibration and not texts):

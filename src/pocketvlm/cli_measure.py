@@ -1,4 +1,4 @@
-"""Commands that measure: `bench` of bundles, `matrix` of what can be exported, `pick` from such a matrix.
+"""Commands that measure: `bench` of bundles, `matrix` of what can be exported, `pick` from it, `quantize` to a budget.
 
 In the manner of `cli`: everything heavy is imported inside them.
 """
@@ -23,6 +23,7 @@ def register(app: Any) -> None:
     """Add these commands to the command line."""
     app.command(bench)
     app.command(matrix)
+    app.command(quantize)
     app.command(pick)
 
 
@@ -137,6 +138,55 @@ def pick(
         for row in rows
     ]
     emit(shown, False, title="students that fit")
+
+
+def quantize(
+    run: Annotated[Positional[Path], arg(metavar="RUN", help="A run or student folder.")],
+    *,
+    budget: Annotated[
+        str, arg(metavar="BUDGET", help="'r@5 -0.5' (points that may be lost), 'cosine 0.995' or 'size 0.3'.")
+    ],
+    out: Annotated[Path, arg(metavar="DIR", help="Folder of quantize.json, its plot, the plan and the bundle.")],
+    data: Annotated[
+        str | None,
+        arg(
+            metavar="SOURCE",
+            help="Captioned pictures to calibrate and judge on; default: the training data of the run. Not a test's.",
+        ),
+    ] = None,
+    target: Annotated[str, arg(metavar="TARGET", help="onnx or executorch; a plan serves every target.")] = "onnx",
+    precisions: Annotated[
+        Names, arg(metavar="NAME ...", help="Beside fp32, int8 and mixed; left out: w8a8-dynamic, w4, w8a8-static.")
+    ] = None,
+    verdict: Annotated[
+        Literal["auto", "bound", "estimate"],
+        arg(help="A loss by its one-sided 95 %% bound, as measured, or by the bound where the sample can prove it."),
+    ] = "auto",
+    prefer: Annotated[
+        Literal["both", "size", "latency"], arg(help="Which point within the budget is exported.")
+    ] = "both",
+    pictures: Annotated[int, arg(metavar="N", help="At most so many to judge on.")] = 1024,
+    overwrite: Annotated[bool, arg(help="Replace earlier results in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Size, latency and accuracy of what a student can be quantized to, and the bundle that meets a budget.
+
+    Exits with 1 where no point meets it.
+    """
+    require("matplotlib", "distill")
+    from pocketvlm.export.quantize import quantize as measure
+    from pocketvlm.export.quantize_report import as_dict, table
+    from pocketvlm.export.quantize_report import verdict as sentence
+
+    found = measure(
+        run, out, budget=budget, data=data, target=target, precisions=precisions, verdict=verdict, prefer=prefer,
+        pictures=pictures, overwrite=overwrite, progress=_say,
+    )  # fmt: skip
+    print(json.dumps(as_dict(found), indent=1) if as_json else table(found))
+    if found.chosen is None:
+        if as_json:
+            _say(sentence(found))
+        sys.exit(1)
 
 
 def _ms(value: float | None) -> str:

@@ -1,0 +1,185 @@
+"""What `quantize` found as a table, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pocketvlm
+from pocketvlm.edge.errors import require
+from pocketvlm.export.compare import finite
+
+if TYPE_CHECKING:
+    from pocketvlm.export.quantize import Quantized
+    from pocketvlm.export.quantize_points import Point
+
+JSON_FILE, PLOT = "quantize.json", "quantize"
+SCHEMA_VERSION = "1.0"
+_KINDS = {"fp32": "#555555", "int8": "#1f77b4", "mixed": "#d95f02"}
+_OTHER = "#7570b3"
+
+
+def as_dict(found: Quantized) -> dict[str, Any]:
+    """Everything, in plain JSON types."""
+    points = []
+    for point in found.points:
+        entry = {key: value for key, value in asdict(point).items() if key not in ("changes", "recall")}
+        entry["recall"] = {f"r@{k}": value for k, value in point.recall.items()}
+        entry["changes"] = {f"r@{k}": asdict(change) for k, change in point.changes.items()}
+        points.append(entry | {"meets": found.judge.meets(point), "on_front": point.name in found.front})
+    blocks = [{"tower": one.tower, "block": one.block, **one.to_dict()} for one in found.damages]
+    content = {
+        "schema_version": SCHEMA_VERSION, "kit_version": pocketvlm.__version__, "student": found.student, **found.facts,
+        "chosen": found.chosen.name if found.chosen else None, "nearest": found.nearest.name, "points": points,
+        "blocks": blocks,
+    }  # fmt: skip
+    result: dict[str, Any] = finite(content)
+    return result
+
+
+def table(found: Quantized) -> str:
+    """The points, smallest first, the blocks that cost the most, and the verdict, as lines of text."""
+    head = ["point", "in float", "MB", "of fp32", "image ms", "text ms", "cos image", "cos text", "R@5", "at worst"]
+    lines = [[*head, "margin noise", "budget", ""]]
+    for point in sorted(found.points, key=lambda point: (bool(point.failed), point.mb)):
+        if point.failed:
+            lines.append([point.name, f"fails: {point.failed[:90]}"])
+            continue
+        change = point.changes[5]
+        marks = [*(["front"] if point.name in found.front else []), *(["chosen"] if point == found.chosen else [])]
+        lines.append(
+            [
+                point.name, str(point.kept or "-"), f"{point.mb:.2f}", f"{point.ratio:.3f}",
+                *(f"{point.ms[tower]:.2f}" for tower in ("image", "text")),
+                *(f"{point.cosine[tower]:.5f}" for tower in ("image", "text")),
+                f"{-100 * change.loss:+.2f}", f"{-100 * change.bound:+.2f}", f"{point.margin_noise:.5f}",
+                "met" if found.judge.meets(point) else "missed", ", ".join(marks),
+            ]
+        )  # fmt: skip
+    widths = [max(len(line[at]) for line in lines if len(line) > 2) for at in range(len(lines[0]))]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    return "\n".join([*rows, "", verdict(found)])
+
+
+def verdict(found: Quantized) -> str:
+    """One or two sentences: what was judged how, and what came of it."""
+    said = f"budget {found.judge.goal.text}, judged {found.judge.why}."
+    if found.chosen is None:
+        near = found.nearest
+        return (
+            f"{said}\nNo point meets it; the nearest is {near.name} with {found.judge.sentence(near)}, "
+            f"{near.mb:.2f} MB: ask for that, or train on (quantization-aware, or a larger student)."
+        )
+    kept = [f"{tower} {block}" for tower, blocks in found.chosen.keep.items() for block in blocks]
+    floats = f" In float: {', '.join(kept)}." if kept else ""
+    return f"{said}\nChosen: {found.chosen.name}, {found.judge.sentence(found.chosen)}.{floats}"
+
+
+def save_report(found: Quantized, out: Path) -> None:
+    """quantize.json, quantize.png and quantize.svg in `out`.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    require("matplotlib", "distill")
+    (out / JSON_FILE).write_text(json.dumps(as_dict(found), indent=1) + "\n", encoding="utf-8")
+    plot(found, [out / f"{PLOT}.png", out / f"{PLOT}.svg"])
+
+
+def plot(found: Quantized, paths: list[Path]) -> None:
+    """Size and latency against accuracy, the front as a line, the chosen point ringed; and what each block costs."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13.5, 8.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    (size, time), (blocks, recall) = figure.subplots(2, 2)
+    good = [point for point in found.points if not point.failed]
+    _cloud(size, found, [(point.mb, point) for point in good], "MB of both files")
+    _cloud(time, found, [(point.total_ms, point) for point in good], "ms of processor time, one picture and one text")
+    _blocks(blocks, found)
+    _recall(recall, found, good)
+    figure.suptitle(f"{found.student}: budget {found.judge.goal.text}", fontsize=13)
+    figure.supxlabel(f"{found.facts['validation']}; {found.facts['machine']['cpu']}", fontsize=8.5, color="#555")
+    with matplotlib.rc_context({"svg.hashsalt": "pocketvlm"}):
+        for path in paths:
+            figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _colour(point: Point) -> str:
+    return _KINDS.get(point.precision, _OTHER)
+
+
+def _cloud(axes: Any, found: Quantized, places: list[tuple[float, Point]], label: str) -> None:
+    """Lower left is better: the change of margins that a file makes, over what it takes."""
+    front: list[tuple[float, float]] = []
+    for x, point in sorted(places, key=lambda entry: (entry[0], entry[1].margin_noise)):
+        if not front or point.margin_noise < front[-1][1]:
+            front.append((x, point.margin_noise))
+    axes.step(*zip(*front), where="post", color="#999999", linewidth=1.2, zorder=1)
+    for index, (x, point) in enumerate(sorted(places, key=lambda entry: entry[0])):
+        axes.scatter(x, point.margin_noise, s=46, color=_colour(point), zorder=3)
+        if point == found.chosen:
+            axes.scatter(
+                x, point.margin_noise, s=190, facecolors="none", edgecolors="#000000", linewidths=1.4, zorder=4
+            )
+        up = index % 2 == 0
+        axes.annotate(
+            point.name, (x, point.margin_noise), (4, 7 if up else -7), textcoords="offset points", size=8,
+            va="bottom" if up else "top", color=_colour(point),
+        )  # fmt: skip
+    axes.set_xlabel(label)
+    axes.set_ylabel("noise of the margin to the 5th place (cosine)")
+    axes.margins(0.13)
+    axes.set_xlim(left=0)
+    _plain(axes)
+
+
+def _blocks(axes: Any, found: Quantized) -> None:
+    kept = {
+        f"{tower} {block}" for tower, blocks in (found.chosen.keep if found.chosen else {}).items() for block in blocks
+    }
+    shown = sorted(found.damages, key=lambda one: -one.margin_noise)[:16]
+    for place, one in enumerate(shown):
+        colour = _KINDS["mixed"] if one.name in kept else "#bbbbbb"
+        axes.barh(place, one.margin_noise, color=colour, height=0.66)
+        axes.annotate(
+            f"{one.extra_bytes / 1e6:.2f} MB", (one.margin_noise, place), (4, 0), textcoords="offset points",
+            va="center", size=7.5,
+        )  # fmt: skip
+    axes.set_yticks(range(len(shown)), [one.name for one in shown], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.14)
+    what = "; coloured: in float in the chosen point" if kept else ""
+    axes.set_xlabel(f"noise of the margin with this block alone in int8; label: bytes for float{what}")
+    _plain(axes)
+
+
+def _recall(axes: Any, found: Quantized, good: list[Point]) -> None:
+    """Change of recall with its one-sided 95 % bounds."""
+    k = found.judge.goal.k or 5
+    points = sorted(good, key=lambda point: point.mb)
+    for place, point in enumerate(points):
+        change = point.changes[k]
+        axes.errorbar(
+            -100 * change.loss, place, fmt="o", color=_colour(point), capsize=3,
+            xerr=[[100 * (change.bound - change.loss)], [100 * (change.loss - change.floor)]],
+        )  # fmt: skip
+        if point == found.chosen:
+            axes.scatter(-100 * change.loss, place, s=190, facecolors="none", edgecolors="#000000", linewidths=1.4)
+    axes.axvline(0, color="#999999", linewidth=0.8)
+    if found.judge.goal.kind == "recall":
+        axes.axvline(-100 * found.judge.goal.limit, color="#aa0000", linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(points)), [f"{point.name}, {point.mb:.1f} MB" for point in points], fontsize=8)
+    axes.margins(y=0.08)
+    axes.set_xlabel(f"points of R@{k} against float; bars: one-sided 95 % bounds; dashed: the budget")
+    _plain(axes)
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
