@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pocketvlm.data import open_data
+from pocketvlm.data import DataSource, open_data
 from pocketvlm.edge.bundle import MANIFEST
 from pocketvlm.edge.errors import UsageError, unknown_name
 from pocketvlm.export.bench import describe_machine, load_average
@@ -23,7 +23,7 @@ from pocketvlm.export.mixed import Plan
 from pocketvlm.export.quantize_points import Goal, Judge, Lab, Point, Verdict, make_judge, parse_goal
 from pocketvlm.export.quantize_report import JSON_FILE, save_report
 from pocketvlm.export.sensitivity import Damage, measure_blocks
-from pocketvlm.export.source import open_source
+from pocketvlm.export.source import Source, open_source
 from pocketvlm.export.targets import get_target
 from pocketvlm.export.targets.onnx import prepared_tower
 from pocketvlm.export.validation import DEFAULT_PICTURES, build_validation
@@ -55,11 +55,11 @@ class Quantized:
 
 
 def quantize(
-    run: str | Path,
+    run: Source,
     out: str | Path,
     *,
     budget: str,
-    data: str | None = None,
+    data: str | Path | DataSource | None = None,
     target: str = "onnx",
     precisions: Sequence[str] | None = None,
     verdict: Verdict = "auto",
@@ -71,7 +71,7 @@ def quantize(
     """Measure the ways to quantize a student and export the one that a budget asks for.
 
     Args:
-        run: a run or student folder.
+        run: a `Student`, a run or student folder, or an `Exportable`.
         out: gets quantize.json, its plot (png and svg) and, where a point meets the budget, plan.json (of a mixed one)
             and the bundle.
         budget: see `quantize_points.FORMS`.
@@ -105,8 +105,8 @@ def quantize(
     spec = data or data_of_run(run)
     if spec is None:
         raise UsageError(
-            f"{str(run)!r} is no run folder and names no training data, so there is nothing to calibrate and judge on; "
-            "give captioned pictures by --data"
+            "the model comes from no run folder, which would name its training data, so there is nothing to calibrate "
+            "and judge on; give captioned pictures by --data"
         )
     model = open_source(run)
     tokenizer, contract = model.tokenizer(), model.towers.contract
@@ -116,7 +116,7 @@ def quantize(
             "captions by each other; export it at a precision of your choice instead"
         )
     say("reading data")
-    source = open_data(spec)
+    source = spec if isinstance(spec, DataSource) else open_data(str(spec))
     calibration = build_calibration(source, contract, tokenizer, size=DEFAULT_SIZE)
     validation = build_validation(source, contract, tokenizer, calibration=DEFAULT_SIZE, size=pictures)
     before = load_average()
