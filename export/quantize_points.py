@@ -186,10 +186,12 @@ class Lab:
         for known in self._points:
             if (known.precision, known.keep) == (precision, blocks):
                 return known
+        same = sum(known.name.split(", ")[0] == name for known in self._points)
+        name = f"{name}, {same + 1}" if same else name
         self._say(f"measuring {name}")
         point = Point(name, precision, blocks)
         try:
-            found = {tower: self._file(tower, precision, blocks.get(tower, ())) for tower in TOWERS}
+            found = {tower: self._file(*_key(tower, point)) for tower in TOWERS}
         except PocketvlmError as error:
             point = replace(point, failed=str(error))
         except Exception as error:  # converters raise whatever they like
@@ -202,7 +204,7 @@ class Lab:
 
     def timed(self, points: Sequence[Point]) -> list[Point]:
         """The points with `ms`: median processor time over rounds in which every file has its turn."""
-        keys = [(t, p.precision, tuple(p.keep.get(t, ()))) for p in points if not p.failed for t in TOWERS]
+        keys = [_key(tower, point) for point in points if not point.failed for tower in TOWERS]
         runs: dict[Any, tuple[Callable[[], object], list[float]]] = {}
         self._say("timing the files")
         for key in dict.fromkeys(keys):
@@ -215,7 +217,7 @@ class Lab:
         found = []
         for point in points:
             if not point.failed:
-                own = {t: runs[t, point.precision, tuple(point.keep.get(t, ()))][1] for t in TOWERS}
+                own = {tower: runs[_key(tower, point)][1] for tower in TOWERS}
                 point = replace(point, ms={tower: float(np.median(values)) for tower, values in own.items()})
             found.append(point)
         return found
@@ -261,6 +263,12 @@ class Lab:
             recall={k: float((now <= k).mean()) for k in KS},
             changes=changes(was, now),
         )
+
+
+def _key(tower: str, point: Point) -> tuple[str, str, tuple[str, ...]]:
+    """What tells one file from another; a tower with nothing in float is that of int8."""
+    blocks = tuple(point.keep.get(tower, ()))
+    return tower, "int8" if point.precision == "mixed" and not blocks else point.precision, blocks
 
 
 def _runner(target: Target, folder: Path, variant: Variant, tower: str) -> Callable[[Any], NDArray[np.float32]]:
