@@ -38,8 +38,8 @@ def weights_to_int8(model: Any, kinds: tuple[str, ...] = _WEIGHTED, float_convol
     """Store the constant weights of these operators as int8 with a scale per output channel, in place.
 
     Activations and arithmetic stay float. Linear layers read theirs from a DequantizeLinear, for which onnxruntime has
-    a kernel of its own; convolutions from a Cast and a Mul, which every runtime computes once, when it loads the file (a
-    DequantizeLinear it keeps for each run, which makes a convolution several times slower than one in float).
+    a kernel of its own; convolutions from a Cast and a Mul, which every runtime computes once, when it loads the file
+    (a DequantizeLinear it keeps for each run, which makes a convolution several times slower than one in float).
     float_convolutions: so many at the input stay as they are.
 
     Returns:
