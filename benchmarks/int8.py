@@ -5,8 +5,9 @@
 Takes the runs of `benchmarks.named_students` (trained if they are not in --work), exports each at full precision, int8
 and 4 bits, embeds the fold's test pictures and captions from the saved files in their own runtimes, and compares query
 by query with the float32 file of the same runtime. One JSON file per student and fold under benchmarks/results/int8,
-kept as long as the quantizers and the recipe are the same; the pooled summary is benchmarks/results/int8.json.
-Milliseconds are processor time of one thread at batch 1, each file in its turn.
+kept as long as the quantizers and the recipe are the same; the pooled summary is benchmarks/results/int8.json, and the
+table of docs/quantization.md is made of it. Milliseconds are processor time of one thread at batch 1, each file in its
+turn.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import tyro
 
 from benchmarks.held_out import HeldOut, changes, distance, held_out
 from benchmarks.named_students import FOLDS, ORDER, recipe_of, train
-from benchmarks.results_folder import RESULTS, machine, recipe_digest, write
+from benchmarks.results_folder import RESULTS, machine, recipe_digest, write, write_between
 from pocketvlm.edge.bundle import Bundle
 from pocketvlm.edge.errors import PocketvlmError
 from pocketvlm.export.bench import WORKER
@@ -35,6 +36,7 @@ from pocketvlm.export.workers import Worker
 # exported one by one, so that one that fails does not take the others with it
 VARIANTS = ("onnx:fp32", "onnx:int8", "onnx:w4", "executorch:fp32", "executorch:int8", "executorch:w4")
 RESULT = RESULTS / "int8"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "quantization.md"
 _ROUNDS, _RUNS = 5, 10
 _DECIDING = ("prepare", "rounding", "token_tables", "fidelity", "calibration")
 
@@ -151,8 +153,44 @@ def summary(students: tuple[str, ...], folds: tuple[int, ...]) -> dict[str, Any]
                 "loss_points": {d: round(100 * change.loss, 2) for d, change in pooled.items()},
                 "bound_points": {d: round(100 * change.bound, 2) for d, change in pooled.items()},
                 "queries": queries,
+                "pooled": _both(lost, gained, queries),
             }
     return table
+
+
+def _both(lost: dict[str, int], gained: dict[str, int], queries: dict[str, int]) -> dict[str, Any]:
+    """Both directions together. Their queries are different ones, though of the same pictures and captions."""
+    change = paired_change(sum(lost.values()), sum(gained.values()), sum(queries.values()))
+    return {
+        "queries": sum(queries.values()),
+        "loss_points": round(100 * change.loss, 2),
+        "bound_points": round(100 * change.bound, 2),
+    }
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """One row per student, runtime and reduced precision that was measured."""
+    lines = [
+        "| student | runtime | precision | MB | of fp32 | faster, picture | faster, text | R@5, both | loss, points "
+        "| bound | queries | folds |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for student, entry in table.items():
+        for name, row in entry["variants"].items():
+            target, precision = name.split(":")
+            if precision == "fp32":
+                continue
+            if "megabytes" not in row:
+                lines.append(f"| `{student}` | {target} | {precision} | {row['failed']} |" + " |" * 8)
+                continue
+            quicker = row["times_fp32"]
+            lines.append(
+                f"| `{student}` | {target} | {precision} | {row['megabytes']:.2f} | {row['of_fp32']:.3f} "
+                f"| {quicker['image']:.2f} x | {quicker['text']:.2f} x | {np.mean(list(row['R@5'].values())):.1f} "
+                f"| {row['pooled']['loss_points']:+.2f} | {row['pooled']['bound_points']:+.2f} "
+                f"| {row['pooled']['queries']:,} | {row['folds']} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def _read(student: str, fold: int) -> dict[str, Any] | None:
@@ -180,6 +218,7 @@ def main(
                 print(f"{student}, fold {fold}: measured", flush=True)
     table = summary(ORDER, FOLDS)
     print(write("int8.json", {"students": table, "machine": machine()}))
+    write_between(PAGE, "int8", markdown(table))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import torch
 import tyro
 
 from benchmarks.ablation_runs import SILENT, _in_memory
-from benchmarks.results_folder import RESULTS, machine, write_text
+from benchmarks.results_folder import RESULTS, machine, write_between, write_text
 from pocketvlm.data import open_data
 from pocketvlm.data.parallel import Pair, english_key, parallel_texts
 from pocketvlm.data.source import DataSource
@@ -440,11 +440,7 @@ def main(
                     print(_told(row), flush=True)
     if stage in ("summary", "all"):
         keep(out / NAME, None)
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- multilingual:begin -->\n")
-        after = rest.partition("<!-- multilingual:end -->")[2]
-        found = table(load(out / NAME)["summary"])
-        marked = f"<!-- multilingual:begin -->\n{found}<!-- multilingual:end -->"
-        write_text(PAGE, before + marked + after)
+        write_between(PAGE, "multilingual", table(load(out / NAME)["summary"]))
 
 
 def _in_time(job: Job, work: Path, device: str, deadline: float) -> dict[str, Any] | None:

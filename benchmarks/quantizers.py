@@ -7,8 +7,8 @@ Beside ours: onnxruntime's own dynamic and static quantization with their defaul
 OpenVINO (preset "mixed"; told that the tower is a transformer where it is one), and ExecuTorch with XNNPACK's own
 quantizer. Every file embeds the test concepts of the fold in its own runtime; losses are those of R@5 against the float
 model. Milliseconds are processor time of one thread at batch 1: median of rounds in which each file has its turn. The
-tools get what they ask for and no tuning by hand. Written to benchmarks/results/quantizers.json. Ten minutes for a
-student.
+tools get what they ask for and no tuning by hand. Written to benchmarks/results/quantizers.json and into
+docs/quantization.md. Ten minutes for a student.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import tyro
 
 from benchmarks.held_out import changes, distance, held_out
 from benchmarks.named_students import train
-from benchmarks.results_folder import RESULTS, machine, write
+from benchmarks.results_folder import RESULTS, machine, write, write_between
 from pocketvlm.data import open_data
 from pocketvlm.edge.bundle import Bundle, BundleVariant
 from pocketvlm.edge.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ from pocketvlm.students import deploy_image, deploy_text, load_student
 
 ROUNDS, RUNS = 15, 15
 OURS = ("onnx:fp32", "onnx:int8", "executorch:fp32", "executorch:int8")
-Rows = dict[str, Any]
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "quantization.md"
 
 
 def onnxruntime_dynamic(source: Path, target: Path, _: Any, __: str) -> None:
@@ -279,6 +279,27 @@ def _measured(
     return table
 
 
+def markdown(students: dict[str, Any]) -> str:
+    """One row per student, runtime and tool."""
+    lines = [
+        "| student | runtime | tool | MB | picture, ms | text, ms | 1 − cosine, picture | text | loss of R@5, points "
+        "| bound |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for student, entry in students.items():
+        for row in sorted(entry["rows"], key=lambda row: row["runtime"]):
+            head = f"| `{student}` | {row['runtime']} | {row['tool']} "
+            if "failed" in row:
+                lines.append(f"{head}| {row['failed'][:80].replace('|', '/')} |" + " |" * 6)
+                continue
+            far = [f"{row['one_minus_cosine'][tower]['mean']:.1e}" for tower in ("image", "text")]
+            lines.append(
+                f"{head}| {row['megabytes']:.1f} | {row['ms']['image']:.2f} | {row['ms']['text']:.2f} | {far[0]} "
+                f"| {far[1]} | {row['loss_points']:+.2f} | {row['bound_points']:+.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
@@ -302,6 +323,7 @@ def main(
             shutil.rmtree(scratch, ignore_errors=True)
         facts = {"rounds": ROUNDS, "runs": RUNS, "students": results}
         print(write("quantizers.json", facts), flush=True)
+        write_between(PAGE, "quantizers", markdown(results))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,15 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
+def write_between(page: Path, name: str, text: str) -> None:
+    """Replace what stands between the marks `<!-- NAME:begin -->` and `<!-- NAME:end -->` of a page."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name}:begin -->\n")
+    _, end, after = rest.partition(f"<!-- {name}:end -->")
+    if not (begin and end):
+        raise ValueError(f"{page.name} has no marks of {name!r}")
+    write_text(page, f"{before}{begin}{text}{end}{after}")
+
+
 def machine() -> dict[str, Any]:
     """Versions and processor, and how busy the machine was when it was asked."""
     facts = {key: value for key, value in describe_environment().items() if key != "command"}
