@@ -130,6 +130,8 @@ def export_bundle(
     if data is not None and any(precision != "fp32" for _, precision in wanted):
         say("reading calibration data")
         calibration, source = open_calibration(data, model.towers.contract, tokenizer, size=calibration_size)
+        for warning in calibration.warnings if calibration is not None else ():
+            say(f"WARNING: {warning}")
     for target, precision in wanted:
         if isinstance(target, OptimumFiles):
             continue  # calibrated by who made them
@@ -382,6 +384,7 @@ def _manifest(
         "system": f"{platform.system()} {platform.machine()}",
         "packages": _versions(),
         "calibration": calibration.description if calibration is not None else None,
+        "calibration_warnings": list(calibration.warnings) if calibration is not None else [],
     }
     rows = list(model.licences)
     if source is not None:

@@ -26,6 +26,8 @@ from pocketvlm.export.targets.base import Calibration
 DEFAULT_SIZE = 256
 # a quarter judges the result: with fewer, its 1st percentile would be one unlucky picture
 MIN_SIZE = 16
+# below this many a user is warned; a stated mean and percentile of a quarter of them mean little
+FEW = 64
 TEMPLATE = "a picture of {}"
 
 
@@ -58,13 +60,14 @@ def build_calibration(
             f"calibration size {size} is too small to set ranges and to judge them; use {MIN_SIZE} or more "
             f"({DEFAULT_SIZE} by default)"
         )
-    parts = []
+    parts, warnings = [], []
     pixels = np.zeros((0, 1, 1, 3), np.uint8)
     picked = hashlib.sha256()
     if contract.image is not None:
         pixels, uids, unreadable, kind, strata = _pictures(samples, contract, size)
         _refuse_few(len(pixels), "readable pictures", name)
         picked.update("\n".join(uids).encode())
+        warnings += _doubts(samples, uids, name)
         parts.append(f"{len(pixels)} pictures spread over {strata} {kind} ({unreadable} unreadable passed over)")
     ids = np.zeros((0, 1), np.int32)
     if contract.text is not None:
@@ -78,7 +81,7 @@ def build_calibration(
         origin = f" ({len(found)} of the data, {len(words)} of the word list {WORDS})" if words else ""
         parts.append(f"{len(texts)} texts{origin}, every second one as {TEMPLATE!r}")
     description = f"{name}: {' and '.join(parts)}; picked by stable hash, digest {picked.hexdigest()[:16]}"
-    return Calibration(pixels, ids, description)
+    return Calibration(pixels, ids, description, tuple(warnings))
 
 
 def stratified(samples: Sequence[Sample]) -> tuple[list[Sample], str, int]:
@@ -128,6 +131,24 @@ def _pictures(
         uids.append(sample.uid)
     side = contract.image.size
     return np.array(pixels, np.uint8).reshape(-1, side, side, 3), uids, unreadable, kind, min(strata, len(pixels))
+
+
+def _doubts(samples: Sequence[Sample], uids: Sequence[str], name: str) -> list[str]:
+    """What a user should hear of the pictures that were picked, with its consequence."""
+    found = []
+    if len(uids) < FEW:
+        found.append(
+            f"{len(uids)} pictures of {name!r} calibrate and judge; ranges rest on few, and the first percentile of "
+            f"{len(uids) // 4} that are held out is one picture, so give {FEW} or more"
+        )
+    picked = set(uids)
+    labels = {sample.label for sample in samples if sample.uid in picked}
+    if len(labels) == 1 and None not in labels:
+        found.append(
+            f"all pictures of {name!r} are of one class ({labels.pop()!r}); ranges are set on it alone, and what "
+            "others exceed is clipped without a word, so give pictures of all that the app will see"
+        )
+    return found
 
 
 def _texts(samples: Sequence[Sample], size: int) -> list[str]:

@@ -30,12 +30,14 @@ class Towers:
 class Calibration:
     """Real inputs for quantization: uint8 [n, S, S, 3] pixels and int32 [n, L] ids.
 
+    warnings: sentences on what these inputs are too few or too much alike for.
     memo: tower -> what `export.prepare.prepared` made of it with these inputs, so that the int8 targets share it.
     """
 
     pixels: NDArray
     ids: NDArray
     description: str
+    warnings: tuple[str, ...] = ()
     memo: MutableMapping[nn.Module, Any] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )

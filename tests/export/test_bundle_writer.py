@@ -371,6 +371,28 @@ def test_calibration_counts_unreadable_pictures_and_refuses_too_few(model: Expor
         build_calibration(data, model.towers.contract, tokenizer, size=4)
 
 
+def test_few_or_one_kind_of_picture_is_said_with_its_consequence(model: Exportable, tmp_path: Path) -> None:
+    contract, tokenizer = model.towers.contract, model.tokenizer()
+    assert build_calibration(make_data(80), contract, tokenizer).warnings == ()
+    (few,) = build_calibration(make_data(40), contract, tokenizer).warnings
+    assert few.startswith("40 pictures of 'toy' calibrate and judge; ranges rest on few")
+    (alike,) = build_calibration(make_data(80, labels=1, name="one"), contract, tokenizer).warnings
+    assert "all pictures of 'one' are of one class ('class 0')" in alike
+    assert "clipped" in alike
+    # without labels nothing is known of classes
+    bare = DataSource("bare", [replace(sample, label=None) for sample in make_data(80).samples])
+    assert build_calibration(bare, contract, tokenizer).warnings == ()
+    lines: list[str] = []
+    towers = replace(model.towers, text=None, contract=replace(contract, kind="image-labels", text=None))
+    image = replace(model, towers=towers, tokenizer_json=None)
+    out = export_bundle(
+        image, tmp_path / "b", ("onnx:w8",), calibration_data=make_data(20, labels=1), progress=lines.append
+    )
+    said = [line for line in lines if line.startswith("WARNING: ")]
+    assert len(said) == 2
+    assert [f"WARNING: {w}" for w in Bundle.load(out).provenance["calibration_warnings"]] == said
+
+
 def test_data_without_captions_is_calibrated_with_words_and_says_so(model: Exportable) -> None:
     data, tokenizer = make_data(40), model.tokenizer()
     assert isinstance(tokenizer, Tokenizer)
