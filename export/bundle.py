@@ -41,7 +41,7 @@ from pocketvlm.export.mixed import PLAN_FILE, Plan, load_plan
 from pocketvlm.export.optimum_files import OptimumFiles
 from pocketvlm.export.probe import Probe, probe_variants
 from pocketvlm.export.source import Exportable, Source, open_source
-from pocketvlm.export.targets import Calibration, Target, Variant, check_precision
+from pocketvlm.export.targets import Calibration, Target, Variant, check_precision, list_targets
 from pocketvlm.export.targets.executorch_writer import BackgroundWriter
 from pocketvlm.export.unlowered import lowering_error
 from pocketvlm.export.wanted import check_plan_is_used, wanted_variants
@@ -332,6 +332,8 @@ def _probe(
     for target in dict.fromkeys(v.target for v in variants):
         if target == "coreml" and platform.system() != "Darwin":
             continue  # its interface was read back and checked; prediction exists on macOS only
+        if target not in list_targets():
+            continue  # nothing here runs it
         mine = [v for v in variants if v.target == target]
         for variant, probe in zip(mine, probe_variants(folder, mine, inputs, expected)):
             found[target, variant.precision] = probe

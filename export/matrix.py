@@ -52,6 +52,7 @@ def make_matrix(
     Args:
         students: shipped names, run or student folders, or NAME=FOLDER, which names the rows of a folder. targets:
             None: all. precisions: None: all that each target names; one that a target does not know is left out there.
+            A row of random weights makes way for one of a folder.
         data: a `--data` source to calibrate with, for run folders; None: made-up inputs.
         judge: another to judge on, by the order of its captions too; None: 32 inputs that did not calibrate.
         retry: try rows again that failed.
@@ -76,7 +77,14 @@ def make_matrix(
     plan = _plan(students, targets, precisions, data, judge)
     table = read_matrix(out / FILE) if (out / FILE).is_file() else {"sessions": [], "rows": []}
     rows: dict[tuple[str, str, str], Row] = {_key(row): row for row in table["rows"]}
-    todo = [key for key in plan if key not in rows or (retry and rows[key]["status"] == "fails")]
+    given = {_name(source) for source in students if Path(_path(source)).is_dir()}
+    todo = [
+        key
+        for key in plan
+        if key not in rows
+        or (retry and rows[key]["status"] == "fails")
+        or (key[0] in given and rows[key]["weights"] == "random")
+    ]
     say(f"{len(todo)} of {len(plan)} to try, {len(plan) - len(todo)} known already")
     sessions = list(table["sessions"])
     if todo:
@@ -118,15 +126,15 @@ def read_matrix(path: str | Path = COMMITTED) -> dict[str, Any]:
 
 def matrix_table(table: dict[str, Any]) -> str:
     """The rows as a Markdown table, a line on the machines below it."""
-    columns = ["student", "target", "precision", "MB", "of float"]
+    columns = ["student", "weights", "target", "precision", "MB", "of float"]
     columns += ["scheme, picture", "cosine", "SQNR dB", "ms", "scheme, text", "cosine", "SQNR dB", "ms"]
     columns += ["R@5 change, picture to text / back (lost at most)", "outside XNNPACK", "lowered in s"]
     lines = [
         "| " + " | ".join(columns) + " |",
-        "|---" * 3 + "|---:" * 2 + "|---|---:|---:|---:" * 2 + "|---:" * 3 + "|",
+        "|---" * 4 + "|---:" * 2 + "|---|---:|---:|---:" * 2 + "|---:" * 3 + "|",
     ]
     for row in table["rows"]:
-        head = f"| {row['student']} | {row['target']} | {row['precision']} |"
+        head = f"| {row['student']} | {row['weights']} | {row['target']} | {row['precision']} |"
         if row["status"] == "fails":
             lines.append(f"{head} **fails**: {row['reason']}" + " |" * 13)
             continue

@@ -102,21 +102,22 @@ class ExecuTorchTarget:
                 programs[METHODS[tower]] = torch.export.export(lowered, (example,))
             relative = f"{self.name}/model-{precision}.pte"
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            taken_over = self._write(programs, precision, _constants(towers), folder / relative)
+            taken_over = self._write(programs, precision, constants(towers), folder / relative)
             if taken_over is not None:
                 notes["delegation"] = taken_over
         files: dict[str, str] = {tower: relative for tower, _ in present_towers(towers)}
         return Variant(self.name, precision, files, "fixed-1", towers.contract.embed_dim, notes)
 
 
-def _constants(towers: Towers) -> dict[str, Any]:
+def constants(towers: Towers) -> dict[str, Any]:
+    """Constant methods of a program, by which an app checks what it was given."""
     contract = towers.contract
-    constants: dict[str, Any] = {"embed_dim": contract.embed_dim, "contract_sha256": contract.digest()}
+    found: dict[str, Any] = {"embed_dim": contract.embed_dim, "contract_sha256": contract.digest()}
     if contract.image is not None:
-        constants["image_size"] = contract.image.size
+        found["image_size"] = contract.image.size
     if contract.text is not None:
-        constants["context_length"] = contract.text.context_length
-    return constants
+        found["context_length"] = contract.text.context_length
+    return found
 
 
 def _partitioners(precision: str) -> list[Any]:

@@ -171,7 +171,8 @@ def test_table_has_sizes_ratios_and_times(bundle: Path) -> None:
     assert rows["coreml", "fp16"].ratio < 0.7, "against four bytes per parameter, as no fp32 package was written"
     text = format_table(list(rows.values()))
     assert text.splitlines()[0].split()[:4] == ["target", "precision", "file", "MB"]
-    assert len(text.splitlines()) == 5
+    assert len(text.splitlines()) == 5 + 2
+    assert "executorch fp32 encode_text: " in text.splitlines()[-1]
 
 
 def test_a_student_folder_and_a_run_folder_can_be_exported(tmp_path: Path) -> None:

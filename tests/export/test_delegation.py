@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pocketvlm.edge.bundle import Bundle
 from pocketvlm.edge.errors import UsageError
+from pocketvlm.edge.model import EdgeModel
 from pocketvlm.export.bundle import VariantRow, export_bundle, format_table
 from pocketvlm.export.delegation import all_warnings, delegation_lines
 from pocketvlm.export.matrix import matrix_table
 from pocketvlm.export.source import Exportable
-from pocketvlm.export.targets import executorch
+from pocketvlm.export.targets import executorch, list_targets
 from pocketvlm.export.targets.base import Towers
 from pocketvlm.export.targets.executorch import ExecuTorchTarget, write_program
 from pocketvlm.export.unlowered import find_operator, lowering_error
@@ -94,7 +96,8 @@ def test_a_variant_and_the_matrix_hold_it(tmp_path: Path) -> None:
     assert found["encode_image"]["warnings"] == [], "no quantized layer is left outside"
     assert found["encode_image"]["delegates"] > 0
     row = {
-        "student": "toy", "target": "executorch", "precision": "int8", "status": "works", "mb": 1.0, "of_float": 0.3,
+        "student": "toy", "weights": "given", "target": "executorch", "precision": "int8", "status": "works",
+        "mb": 1.0, "of_float": 0.3,
         "towers": {}, "seconds": 3.0, "session": 0, "delegation": found,
     }  # fmt: skip
     one = found["encode_image"]
@@ -183,3 +186,28 @@ def test_names_are_matched_whole_before_in_part(odd: Exportable) -> None:
     error = lowering_error(MemoryError("out of memory"), "onnx fp32", towers)
     assert "(MemoryError: out of memory)" in str(error)
     assert "it has no" not in str(error)
+
+
+# --- the Core ML delegate, which no machine but Apple's runs ----------------------------------------------------------
+
+
+def test_the_core_ml_delegate_takes_all_but_the_cast_of_the_pixels(tmp_path: Path) -> None:
+    towers = toy.toy_towers()
+    image = Towers(towers.image, None, replace(towers.contract, kind="image-labels", text=None))
+    out = export_bundle(Exportable(image, None), tmp_path / "b", ["executorch-coreml"])
+    opened = Bundle.load(out)
+    (variant,) = opened.variants
+    assert (variant.target, variant.precision) == ("executorch-coreml", "fp16")
+    found = variant.notes["delegation"]["encode_image"]
+    assert found["delegates"] == 1
+    assert [row["operator"] for row in found["left"]] == ["dim_order_ops._to_dim_order_copy.default"]
+    assert "vectors_worst_1_minus_cosine" not in variant.notes, "nobody has run it"
+    with pytest.raises(UsageError, match="there is nothing to load"):
+        EdgeModel.load(opened)
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(out / variant.files["image"])
+    assert "encode_image" in program.method_names
+    with pytest.raises(UsageError, match="target 'coreml' writes them"):
+        export_bundle(Exportable(image, None), tmp_path / "c", ["executorch-coreml:w8"])
+    assert "executorch-coreml" not in list_targets()
