@@ -10,6 +10,7 @@ all of them; zero points stay those of the range seen first; a range behind a cl
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from pocketvlm.export.prepare import CONVOLUTIONS, LINEARS, Rounding, rounded_nodes, stem
-from pocketvlm.export.rounding import round_rows
+from pocketvlm.export.rounding import round_rows, round_weight
 
 LEVELS = 255
+# XNNPACK's requantization takes no smaller scale
+_SMALLEST_SCALE = 2.0**-16
 _BATCH = 16
 _aten = torch.ops.aten
 _BOUNDED = (_aten.hardtanh.default, _aten.hardtanh_.default)
@@ -33,6 +36,10 @@ class Step:
 
     scale: float
     zero: int
+
+
+# what int8 rounds
+INT8 = Rounding(round_weight, "mixed")
 
 
 class _Through(torch.autograd.Function):
@@ -71,29 +78,23 @@ class _Grid(torch.autograd.Function):
 class FakeQuantized(nn.Module):
     """A prepared graph, run with the rounding of a precision at every place where its files round.
 
-    float_layers: convolutions at the input that stay in float. The ranges of activations start as minimum and maximum
-    over `rows`. Its parameters are the graph's own: training them changes the graph.
+    steps: grids of the activations that are rounded in fixed ranges, by node. float_layers: convolutions at the input
+    that stay in float. Its parameters are the graph's own, which training changes, and the grids' scales.
     """
 
-    def __init__(self, graph: fx.GraphModule, rows: NDArray[Any], float_layers: int, rounding: Rounding) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, steps: Mapping[str, Step], float_layers: int, rounding: Rounding | None = None
+    ) -> None:
         super().__init__()
-        self.graph_module, self.rounding = graph, rounding
+        self.graph_module, self.float_layers, self.rounding = graph, float_layers, rounding or INT8
         self._exempt = {node.name for node in stem(graph, float_layers)}
-        self._rounded = rounded_nodes(graph, float_layers) if rounding.inputs == "mixed" else set()
-        seen = _Seen(graph, self._rounded)
-        for index in range(0, len(rows), _BATCH) if self._rounded else ():
-            seen.run(torch.from_numpy(np.ascontiguousarray(rows[index : index + _BATCH])))
-        self.zeros: dict[str, int] = {}
-        self._bounds: dict[str, float] = {}
-        self.log_scales = nn.ParameterDict()
-        for node in graph.graph.nodes:
-            if node.name in self._rounded:
-                low, high = seen.ranges[node.name]
-                scale = max((max(high, 0.0) - min(low, 0.0)) / LEVELS, 1e-12)
-                self.zeros[node.name] = int(np.round(-min(low, 0.0) / scale))
-                self.log_scales[node.name] = nn.Parameter(torch.tensor(math.log(scale)))
-                # the file's convolution clamps by its range alone
-                self._bounds[node.name] = math.log(_ceiling(node) / LEVELS) if _ceiling(node) else math.inf
+        self.zeros = {name: step.zero for name, step in steps.items()}
+        self.log_scales = nn.ParameterDict(
+            {name: nn.Parameter(torch.tensor(step.scale, dtype=torch.float64).log()) for name, step in steps.items()}
+        )
+        # the file's convolution clamps by its range alone
+        ceilings = {node.name: _ceiling(node) for node in graph.graph.nodes if node.name in steps}
+        self._bounds = {name: math.log(ceiling / LEVELS) for name, ceiling in ceilings.items() if ceiling}
 
     def forward(self, rows: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] or int32 [B, L] -> float32 [B, D], as the file gives it at batch 1."""
@@ -117,7 +118,10 @@ class FakeQuantized(nn.Module):
 
     def steps(self) -> dict[str, Step]:
         """Node -> grid of its value, for the files."""
-        return {name: Step(float(self.log_scales[name].detach().exp()), zero) for name, zero in self.zeros.items()}
+        return {name: Step(float(self._scale(name).detach()), zero) for name, zero in self.zeros.items()}
+
+    def _scale(self, name: str) -> Tensor:
+        return self.log_scales[name].exp().float()
 
     def rounds_weight(self, node: fx.Node) -> bool:
         """Whether the file has integers for this layer's weight."""
@@ -132,7 +136,7 @@ class FakeQuantized(nn.Module):
         """A value on the grid of its node; the value itself where the node is not rounded."""
         if name not in self.zeros:
             return value
-        found: Tensor = _Grid.apply(value, self.log_scales[name].exp(), self.zeros[name])
+        found: Tensor = _Grid.apply(value, self._scale(name), self.zeros[name])
         return found
 
     @torch.no_grad()
@@ -152,6 +156,19 @@ def _ceiling(node: fx.Node) -> float:
     return float(node.args[2]) if node.target in _BOUNDED and len(node.args) > 2 else 0.0  # type: ignore[arg-type]
 
 
+@torch.no_grad()
+def observed_steps(graph: fx.GraphModule, rows: NDArray[Any], float_layers: int) -> dict[str, Step]:
+    """The grid of every activation that int8 rounds in a fixed range: of minimum and maximum over all rows."""
+    seen = _Seen(graph, rounded_nodes(graph, float_layers))
+    for index in range(0, len(rows), _BATCH) if seen.names else ():
+        seen.run(torch.from_numpy(rows[index : index + _BATCH].copy()))
+    found = {}
+    for name, (low, high) in seen.ranges.items():
+        scale = max((max(high, 0.0) - min(low, 0.0)) / LEVELS, _SMALLEST_SCALE)
+        found[name] = Step(float(np.float32(scale)), int(np.round(-min(low, 0.0) / scale)))
+    return found
+
+
 class _Seen(fx.Interpreter):
     """Minimum and maximum of some nodes over everything that was run."""
 
@@ -160,7 +177,6 @@ class _Seen(fx.Interpreter):
         self.names = names
         self.ranges: dict[str, tuple[float, float]] = {}
 
-    @torch.no_grad()
     def run_node(self, n: fx.Node) -> Any:
         output = super().run_node(n)
         if n.name in self.names:

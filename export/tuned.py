@@ -9,22 +9,24 @@ from typing import Literal
 
 from torch import fx
 
-from pocketvlm.export.fake_quant import Step
-from pocketvlm.export.prepare import STEM_LAYERS, Prepared, Rounding
-from pocketvlm.export.rounding import round_weight
-
-# what int8 rounds
-INT8 = Rounding(round_weight, "mixed")
+from pocketvlm.export.fake_quant import INT8, FakeQuantized, Step
+from pocketvlm.export.prepare import Prepared, Rounding
 
 
 @dataclass(frozen=True)
 class Trained:
     """What `export.finetune` left of one tower. graph: with the weights of the files, as float values. steps: node ->
-    grid of its value, where it has a fixed range. notes: for `Variant.notes`."""
+    grid of its value, where it has a fixed range. notes: for `Variant.notes`. float_layers: convolutions at the input
+    that stay in float."""
 
     graph: fx.GraphModule
     steps: dict[str, Step]
     notes: dict[str, object]
+    float_layers: int
+
+    def fake_quantized(self) -> FakeQuantized:
+        """What the int8 files compute, in float arithmetic."""
+        return FakeQuantized(copy.deepcopy(self.graph), self.steps, self.float_layers)
 
 
 class Tuned(Prepared):
@@ -45,7 +47,7 @@ class Tuned(Prepared):
         """As `Prepared.graph`; trained is only what int8 tries first."""
         if INT8 not in self.trained or static != self.convolutional:
             return super().graph(static=static)
-        return copy.deepcopy(self.trained[INT8].graph), STEM_LAYERS if static else self._convolutions
+        return copy.deepcopy(self.trained[INT8].graph), self.trained[INT8].float_layers
 
     def rounded(self, rounding: Rounding, bits: Literal[4, 8] = 8) -> fx.GraphModule:
         """As `Prepared.rounded`."""
