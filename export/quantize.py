@@ -91,12 +91,12 @@ def quantize(
     """
     say, out = progress or (lambda line: None), Path(out)
     goal = parse_goal(budget)
-    opened = get_target(target)
     if target == "coreml":
         raise UsageError(
             "target coreml was given, whose files run on macOS only, so no point could be measured; quantize for onnx "
             "and give its plan to 'pocketvlm export --targets coreml --precisions mixed --plan'"
         )
+    opened = get_target(target)
     others = [p for p in _OTHERS if p in opened.precisions] if precisions is None else list(precisions)
     for precision in others:
         if precision not in opened.precisions or precision == "mixed":
@@ -193,15 +193,16 @@ def search(lab: Lab, judge: Judge, ranked: Sequence[Damage]) -> Point | None:
         for count in sorted({max(1, len(ranked) // 5), max(1, len(ranked) // 2)}):
             trial(ranked[:count])
         return None
-    if not judge.meets(point := trial(ranked)):
-        return None
-    low, high = 0, len(ranked)
+    point, low, high = None, 0, len(ranked)
     while high - low > 1:
         middle = (low + high) // 2
         if judge.meets(tried := trial(ranked[:middle])):
             point, high = tried, middle
         else:
             low = middle
+    # all in float are large files, so they are tried last
+    if point is None and not judge.meets(point := trial(ranked)):
+        return None
     kept = list(ranked[:high])
     # the last one is needed: without it the prefix failed
     for one in sorted(kept[:-1], key=lambda one: -one.extra_bytes)[:_DROPS]:

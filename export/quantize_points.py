@@ -115,16 +115,25 @@ class Judge:
         """Whether a point is within the goal."""
         return self.value(point) >= 0
 
+    def proved(self, point: Point) -> bool:
+        """Whether a point meets the goal, and under a budget of recall the bound of its loss does too."""
+        return self.meets(point) and (self.goal.kind != "recall" or point.changes[self.goal.k].bound <= self.goal.limit)
+
     def sentence(self, point: Point) -> str:
         """What was found of a point, in the goal's units."""
         if point.failed:
             return point.failed
         if self.goal.kind == "recall":
             change, k = point.changes[self.goal.k], self.goal.k
-            return f"R@{k} {-100 * change.loss:+.2f} points, at worst {-100 * change.bound:+.2f} (95 %)"
+            return f"R@{k} {points(-change.loss)} points, at worst {points(-change.bound)} (95 %)"
         if self.goal.kind == "cosine":
             return f"cosine {min(point.cosine.values()):.5f}"
         return f"size {point.ratio:.3f}"
+
+
+def points(share: float) -> str:
+    """A share as points with a sign; nothing is +0.00."""
+    return f"{round(100 * share, 2) + 0.0:+.2f}"
 
 
 def make_judge(goal: Goal, plain: Point, verdict: Verdict) -> Judge:
@@ -134,7 +143,7 @@ def make_judge(goal: Goal, plain: Point, verdict: Verdict) -> Judge:
     loss within the budget.
     """
     if goal.kind != "recall":
-        return Judge(goal, False, "measured; no statistics are needed")
+        return Judge(goal, False, "as measured")
     if verdict != "auto":
         how = "the one-sided 95 % bound" if verdict == "bound" else "the measured loss"
         return Judge(goal, verdict == "bound", f"by {how}, as was asked for")
@@ -148,7 +157,8 @@ def make_judge(goal: Goal, plain: Point, verdict: Verdict) -> Judge:
     return Judge(
         goal, False,
         f"by the measured loss: {change.queries} queries, of which int8 changes {moved}, are too few to prove a loss "
-        f"of at most {100 * goal.limit:g} points (about {needed:,} would be needed), so 'met' below is an estimate",
+        f"of at most {100 * goal.limit:g} points as a rule (about {needed:,} would be needed): what meets it by "
+        "estimate may lose more, and only points marked as proved do not",
     )  # fmt: skip
 
 

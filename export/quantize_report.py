@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pocketvlm
 from pocketvlm.edge.errors import require
 from pocketvlm.export.compare import finite
+from pocketvlm.export.quantize_points import points
 
 if TYPE_CHECKING:
     from pocketvlm.export.quantize import Quantized
@@ -19,20 +20,23 @@ JSON_FILE, PLOT = "quantize.json", "quantize"
 SCHEMA_VERSION = "1.0"
 _KINDS = {"fp32": "#555555", "int8": "#1f77b4", "mixed": "#d95f02"}
 _OTHER = "#7570b3"
+# a wider range than this is drawn in logarithms
+_WIDE = 8.0
 
 
 def as_dict(found: Quantized) -> dict[str, Any]:
     """Everything, in plain JSON types."""
-    points = []
+    entries = []
     for point in found.points:
         entry = {key: value for key, value in asdict(point).items() if key not in ("changes", "recall")}
         entry["recall"] = {f"r@{k}": value for k, value in point.recall.items()}
         entry["changes"] = {f"r@{k}": asdict(change) for k, change in point.changes.items()}
-        points.append(entry | {"meets": found.judge.meets(point), "on_front": point.name in found.front})
+        standing = _standing(found, point)
+        entries.append(entry | {"budget": standing, "on_front": point.name in found.front})
     blocks = [{"tower": one.tower, "block": one.block, **one.to_dict()} for one in found.damages]
     content = {
         "schema_version": SCHEMA_VERSION, "kit_version": pocketvlm.__version__, "student": found.student, **found.facts,
-        "chosen": found.chosen.name if found.chosen else None, "nearest": found.nearest.name, "points": points,
+        "chosen": found.chosen.name if found.chosen else None, "nearest": found.nearest.name, "points": entries,
         "blocks": blocks,
     }  # fmt: skip
     result: dict[str, Any] = finite(content)
@@ -54,13 +58,21 @@ def table(found: Quantized) -> str:
                 point.name, str(point.kept or "-"), f"{point.mb:.2f}", f"{point.ratio:.3f}",
                 *(f"{point.ms[tower]:.2f}" for tower in ("image", "text")),
                 *(f"{point.cosine[tower]:.5f}" for tower in ("image", "text")),
-                f"{-100 * change.loss:+.2f}", f"{-100 * change.bound:+.2f}", f"{point.margin_noise:.5f}",
-                "met" if found.judge.meets(point) else "missed", ", ".join(marks),
+                points(-change.loss), points(-change.bound), f"{point.margin_noise:.5f}",
+                _standing(found, point), ", ".join(marks),
             ]
         )  # fmt: skip
     widths = [max(len(line[at]) for line in lines if len(line) > 2) for at in range(len(lines[0]))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     return "\n".join([*rows, "", verdict(found)])
+
+
+def _standing(found: Quantized, point: Point) -> str:
+    if not found.judge.meets(point):
+        return "missed"
+    if found.judge.goal.kind != "recall":
+        return "met"
+    return "proved" if found.judge.proved(point) else "estimated"
 
 
 def verdict(found: Quantized) -> str:
@@ -98,8 +110,14 @@ def plot(found: Quantized, paths: list[Path]) -> None:
     FigureCanvasAgg(figure)
     (size, time), (blocks, recall) = figure.subplots(2, 2)
     good = [point for point in found.points if not point.failed]
-    _cloud(size, found, [(point.mb, point) for point in good], "MB of both files")
-    _cloud(time, found, [(point.total_ms, point) for point in good], "ms of processor time, one picture and one text")
+    _cloud(size, found, [(point.mb, point) for point in good], "MB of both files", "Size against accuracy")
+    _cloud(
+        time,
+        found,
+        [(point.total_ms, point) for point in good],
+        "ms of processor time, one picture and one text",
+        "Latency against accuracy",
+    )
     _blocks(blocks, found)
     _recall(recall, found, good)
     figure.suptitle(f"{found.student}: budget {found.judge.goal.text}", fontsize=13)
@@ -113,7 +131,7 @@ def _colour(point: Point) -> str:
     return _KINDS.get(point.precision, _OTHER)
 
 
-def _cloud(axes: Any, found: Quantized, places: list[tuple[float, Point]], label: str) -> None:
+def _cloud(axes: Any, found: Quantized, places: list[tuple[float, Point]], label: str, title: str) -> None:
     """Lower left is better: the change of margins that a file makes, over what it takes."""
     front: list[tuple[float, float]] = []
     for x, point in sorted(places, key=lambda entry: (entry[0], entry[1].margin_noise)):
@@ -133,8 +151,15 @@ def _cloud(axes: Any, found: Quantized, places: list[tuple[float, Point]], label
         )  # fmt: skip
     axes.set_xlabel(label)
     axes.set_ylabel("noise of the margin to the 5th place (cosine)")
-    axes.margins(0.13)
-    axes.set_xlim(left=0)
+    axes.margins(y=0.13)
+    least, most = min(x for x, _ in places), max(x for x, _ in places)
+    if least > 0 and most > _WIDE * least:
+        axes.set_xscale("log")
+        axes.set_xlim(least / 1.3, most * 1.6)
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_xlim(0, most * 1.14)
+    axes.set_title(title, fontsize=10.5)
     _plain(axes)
 
 
@@ -153,16 +178,16 @@ def _blocks(axes: Any, found: Quantized) -> None:
     axes.set_yticks(range(len(shown)), [one.name for one in shown], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.14)
-    what = "; coloured: in float in the chosen point" if kept else ""
-    axes.set_xlabel(f"noise of the margin with this block alone in int8; label: bytes for float{what}")
+    axes.set_title("Each block alone in int8" + ("; coloured: in float where chosen" if kept else ""), fontsize=10.5)
+    axes.set_xlabel("noise of the margin; beside it: bytes that keeping the block in float costs")
     _plain(axes)
 
 
 def _recall(axes: Any, found: Quantized, good: list[Point]) -> None:
     """Change of recall with its one-sided 95 % bounds."""
     k = found.judge.goal.k or 5
-    points = sorted(good, key=lambda point: point.mb)
-    for place, point in enumerate(points):
+    shown = sorted((point for point in good if point.precision != "fp32"), key=lambda point: point.mb)
+    for place, point in enumerate(shown):
         change = point.changes[k]
         axes.errorbar(
             -100 * change.loss, place, fmt="o", color=_colour(point), capsize=3,
@@ -171,11 +196,13 @@ def _recall(axes: Any, found: Quantized, good: list[Point]) -> None:
         if point == found.chosen:
             axes.scatter(-100 * change.loss, place, s=190, facecolors="none", edgecolors="#000000", linewidths=1.4)
     axes.axvline(0, color="#999999", linewidth=0.8)
-    if found.judge.goal.kind == "recall":
+    limit = "; dashed: the budget" if found.judge.goal.kind == "recall" else ""
+    if limit:
         axes.axvline(-100 * found.judge.goal.limit, color="#aa0000", linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(points)), [f"{point.name}, {point.mb:.1f} MB" for point in points], fontsize=8)
+    axes.set_yticks(range(len(shown)), [f"{point.name}, {point.mb:.1f} MB" for point in shown], fontsize=8)
     axes.margins(y=0.08)
-    axes.set_xlabel(f"points of R@{k} against float; bars: one-sided 95 % bounds; dashed: the budget")
+    axes.set_title(f"What was lost of R@{k}", fontsize=10.5)
+    axes.set_xlabel("points against float; bars: one-sided 95 % bounds" + limit)
     _plain(axes)
 
 
