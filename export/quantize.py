@@ -184,16 +184,16 @@ def search(lab: Lab, judge: Judge, ranked: Sequence[Damage]) -> Point | None:
         room = judge.goal.limit * full.mb * 1e6 - plain.mb * 1e6
         chosen = [one for index, one in enumerate(ranked) if sum(x.extra_bytes for x in ranked[: index + 1]) <= room]
         while chosen:
-            point = trial(chosen)
-            if judge.meets(point):
-                return point
+            if judge.meets(fitting := trial(chosen)):
+                return fitting
             chosen = chosen[:-1]
         return None
     if judge.meets(plain):
         for count in sorted({max(1, len(ranked) // 5), max(1, len(ranked) // 2)}):
             trial(ranked[:count])
         return None
-    point, low, high = None, 0, len(ranked)
+    point: Point | None = None
+    low, high = 0, len(ranked)
     while high - low > 1:
         middle = (low + high) // 2
         if judge.meets(tried := trial(ranked[:middle])):
