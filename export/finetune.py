@@ -27,6 +27,7 @@ from pocketvlm.export.fake_quant import INT8, FakeQuantized, observed_steps
 from pocketvlm.export.fidelity import fidelity, run_module
 from pocketvlm.export.prepare import STEM_LAYERS, Prepared, Rounding
 from pocketvlm.export.source import Exportable
+from pocketvlm.export.static import static_tower
 from pocketvlm.export.targets import onnx
 from pocketvlm.export.targets.base import Calibration, Towers
 from pocketvlm.export.targets.onnx import Tower, prepared_tower, present_towers
@@ -186,7 +187,10 @@ def _rows(tower: Tower, calibration: Calibration, ready: Prepared, more: Calibra
 def _fake(ready: Prepared, rounding: Rounding, precision: str) -> FakeQuantized:
     if precision == "w4":
         return FakeQuantized(ready.rounded(rounding, 4), {}, STEM_LAYERS, rounding)
-    graph, float_layers = ready.graph(static=ready.convolutional)
+    if ready.convolutional:
+        static = static_tower(ready)
+        return FakeQuantized(copy.deepcopy(static.graph), static.steps, static.settings.stem, rounding)
+    graph, float_layers = ready.graph(static=False)
     return FakeQuantized(graph, observed_steps(graph, ready.fit, float_layers), float_layers, rounding)
 
 

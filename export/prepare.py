@@ -166,12 +166,14 @@ def correct_bias(
     float_layers: int = 0,
     rounding: Rounding | None = None,
     expected: dict[str, Tensor] | None = None,
+    ranges: dict[str, tuple[Tensor, Tensor]] | None = None,
 ) -> int:
     """Give every convolution and linear layer the bias that restores its mean output under rounding, in place.
 
     rows: calibration inputs, the more the better; they pass through in one batch, cut to what memory allows.
     float_layers: convolutions at the input that stay in float. rounding: that of int8 unless given. expected: layer ->
     mean output per channel to restore, `mean_outputs` of another graph; those of this graph in float unless given.
+    ranges: of the values that are rounded; the whole range of `rows` unless given.
 
     Returns:
         The number of layers corrected.
@@ -184,8 +186,9 @@ def correct_bias(
     if rounding.inputs == "fixed":
         observed |= {str(node.args[0]) for node in graph_module.graph.nodes if node.target in LINEARS}
     own: dict[str, Tensor] = {}
-    ranges: dict[str, tuple[Tensor, Tensor]] = {}
-    _Observed(graph_module, own, observed, ranges).run(inputs)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    _Observed(graph_module, own, observed, seen).run(inputs)
+    ranges = seen | (ranges or {})
     corrections: dict[str, Tensor] = {}
     Corrected(graph_module, expected or own, corrections, exempt, ranges, rounded, rounding).run(inputs)
     for node in list(graph_module.graph.nodes):
@@ -441,13 +444,16 @@ class Prepared:
         self.convolutional = self._convolutions > STEM_LAYERS
         self.attention = has_attention(self._balanced)
         self._corrected: dict[int, fx.GraphModule] = {}
+        # what `export.static` has found for it: the settings hold for `keeping` too
+        self.settings: Any = None
+        self.static: Any = None
 
     def keeping(self, blocks: Collection[str]) -> Prepared:
         """The same with these blocks in float (names as in `export.graphs`)."""
         if quantized_tables(self._module, blocks) != quantized_tables(self._module):
             return Prepared(self._module, self._rows, blocks)
         other = copy.copy(self)
-        other._balanced, other._corrected = copy.deepcopy(self._balanced), {}
+        other._balanced, other._corrected, other.static = copy.deepcopy(self._balanced), {}, None
         mark_float(other._balanced, blocks)
         return other
 

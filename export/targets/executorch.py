@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,9 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketvlm.edge.errors import require
+from pocketvlm.export import observers
 from pocketvlm.export.delegation import delegation
 from pocketvlm.export.fidelity import Scheme, choose_scheme, fidelity, run_module
 from pocketvlm.export.mixed import Plan
+from pocketvlm.export.observers import Method
 from pocketvlm.export.prepare import (
     LINEARS,
     STEM_LAYERS,
@@ -24,15 +28,22 @@ from pocketvlm.export.prepare import (
     capture,
     is_depthwise,
     prune,
+    rounded_nodes,
     weight_only_graph,
 )
+from pocketvlm.export.ranges import histograms, output_losses, steps_by
 from pocketvlm.export.rounding import round_blocks_evenly, round_weight
+from pocketvlm.export.static import static_tower
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
 from pocketvlm.export.targets.onnx import Tower, example_rows, prepared_tower, present_towers, quiet
 from pocketvlm.export.token_tables import BLOCK
-from pocketvlm.export.tuned import trained, tuning_notes
+from pocketvlm.export.tuned import tuning_notes
 
 METHODS: dict[Tower, str] = {"image": "encode_image", "text": "encode_text"}
+# mean 1 - cosine that rounding the output of one linear layer may cost for the layer to be static, and the rows that
+# tell
+_LOST = (0.01, 0.001)
+_JUDGED = 16
 
 
 class ExecuTorchTarget:
@@ -42,7 +53,8 @@ class ExecuTorchTarget:
 
     The batch is fixed at 1: memory is planned ahead for the largest batch, which a phone would carry for nothing.
     w8a8-dynamic: linear layers and ordinary convolutions set their range when an input arrives, depthwise convolutions
-    stay in float. w8a8-static: ranges set ahead of time, by minimum and maximum. w4: linear layers in 4 bits and blocks
+    stay in float. w8a8-static: ranges set ahead of time; linear layers whose
+    output does not bear that stay dynamic. w4: linear layers in 4 bits and blocks
     of 32 with such dynamic inputs ("8da4w": XNNPACK has no 4-bit kernel with float inputs), where the width is a
     multiple of 32; token tables in 4 bits; the rest as w8a8-dynamic. All have the first three convolutions in float.
 
@@ -126,12 +138,13 @@ def _partitioners(precision: str) -> list[Any]:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
     rest = XnnpackPartitioner()
-    if precision in ("fp32", "w8a8-static"):
+    if precision == "fp32":
         return [rest]
     # dynamic linear layers go first, as the other would take them apart; and only they, because a partitioner for all
     # that can be dynamic takes the static convolutions too and cuts the network at every residual sum
     dynamic = ConfigPrecisionType.DYNAMIC_QUANT
-    configs = [LinearConfig, AddmmConfig, *([] if precision in ("int8", "mixed") else [ConvolutionConfig])]
+    static = precision in ("int8", "mixed", "w8a8-static")
+    configs = [LinearConfig, AddmmConfig, *([] if static else [ConvolutionConfig])]
     return [XnnpackPartitioner(configs=configs, config_precisions=dynamic), rest]
 
 
@@ -153,8 +166,9 @@ def _quantize(ready: Prepared) -> tuple[nn.Module, dict[str, object]]:
     dynamic = Scheme("pt2e-dynamic", lambda: _lowerable(ready, static=False), last_resort=ready.convolutional)
     schemes = [static, dynamic] if ready.convolutional else [dynamic]
     # one row at a time, as the file runs: dynamic ranges are those of the whole batch in eager mode
-    graph, _, notes = choose_scheme(schemes, lambda graph: run_module(graph, ready.held, 1), ready.expected)
-    return graph, notes | tuning_notes(ready)
+    graph, scheme, notes = choose_scheme(schemes, lambda graph: run_module(graph, ready.held, 1), ready.expected)
+    notes |= tuning_notes(ready)
+    return graph, notes | (static_tower(ready).settings.notes() if scheme is static else {})
 
 
 def _rung(
@@ -169,12 +183,16 @@ def _rung(
     else:
         graph, fit = ready.rounded(ROUNDINGS[precision], bits), ready.fit
     if precision == "w8a8-static":
-        lowered = _convert(graph, TowerQuantizer(STEM_LAYERS, "fixed"), fit)
+        assert ready is not None, "check_precision has refused it without calibration inputs"
+        lowered, _, facts = choose_scheme(
+            _fixed_schemes(graph, ready), lambda graph: run_module(graph, ready.held, 1), ready.expected
+        )
+        return lowered, {**facts, "biases": "corrected"}
     else:
         lowered = _convert(
             graph, TowerQuantizer(STEM_LAYERS, "rows", linears=_no_blocks if bits == 4 else None), fit[:2]
         )
-    scheme = {"w8a8-static": "pt2e-static", "w8a8-dynamic": "pt2e-dynamic", "w4": "8da4w-blocks-of-32"}[precision]
+    scheme = {"w8a8-dynamic": "pt2e-dynamic", "w4": "8da4w-blocks-of-32"}[precision]
     if bits == 4:
         _quantize_blocks(lowered)
     notes: dict[str, object] = {
@@ -184,6 +202,41 @@ def _rung(
     if ready:
         notes |= fidelity(run_module(lowered, ready.held, 1), ready.expected).notes(precision)
     return lowered, notes | tuning_notes(ready, ROUNDINGS[precision])
+
+
+def _fixed_schemes(graph: Any, ready: Prepared) -> list[Scheme[nn.Module]]:
+    """Every layer static; then without the linear layers whose output suffers most from 8 bits, by each observer.
+
+    XNNPACK's static linear layer gives int8, one range for all channels. Transformers have channels that are a hundred
+    times louder than the rest (in the residual stream, where nothing can balance them): such a layer stays dynamic,
+    which gives float.
+    """
+    from pocketvlm.export.targets.xnnpack_quantizer import TowerQuantizer
+
+    names = rounded_nodes(graph, STEM_LAYERS)
+    for node in graph.graph.nodes:
+        if node.target in LINEARS:
+            names |= {node.name, str(node.args[0])}
+    seen = histograms(graph, ready.fit, names)
+    lost: dict[str, float] = {}
+
+    def fixed(observer: Method, limit: float | None) -> nn.Module:
+        if limit is not None and not lost:
+            lost.update(output_losses(graph, ready.held[:_JUDGED], steps_by(seen, "minmax")))
+        by_row = [name for name, loss in lost.items() if limit is not None and loss > limit]
+        quantizer = TowerQuantizer(STEM_LAYERS, "fixed", steps=steps_by(seen, observer), by_row=by_row)
+        return _convert(copy.deepcopy(graph), quantizer, ready.fit[:2])
+
+    few, most = _LOST
+    ladder: list[tuple[Method, float | None]] = [("minmax", None), ("minmax", few), ("minmax", most)]
+    ladder += [(observer, most) for observer in observers.METHODS[1:]]
+    return [
+        Scheme(
+            f"pt2e-static-{observer}" + ("" if limit is None else f", outputs losing {limit:g} dynamic"),
+            partial(fixed, observer, limit),
+        )
+        for observer, limit in ladder
+    ]
 
 
 def _no_blocks(shape: torch.Size) -> bool:
@@ -234,13 +287,13 @@ def _quantize_blocks(graph: Any) -> None:
 def _lowerable(ready: Prepared, *, static: bool) -> nn.Module:
     from pocketvlm.export.targets.xnnpack_quantizer import TowerQuantizer
 
-    graph, float_layers = ready.graph(static=static)
-    tuned = trained(ready)
-    steps = tuned.steps if tuned and static else {}
-    # without static ranges to observe, two rows are enough to run the graph once
-    return _convert(
-        graph, TowerQuantizer(float_layers, steps=steps), ready.fit if static and not steps else ready.fit[:2]
-    )
+    # without ranges to observe, two rows are enough to run the graph once
+    if not static:
+        graph, float_layers = ready.graph(static=False)
+        return _convert(graph, TowerQuantizer(float_layers), ready.fit[:2])
+    chosen = static_tower(ready)
+    quantizer = TowerQuantizer(chosen.settings.stem, steps=chosen.steps)
+    return _convert(copy.deepcopy(chosen.graph), quantizer, ready.fit[:2])
 
 
 @torch.no_grad()

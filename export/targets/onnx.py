@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import io
 import logging
@@ -33,11 +34,12 @@ from pocketvlm.export.prepare import (
     weight_only_graph,
 )
 from pocketvlm.export.rounding import round_blocks, round_weight
+from pocketvlm.export.static import Static, static_tower
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
 from pocketvlm.export.targets.onnx_float import marked_values, nodes_behind
 from pocketvlm.export.targets.onnx_ladder import Batches, quantize_ahead, to_half, weights_to_int4, weights_to_int8
 from pocketvlm.export.targets.onnx_steps import tensor_overrides
-from pocketvlm.export.tuned import trained, tuning_notes
+from pocketvlm.export.tuned import tuning_notes
 
 OPSET = 18  # the newest that every onnxruntime since 1.14 (mobile and web builds included) runs in full
 Tower = Literal["image", "text"]
@@ -229,7 +231,11 @@ def _export_calibrated(ready: Prepared, tower: Tower, path: Path, digest: str, p
     onnx = require("onnx", "onnx")
     with tempfile.TemporaryDirectory() as scratch:
         schemes = (_static_schemes if precision == "w8a8-static" else _schemes)(ready, tower, Path(scratch), digest)
-        candidate, _, notes = choose_scheme(schemes, lambda file: run_file(file, ready.held, tower), ready.expected)
+        candidate, scheme, notes = choose_scheme(
+            schemes, lambda file: run_file(file, ready.held, tower), ready.expected
+        )
+        if precision != "w8a8-static" and scheme.name.startswith("static"):
+            notes |= static_tower(ready).settings.notes()
         model = onnx.load(str(candidate))
         stamp(model, tower, precision, digest)
         onnx.save(model, str(path))
@@ -297,20 +303,29 @@ def _static_schemes(ready: Prepared, tower: Tower, folder: Path, digest: str) ->
 def _schemes(ready: Prepared, tower: Tower, folder: Path, digest: str) -> list[Scheme[Path]]:
     """What to try, in order: linear layers are always dynamic, convolutions static where there are any."""
 
-    def exported(static: bool) -> tuple[Path, int, list[str]]:
-        graph, float_layers = ready.graph(static=static)
-        path = folder / f"prepared-{float_layers}.onnx"
-        floats = export_graph(graph, ready.fit[:2], tower, path, contract_digest=digest)
-        return path, float_layers, floats
+    onnx = require("onnx", "onnx")
+
+    def exported(graph: Any, name: str) -> tuple[Path, list[str]]:
+        path = folder / f"prepared-{name}.onnx"
+        return path, export_graph(graph, ready.fit[:2], tower, path, contract_digest=digest)
 
     def dynamic() -> Path:
-        source, _, floats = exported(False)
-        return _quantize_dynamic(source, folder / "dynamic.onnx", floats)
+        # convolutions compute in float, from integer weights
+        convolutional = ready.convolutional
+        graph = ready.rounded(ROUNDINGS["w8a8-dynamic"]) if convolutional else ready.graph(static=False)[0]
+        source, floats = exported(graph, "dynamic")
+        target = _quantize_dynamic(source, folder / "dynamic.onnx", floats)
+        if convolutional:
+            model = onnx.load(str(target))
+            weights_to_int8(model, ("Conv",), STEM_LAYERS, floats)
+            onnx.save(model, str(target))
+        return target
 
     def static() -> Path:
-        source, float_layers, floats = exported(True)
+        chosen = static_tower(ready)
+        source, floats = exported(copy.deepcopy(chosen.graph), "static")
         target = folder / "static.onnx"
-        _quantize_static(source, target, ready, tower, float_layers, floats)
+        _quantize_static(source, target, ready, tower, chosen, floats)
         return _quantize_dynamic(target, folder / "mixed.onnx", floats)
 
     if not ready.convolutional:
@@ -338,7 +353,7 @@ def _quantize_dynamic(source: Path, target: Path, floats: Sequence[str] = ()) ->
 
 
 def _quantize_static(
-    source: Path, target: Path, ready: Prepared, tower: Tower, float_layers: int, floats: Sequence[str] = ()
+    source: Path, target: Path, ready: Prepared, tower: Tower, static: Static, floats: Sequence[str] = ()
 ) -> Path:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
@@ -348,20 +363,20 @@ def _quantize_static(
     kinds = ["Conv", "Clip", "Relu"]
     # 8-bit residual sums ruin transformers; convolutional towers run them in int8 from end to end
     kinds += [] if ready.attention else ["Add"]
-    graph, tuned = onnx.load(str(prepared)).graph, trained(ready)
-    overrides = tensor_overrides(tuned.graph, graph, tuned.steps) if tuned else {}
+    graph = onnx.load(str(prepared)).graph
     quantize_static(
         str(prepared),
         str(target),
-        Batches(_batches(ready.fit, tower)),
+        # every range is known: two rows are for the quantizer, which wants to see some
+        Batches(_batches(ready.fit[:2], tower)),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         op_types_to_quantize=kinds,
-        nodes_to_exclude=[*_stem(graph, float_layers), *nodes_behind(graph, floats)],
+        nodes_to_exclude=[*_stem(graph, static.settings.stem), *nodes_behind(graph, floats)],
         calibrate_method=CalibrationMethod.MinMax,
-        extra_options={"TensorQuantOverrides": overrides},
+        extra_options={"TensorQuantOverrides": tensor_overrides(static.graph, graph, static.steps)},
     )
     return target
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,15 @@ def to_half(model: Any) -> Any:
     return wrapped.model
 
 
-def weights_to_int8(model: Any, kinds: tuple[str, ...] = _WEIGHTED, float_convolutions: int = 0) -> int:
+def weights_to_int8(
+    model: Any, kinds: tuple[str, ...] = _WEIGHTED, float_convolutions: int = 0, floats: Collection[str] = ()
+) -> int:
     """Store the constant weights of these operators as int8 with a scale per output channel, in place.
 
     Activations and arithmetic stay float. Linear layers read theirs from a DequantizeLinear, for which onnxruntime has
     a kernel of its own; convolutions from a Cast and a Mul, which every runtime computes once, when it loads the file
-    (a DequantizeLinear it keeps for each run, which makes a convolution several times slower than one in float).
-    float_convolutions: so many at the input stay as they are.
+    (onnxruntime keeps a DequantizeLinear for each run, and a convolution behind one is several times slower).
+    float_convolutions: so many at the input stay as they are. floats: so do operators that compute these values.
 
     Returns:
         The number of operators whose weights were replaced.
@@ -51,6 +54,7 @@ def weights_to_int8(model: Any, kinds: tuple[str, ...] = _WEIGHTED, float_convol
     added: list[Any] = []
     changed = 0
     stem = [node.output[0] for node in model.graph.node if node.op_type == "Conv"][:float_convolutions]
+    stem += floats
     for node in model.graph.node:
         if node.op_type not in kinds or node.input[1] not in constants or node.output[0] in stem:
             continue

@@ -8,7 +8,7 @@ towers and left in float in transformers, where they carry outliers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import torch
@@ -59,7 +59,8 @@ class TowerQuantizer(Quantizer):
     float_layers: convolutions at the input that stay in float, besides what `mark_float` has exempted. ranges: "mixed"
     is the above; "rows" makes ordinary convolutions dynamic too and leaves depthwise ones in float, for which XNNPACK
     has no such kernel; "fixed" makes linear layers static. linears: which linear layers, by the shape of their weight;
-    all unless given. steps: grids of activations that are known ahead, by node; the others are observed.
+    all unless given. steps: grids of activations that are known ahead, by node; the others are observed. by_row: names
+    of linear layers that stay dynamic where ranges are "fixed".
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class TowerQuantizer(Quantizer):
         ranges: Literal["mixed", "rows", "fixed"] = "mixed",
         linears: Callable[[torch.Size], bool] | None = None,
         steps: Mapping[str, Step] | None = None,
+        by_row: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.float_layers = float_layers
         self.ranges = ranges
         self.linears = linears or (lambda shape: True)
         self.steps = steps or {}
+        self.by_row = by_row
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         exempt = {*stem(model, self.float_layers), *(node for node in model.graph.nodes if in_float(node))}
@@ -82,11 +85,11 @@ class TowerQuantizer(Quantizer):
             if node.target not in LINEARS or node in exempt or not _is_constant(node.args[1]):
                 continue
             if self.linears(node.args[1].meta["val"].shape):
-                spec = _ACTIVATION if self.ranges == "fixed" else _ROW
-                _annotate_input(node, spec)
-                if spec is _ACTIVATION:
+                fixed = self.ranges == "fixed" and node.name not in self.by_row
+                _annotate_input(node, self._spec(node.args[0]) if fixed else _ROW)
+                if fixed:
                     # XNNPACK's static linear layer gives int8
-                    node.meta["quantization_annotation"].output_qspec = _ACTIVATION
+                    node.meta["quantization_annotation"].output_qspec = self._spec(node)
         for node in convolutions:
             if not _is_constant(node.args[1]):
                 continue
@@ -126,7 +129,7 @@ class TowerQuantizer(Quantizer):
         """Every annotation above is one that XNNPACK takes."""
 
 
-def _annotate_input(node: fx.Node, spec: QuantizationSpec) -> None:
+def _annotate_input(node: fx.Node, spec: QuantizationSpecBase) -> None:
     node.meta["quantization_annotation"] = QuantizationAnnotation(
         input_qspec_map={node.args[0]: spec, node.args[1]: _WEIGHT},  # type: ignore[dict-item]
         _annotated=True,
