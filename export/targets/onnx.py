@@ -38,6 +38,7 @@ from pocketvlm.export.static import Static, static_tower
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
 from pocketvlm.export.targets.onnx_float import marked_values, nodes_behind
 from pocketvlm.export.targets.onnx_ladder import Batches, quantize_ahead, to_half, weights_to_int4, weights_to_int8
+from pocketvlm.export.targets.onnx_names import shorten
 from pocketvlm.export.targets.onnx_steps import tensor_overrides
 from pocketvlm.export.tuned import tuning_notes
 
@@ -238,6 +239,7 @@ def _export_calibrated(ready: Prepared, tower: Tower, path: Path, digest: str, p
             notes |= static_tower(ready).settings.notes()
         model = onnx.load(str(candidate))
         stamp(model, tower, precision, digest)
+        shorten(model)
         onnx.save(model, str(path))
     return notes | (tuning_notes(ready) if precision == "int8" else {})
 
@@ -275,6 +277,7 @@ def _export_rewritten(
                 model, scheme = onnx.load(str(_quantize_dynamic(source, rewritten))), "dynamic"
                 weights_to_int8(model, ("Conv",), STEM_LAYERS)
     stamp(model, tower, precision, digest)
+    shorten(model)
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
     notes = {"scheme": scheme, "biases": "corrected" if ready else "as they were, for want of calibration data"}
