@@ -22,9 +22,10 @@ import tyro
 from benchmarks.results_folder import RESULTS, write
 from pocketvlm.data import open_data
 from pocketvlm.export.calibration import DEFAULT_SIZE, build_calibration
-from pocketvlm.export.compare import spearman_rows
-from pocketvlm.export.quantize import quantize
-from pocketvlm.export.quantize_report import JSON_FILE, PLOT, table
+from pocketvlm.export.compare import PairedChange, spearman_rows
+from pocketvlm.export.quantize import Quantized, quantize
+from pocketvlm.export.quantize_points import Judge, Point, parse_goal
+from pocketvlm.export.quantize_report import JSON_FILE, PLOT, plot, table
 from pocketvlm.export.sensitivity import Damage, measure_blocks
 from pocketvlm.export.source import open_source
 from pocketvlm.export.targets.onnx import prepared_tower
@@ -52,11 +53,37 @@ def agreement(one: list[Damage], other: list[Damage]) -> dict[str, float]:
     return found
 
 
+def committed() -> Quantized:
+    """What the committed quantize.json holds."""
+    content = json.loads((RESULTS / JSON_FILE).read_text())
+    points = {}
+    for entry in content["points"]:
+        taken = {key: value for key, value in entry.items() if key not in ("meets", "budget", "on_front", "changes")}
+        taken["recall"] = {int(k[2:]): value for k, value in entry["recall"].items()}
+        taken["changes"] = {int(k[2:]): PairedChange(**value) for k, value in entry["changes"].items()}
+        taken["keep"] = {tower: tuple(blocks) for tower, blocks in entry["keep"].items()}
+        points[entry["name"]] = Point(**taken)
+    front = tuple(entry["name"] for entry in content["points"] if entry["on_front"])
+    judge = Judge(parse_goal(content["budget"]), "by the one-sided" in content["judged"], content["judged"])
+    return Quantized(
+        content["student"], judge, tuple(points.values()), points.get(content["chosen"]), points[content["nearest"]],
+        front, tuple(Damage(**entry) for entry in content["blocks"]), content,
+    )  # fmt: skip
+
+
 def main(
-    run: Annotated[Path, tyro.conf.Positional], data: str, budget: str = "r@5 -0.5", reliability: bool = True
+    run: Annotated[Path | None, tyro.conf.Positional] = None,
+    data: str = "openmoji?pool=student&fold=0",
+    budget: str = "r@5 -0.5",
+    reliability: bool = True,
 ) -> None:
-    """run: a run folder. data: its captioned training pictures. reliability: compare two halves too."""
+    """run: a run folder; left out: the committed result is drawn again. data: captioned pictures that it was trained
+    on. reliability: compare two halves too."""
     torch.set_num_threads(1)
+    if run is None:
+        print(table(committed()))
+        plot(committed(), [IMAGES / f"{PLOT}.png"])
+        return
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         found = quantize(run, out, budget=budget, data=data, progress=print)

@@ -22,6 +22,8 @@ _KINDS = {"fp32": "#555555", "int8": "#1f77b4", "mixed": "#d95f02"}
 _OTHER = "#7570b3"
 # a wider range than this is drawn in logarithms
 _WIDE = 8.0
+# width and height that a point's name takes, as shares of the axes
+_NAME = (0.2, 0.05)
 
 
 def as_dict(found: Quantized) -> dict[str, Any]:
@@ -138,20 +140,16 @@ def _cloud(axes: Any, found: Quantized, places: list[tuple[float, Point]], label
         if not front or point.margin_noise < front[-1][1]:
             front.append((x, point.margin_noise))
     axes.step(*zip(*front), where="post", color="#999999", linewidth=1.2, zorder=1)
-    for index, (x, point) in enumerate(sorted(places, key=lambda entry: entry[0])):
+    for x, point in places:
         axes.scatter(x, point.margin_noise, s=46, color=_colour(point), zorder=3)
         if point == found.chosen:
             axes.scatter(
                 x, point.margin_noise, s=190, facecolors="none", edgecolors="#000000", linewidths=1.4, zorder=4
             )
-        up = index % 2 == 0
-        axes.annotate(
-            point.name, (x, point.margin_noise), (4, 7 if up else -7), textcoords="offset points", size=8,
-            va="bottom" if up else "top", color=_colour(point),
-        )  # fmt: skip
     axes.set_xlabel(label)
     axes.set_ylabel("noise of the margin to the 5th place (cosine)")
-    axes.margins(y=0.13)
+    top = max(point.margin_noise for _, point in places) or 1.0
+    axes.set_ylim(-0.07 * top, 1.17 * top)
     least, most = min(x for x, _ in places), max(x for x, _ in places)
     if least > 0 and most > _WIDE * least:
         axes.set_xscale("log")
@@ -161,6 +159,23 @@ def _cloud(axes: Any, found: Quantized, places: list[tuple[float, Point]], label
         axes.set_xlim(0, most * 1.14)
     axes.set_title(title, fontsize=10.5)
     _plain(axes)
+    _label(axes, places)
+
+
+def _label(axes: Any, places: list[tuple[float, Point]]) -> None:
+    """Names beside their points, moved up where another name is, with a line to the point."""
+    share = axes.transData + axes.transAxes.inverted()
+    taken: list[tuple[float, float]] = []
+    spots = [(share.transform((x, point.margin_noise)), point) for x, point in places]
+    for (x, y), point in sorted(spots, key=lambda spot: (spot[0][1], spot[0][0])):
+        height = y
+        while any(abs(x - other) < _NAME[0] and abs(height - level) < _NAME[1] for other, level in taken):
+            height += 0.005
+        taken.append((x, height))
+        axes.annotate(
+            point.name, (x, y), (x + 0.035, height), xycoords="axes fraction", textcoords="axes fraction", size=8,
+            va="center", color=_colour(point), arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6},
+        )  # fmt: skip
 
 
 def _blocks(axes: Any, found: Quantized) -> None:

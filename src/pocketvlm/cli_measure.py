@@ -160,7 +160,7 @@ def quantize(
     ] = None,
     verdict: Annotated[
         Literal["auto", "bound", "estimate"],
-        arg(help="A loss by its one-sided 95 %% bound, as measured, or by the bound where the sample can prove it."),
+        arg(help="A loss by its one-sided 95 % bound, as measured, or by the bound where the sample can prove it."),
     ] = "auto",
     prefer: Annotated[
         Literal["both", "size", "latency"], arg(help="Which point within the budget is exported.")
