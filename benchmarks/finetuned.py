@@ -143,11 +143,11 @@ def main(
     """Measure each run and add it to what was measured before."""
     torch.set_num_threads(1)
     path = RESULTS / RESULT
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": {}}
     for given in runs:
         folder, _, fold = given.rpartition(":")
         for precision in precisions:
             row = one(Path(folder), int(fold), precision, target, Finetune(steps))
+            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": {}}
             facts["runs"][f"{row['student']} fold {fold} {target} {precision} {Path(folder).name}"] = row
             facts["machine"] = machine()
             print(write(RESULT, facts))

@@ -37,7 +37,7 @@ assert _spec.loader
 toy: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(toy)
 
-FEW = Finetune(steps=16, batch=16, rate=2e-4, seed=3)
+FEW = Finetune(steps=8, batch=16, rate=2e-4, seed=3)
 
 
 class ImageViT(nn.Module):
@@ -70,23 +70,34 @@ def _one_thread() -> Any:
 
 def vit_towers() -> Towers:
     torch.manual_seed(1)
+    return Towers(ImageViT().eval().requires_grad_(False), None, toy.toy_towers().contract)
+
+
+def text_only() -> Towers:
     towers: Towers = toy.toy_towers()
-    return Towers(ImageViT().eval().requires_grad_(False), towers.text, towers.contract)
+    return Towers(None, towers.text, towers.contract)
 
 
 Made = tuple[Towers, Calibration, Path, dict[tuple[str, str], Variant]]
 WANTED = (("onnx", "int8"), ("executorch", "int8"))
 
 
-@pytest.fixture(scope="module", params=["convolutions", "vit"])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+@pytest.fixture(scope="module")
+def lowered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     """Both kinds of student, tuned and lowered once."""
-    towers = toy.toy_towers() if request.param == "convolutions" else vit_towers()
-    calibration = toy.toy_calibration(96)
-    finetune_towers(WANTED, towers, calibration, FEW)
-    folder = tmp_path_factory.mktemp(request.param)
-    how: Any = {"folder": folder, "calibration": calibration}
-    return towers, calibration, folder, {(t, p): get_target(t).lower(towers, precision=p, **how) for t, p in WANTED}  # type: ignore[arg-type]
+    found = {}
+    for name, towers in (("convolutions", toy.toy_towers()), ("vit", vit_towers())):
+        calibration, folder = toy.toy_calibration(96), tmp_path_factory.mktemp(name)
+        finetune_towers(WANTED, towers, calibration, FEW)
+        how: Any = {"folder": folder, "calibration": calibration}
+        # lowering a transformer to ExecuTorch takes long, and its integers are looked at before that
+        files = {"onnx": towers, "executorch": Towers(towers.image, None, towers.contract)}
+        variants = {(t, p): get_target(t).lower(files[t], precision=p, **how) for t, p in WANTED}  # type: ignore[arg-type]
+        found[name] = (towers, calibration, folder, variants)
+    return found
+
+
+CASES = [("convolutions", "image"), ("convolutions", "text"), ("vit", "image")]
 
 
 def result(found: Made, tower: str) -> Trained:
@@ -122,8 +133,9 @@ def rows_of(tower: str, count: int = 48) -> Any:
 # --- the integers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tower", ["image", "text"])
-def test_onnx_holds_the_trained_integers(made: Made, tower: str) -> None:
+@pytest.mark.parametrize(("student", "tower"), CASES)
+def test_onnx_holds_the_trained_integers(lowered: dict[str, Made], student: str, tower: str) -> None:
+    made = lowered[student]
     fake = fake_of(made, tower)
     graph = onnx.load(str(made[2] / made[3]["onnx", "int8"].files[tower])).graph
     constants = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
@@ -146,8 +158,9 @@ def test_onnx_holds_the_trained_integers(made: Made, tower: str) -> None:
     assert set(pairs.values()) == steps
 
 
-@pytest.mark.parametrize("tower", ["image", "text"])
-def test_executorch_computes_with_the_trained_integers(made: Made, tower: str) -> None:
+@pytest.mark.parametrize(("student", "tower"), CASES)
+def test_executorch_computes_with_the_trained_integers(lowered: dict[str, Made], student: str, tower: str) -> None:
+    made = lowered[student]
     from pocketvlm.export.targets.executorch import _quantize
 
     towers, calibration, _, _ = made
@@ -170,25 +183,25 @@ def test_executorch_computes_with_the_trained_integers(made: Made, tower: str) -
     assert pairs == {(step.scale, step.zero) for step in result(made, tower).steps.values()}
 
 
-@pytest.mark.parametrize("name", ["onnx", "executorch"])
-@pytest.mark.parametrize("tower", ["image", "text"])
-def test_the_runtime_computes_what_was_trained(made: Made, name: str, tower: str) -> None:
-    """One step of the last rounding is 1/255 of a row's range in every input of the projection; twice its effect on
-    the embedding is allowed, and a grid that is off by one step anywhere is caught by the tests above."""
-    rows = rows_of(tower)
+@pytest.mark.parametrize(
+    ("name", "student", "tower"),
+    [*(("onnx", *case) for case in CASES), ("executorch", *CASES[0]), ("executorch", *CASES[2])],
+)
+def test_the_runtime_computes_what_was_trained(lowered: dict[str, Made], name: str, student: str, tower: str) -> None:
+    """onnxruntime to a few values that fall to the other side of a step (2e-6 seen); XNNPACK sets the ranges of linear
+    layers by the token and not by the input, which is finer than what was trained (3e-5 seen)."""
+    made, rows = lowered[student], rows_of(tower)
     backend = open_backend(name, made[2], made[3][name, "int8"])
     run = backend.run_image if tower == "image" else backend.run_text
     found = np.concatenate([run(rows[i : i + 1]) for i in range(len(rows))])
     expected = run_module(fake_of(made, tower).eval(), rows)
     distance = 1 - fidelity(found, expected).minimum
-    plain = 1 - fidelity(found, run_module(result(made, tower).graph, rows)).mean
-    print(f"{name} {tower}: worst 1 - cosine {distance:.2e} (to the graph without rounding {plain:.2e})")
-    assert distance < 2e-4
+    assert distance < {"onnx": 1e-5, "executorch": 1e-4}[name]
 
 
 def test_four_bits_hold_the_trained_blocks(tmp_path: Path) -> None:
     """The very values that were trained: rounding them again, as the file is written, must change none."""
-    towers, calibration = toy.toy_towers(), toy.toy_calibration(96)
+    towers, calibration = text_only(), toy.toy_calibration(96)
     finetune_towers([("onnx", "w4")], towers, calibration, FEW)
     ready = prepared_tower(towers.text, calibration, "text")
     rounding = ROUNDINGS["w4"]
@@ -211,7 +224,7 @@ def test_the_held_out_inputs_gain_and_a_second_time_is_the_same() -> None:
     """Rounding 4 bits of the toy loses enough for a few steps to show."""
     graphs = []
     for _ in range(2):
-        towers, calibration = toy.toy_towers(), toy.toy_calibration(96)
+        towers, calibration = text_only(), toy.toy_calibration(96)
         finetune_towers([("onnx", "w4")], towers, calibration, dataclasses.replace(FEW, rate=2e-3, steps=24))
         left = trained(prepared_tower(towers.text, calibration, "text"), ROUNDINGS["w4"])
         assert left is not None
