@@ -106,9 +106,16 @@ class FakeQuantized(nn.Module):
         """Where the weights are."""
         return next(self.graph_module.parameters()).device
 
-    def weights(self) -> list[nn.Parameter]:
+    def weights(self) -> dict[str, nn.Parameter]:
         """The float parameters that layers read: weights, biases, norms. Token tables are integers already."""
-        return [value for value in self.graph_module.parameters() if value.is_floating_point()]
+        return {name: value for name, value in self.graph_module.named_parameters() if value.is_floating_point()}
+
+    def coarse_weights(self) -> set[str]:
+        """Names of the weights, among the graph's parameters, that the files hold in fewer than 8 bits."""
+        if self.rounding.linear is round_weight:
+            return set()
+        nodes = self.graph_module.graph.nodes
+        return {str(node.args[1].target) for node in nodes if node.target in LINEARS and self.rounds_weight(node)}
 
     @torch.no_grad()
     def keep_within(self) -> None:

@@ -25,7 +25,7 @@ from pocketvlm.edge.errors import UsageError
 from pocketvlm.export.calibration import open_calibration
 from pocketvlm.export.fake_quant import INT8, FakeQuantized, observed_steps
 from pocketvlm.export.fidelity import fidelity, run_module
-from pocketvlm.export.prepare import STEM_LAYERS, Prepared, Rounding
+from pocketvlm.export.prepare import CONVOLUTIONS, STEM_LAYERS, Prepared, Rounding
 from pocketvlm.export.source import Exportable
 from pocketvlm.export.static import static_tower
 from pocketvlm.export.targets import onnx
@@ -42,6 +42,8 @@ _CHECKS = 8
 _SMALLEST = 1e-3
 # one step of every weight at once adds up over the many layers of a convolutional tower
 _CONVOLUTIONAL = 0.3
+# steps of 4 bits are sixteen times as wide as those of 8, and smaller changes reach no other one
+_COARSE = 10.0
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Finetune:
     """How to fine-tune.
 
     steps: of Adam, on `batch` pictures and as many texts. rate: the largest change of a weight in one step, as a share
-    of its tensor's root mean square, in a tower with int8 convolutions three tenths of that; it falls to 0 by half a
-    cosine. scale_rate: of the logarithm of each activation's
+    of its tensor's root mean square, in a convolutional tower three tenths of that, of weights in 4 bits ten
+    times; it falls to 0 by half a cosine. scale_rate: of the logarithm of each activation's
     step. feature, relation: weights of the objectives `feature` (cosine) and `gram` (cosine). rows: at most so many
     pictures and texts to learn from. device: "cpu", "cuda" or "auto".
 
@@ -257,11 +259,12 @@ class _Order:
 
 def _groups(fake: FakeQuantized, settings: Finetune) -> list[dict[str, Any]]:
     """One group of parameters a tensor: folded batch norms leave weights of very different size."""
-    rate = settings.rate * (_CONVOLUTIONAL if fake.zeros else 1.0)
+    convolutional = sum(node.target in CONVOLUTIONS for node in fake.graph_module.graph.nodes) > STEM_LAYERS
+    rate, coarse = settings.rate * (_CONVOLUTIONAL if convolutional else 1.0), fake.coarse_weights()
     groups: list[dict[str, Any]] = []
-    for weight in fake.weights():
+    for name, weight in fake.weights().items():
         size = max(float(weight.detach().square().mean().sqrt()), _SMALLEST)
-        groups.append({"params": [weight], "lr": rate * size})
+        groups.append({"params": [weight], "lr": size * (settings.rate * _COARSE if name in coarse else rate)})
     if len(fake.log_scales):
         groups.append({"params": list(fake.log_scales.values()), "lr": settings.scale_rate})
     return groups

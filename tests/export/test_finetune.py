@@ -372,3 +372,14 @@ def test_an_export_is_fine_tuned_and_says_so(tmp_path: Path) -> None:
             Exportable(image_only, None), tmp_path / "none", ("onnx:int8",), calibration_data=calibration, finetune=0
         )
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.cuda
+def test_a_gpu_trains_what_the_processor_then_writes(tmp_path: Path) -> None:
+    towers, calibration = vit_towers(), toy.toy_calibration(96)
+    finetune_towers([("onnx", "int8")], towers, calibration, dataclasses.replace(FEW, device="cuda"))
+    left = trained(prepared_tower(towers.image, calibration, "image"))
+    assert left is not None
+    assert {value.device.type for value in left.graph.parameters()} == {"cpu"}
+    variant = get_target("onnx").lower(towers, precision="int8", folder=tmp_path, calibration=calibration)
+    assert "finetune" in variant.notes["image"]  # type: ignore[operator]
