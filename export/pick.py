@@ -32,7 +32,7 @@ def pick(
     Args:
         size_mb: 1e6 bytes of the files of both towers, at most. latency_ms: of `tower` at batch 1 on one thread, at
             most, on the machine that made the table, or with `measure` on this one. By processor time, which on one
-            thread is what the clock shows on a quiet machine.
+            thread is what the clock shows on a quiet machine. Core ML files have no times, and fit by size alone.
         target, precision: only these. tower: "image" or "text".
         table: a matrix.json; None: the committed one.
         measure: lower the first `at_most` candidates here with random weights and time them; minutes each for some.
@@ -63,7 +63,7 @@ def pick(
         if row["status"] == "works"
         and (target is None or row["target"] == target)
         and (precision is None or row["precision"] == precision)
-        and "processor_ms" in row["towers"].get(tower, {})
+        and ("processor_ms" if latency_ms is not None else "cosine_mean") in row["towers"].get(tower, {})
     ]
     slack = _SLACK if measure else 1.0
     fitting = sorted(_fitting(timed, size_mb, latency_ms, tower, slack), key=_weights, reverse=True)
@@ -129,8 +129,10 @@ def _nothing(
         return max(size, row["towers"][tower]["processor_ms"] / latency_ms if latency_ms else 0.0)
 
     nearest = min(rows, key=excess)
+    ms = nearest["towers"][tower].get("processor_ms")
+    time = "" if ms is None else f" and {ms:.2f} ms"
     return UsageError(
         f"no student fits {' and '.join(wanted)}{' on this machine' * here}; the nearest in the table is "
-        f"{nearest['student']} as {nearest['target']} {nearest['precision']} with {nearest['mb']:.1f} MB and "
-        f"{nearest['towers'][tower]['processor_ms']:.2f} ms, so allow that or prune a student ('pocketvlm prune')"
+        f"{nearest['student']} as {nearest['target']} {nearest['precision']} with {nearest['mb']:.1f} MB{time}, "
+        f"so allow that or prune a student ('pocketvlm prune')"
     )

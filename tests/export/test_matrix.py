@@ -304,6 +304,20 @@ def test_pick_lists_what_fits_largest_first(table: Path) -> None:
     assert names(pick(precision="fp32", table=table)) == [("large", "fp32")]
 
 
+def test_pick_lists_what_has_no_times_by_size_alone(table: Path) -> None:
+    content = json.loads(table.read_text())
+    made = row("large", 5.0, 0.0, target="coreml", precision="w8", runtime="coreml-mil")
+    for found in made["towers"].values():
+        del found["processor_ms"], found["p50_ms"], found["rounds_ms"]
+    table.write_text(json.dumps(content | {"rows": [*content["rows"], made]}))
+    (found,) = pick(size_mb=6, target="coreml", table=table)
+    assert (found["precision"], found["image_ms"], found["cosine"]) == ("w8", None, 0.98)
+    with pytest.raises(UsageError, match=r"is large as coreml w8 with 5\.0 MB, so allow that"):
+        pick(size_mb=1, target="coreml", table=table)
+    with pytest.raises(UsageError, match="no row of this target and precision"):
+        pick(latency_ms=5, target="coreml", table=table)
+
+
 def test_pick_says_what_comes_nearest(table: Path) -> None:
     with pytest.raises(UsageError, match=r"no student fits 1 MB and 0\.9 ms; .* is small as onnx int8 with 2\.0 MB"):
         pick(size_mb=1, latency_ms=0.9, table=table)
