@@ -30,7 +30,7 @@ from pocketvlm.export.fidelity import run_module, split_calibration
 from pocketvlm.export.graphs import constant as _constant
 from pocketvlm.export.graphs import in_float, mark_float, prune
 from pocketvlm.export.graphs import set_parameter as _set_parameter
-from pocketvlm.export.rounding import balancing_scales, round_rows, round_tensor, round_weight, turn_down
+from pocketvlm.export.rounding import EXPONENTS, balancing_scales, round_rows, round_tensor, round_weight, turn_down
 from pocketvlm.export.token_tables import quantize_tables, quantized_tables
 
 # begins the names that `round_weights` gives to weights which stay in float
@@ -56,6 +56,8 @@ _LIMITS = (1.0, 2.0, 4.0, 8.0)
 _JUDGED = 1024
 # how far the error must fall for a balance to be worth one more operator
 _BALANCE_GAIN = 0.8
+# in a graph's meta: balanced value -> exponent of its scales ("rms": the candidate that has none)
+BALANCE = "balance"
 
 
 def capture(module: nn.Module, rows: NDArray[Any]) -> fx.GraphModule:
@@ -278,14 +280,15 @@ class _Balance(fx.Interpreter):
         linears = [u for u in n.users if u.target in LINEARS and u.args[0] is n and _weighted(self.module, u)]
         if linears:
             weights = [cast(Tensor, _constant(self.module, linear.args[1])) for linear in linears]
-            scale = _best_scale(output, torch.cat(weights))
-            if scale is not None:
-                self.found[n] = (linears, scale)
+            best = _best_scale(output, torch.cat(weights))
+            if best is not None:
+                self.found[n] = (linears, best[0])
+                cast(fx.GraphModule, self.module).meta.setdefault(BALANCE, {})[n.name] = best[1]
         return output
 
 
-def _best_scale(x: Tensor, weight: Tensor) -> Tensor | None:
-    """s [in] for inputs x [n, ..., in] and a weight [out, in]; None where balancing gains too little.
+def _best_scale(x: Tensor, weight: Tensor) -> tuple[Tensor, str] | None:
+    """s [in] for inputs x [n, ..., in] and a weight [out, in], and which it is; None where balancing gains too little.
 
     The candidates are made of the even rows and judged on the odd ones: some fit the loudest inputs seen and fail on
     the next.
@@ -305,7 +308,7 @@ def _best_scale(x: Tensor, weight: Tensor) -> Tensor | None:
         return None
     scale = turn_down(x, balancing_scales(x, weight)[best], _LIMITS[int(np.argmin(limited))])
     # only ratios matter to int8; this keeps the largest input as large as it was
-    return scale * ((x / scale).abs().max() / x.abs().max())
+    return scale * ((x / scale).abs().max() / x.abs().max()), [*map(str, EXPONENTS), "rms"][best]
 
 
 def _divide_norm(graph_module: fx.GraphModule, node: fx.Node, scale: Tensor) -> bool:
@@ -444,8 +447,7 @@ class Prepared:
         self.convolutional = self._convolutions > STEM_LAYERS
         self.attention = has_attention(self._balanced)
         self._corrected: dict[int, fx.GraphModule] = {}
-        # what `export.static` has found for it: the settings hold for `keeping` too
-        self.settings: Any = None
+        self.settings: Any = None  # these two are of `export.static`; settings hold for `keeping` too
         self.static: Any = None
 
     def keeping(self, blocks: Collection[str]) -> Prepared:

@@ -8,6 +8,7 @@ is comfortably kept; else the best of what was tried is taken.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from pocketvlm.export.fake_quant import Step
 from pocketvlm.export.fidelity import Fidelity, fidelity
 from pocketvlm.export.observers import METHODS, Method
 from pocketvlm.export.prepare import (
+    BALANCE,
     STEM_LAYERS,
     Corrected,
     Prepared,
@@ -75,6 +77,12 @@ def static_tower(ready: Prepared) -> Static:
         ready.settings = ready.static.settings
     found: Static = ready.static
     return found
+
+
+def balance_notes(ready: Prepared) -> dict[str, object]:
+    """How many inputs of linear layers were balanced with each exponent, for `Variant.notes`."""
+    chosen = Counter(ready.balanced().meta.get(BALANCE, {}).values())
+    return {"balanced": dict(sorted(chosen.items()))} if chosen else {}
 
 
 def build(ready: Prepared, settings: Settings) -> Static:

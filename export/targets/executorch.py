@@ -33,7 +33,7 @@ from pocketvlm.export.prepare import (
 )
 from pocketvlm.export.ranges import histograms, output_losses, steps_by
 from pocketvlm.export.rounding import round_blocks_evenly, round_weight
-from pocketvlm.export.static import static_tower
+from pocketvlm.export.static import balance_notes, static_tower
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
 from pocketvlm.export.targets.onnx import Tower, example_rows, prepared_tower, present_towers, quiet
 from pocketvlm.export.token_tables import BLOCK
@@ -167,7 +167,7 @@ def _quantize(ready: Prepared) -> tuple[nn.Module, dict[str, object]]:
     schemes = [static, dynamic] if ready.convolutional else [dynamic]
     # one row at a time, as the file runs: dynamic ranges are those of the whole batch in eager mode
     graph, scheme, notes = choose_scheme(schemes, lambda graph: run_module(graph, ready.held, 1), ready.expected)
-    notes |= tuning_notes(ready)
+    notes |= tuning_notes(ready) | balance_notes(ready)
     return graph, notes | (static_tower(ready).settings.notes() if scheme is static else {})
 
 

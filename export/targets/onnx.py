@@ -34,7 +34,7 @@ from pocketvlm.export.prepare import (
     weight_only_graph,
 )
 from pocketvlm.export.rounding import round_blocks, round_weight
-from pocketvlm.export.static import Static, static_tower
+from pocketvlm.export.static import Static, balance_notes, static_tower
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
 from pocketvlm.export.targets.onnx_float import marked_values, nodes_behind
 from pocketvlm.export.targets.onnx_ladder import Batches, quantize_ahead, to_half, weights_to_int4, weights_to_int8
@@ -237,6 +237,7 @@ def _export_calibrated(ready: Prepared, tower: Tower, path: Path, digest: str, p
         )
         if precision != "w8a8-static" and scheme.name.startswith("static"):
             notes |= static_tower(ready).settings.notes()
+        notes |= balance_notes(ready)
         model = onnx.load(str(candidate))
         stamp(model, tower, precision, digest)
         shorten(model)

@@ -409,6 +409,40 @@ def test_balancing_is_exact_in_float_and_tames_a_loud_channel() -> None:
         return float(((found - expected) ** 2).mean())
 
     assert rounded(graph) < 0.25 * rounded(before)
+    chosen = graph.meta[prepare.BALANCE]
+    assert len(chosen) == 3
+    assert set(chosen.values()) <= {"0.25", "0.5", "0.75", "rms"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_balancing_is_never_worse_than_none_on_unseen_inputs(seed: int) -> None:
+    """Each layer against itself without it, loud channels or not: the search has to gain on rows that it did not set
+    its scales by, or nothing is done."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    spread = (10.0 ** rng.uniform(-1.5, 1.5, 24)).astype(np.float32) if seed % 2 else np.ones(24, np.float32)
+    layer = nn.Linear(24, 32).eval().requires_grad_(False)
+    layer.weight /= torch.from_numpy(spread) ** (seed / 4)
+    rows, unseen = (rng.normal(size=(256, 24)).astype(np.float32) * spread for _ in range(2))
+    graph = prepare.capture(layer, rows)
+    before = copy.deepcopy(graph)
+    prepare.balance_linears(graph, rows)
+
+    def error(model: Any) -> float:
+        class Loop(torch.fx.Interpreter):
+            def run_node(self, n: torch.fx.Node) -> Any:
+                if n.op != "call_function" or "linear" not in str(n.target):
+                    return super().run_node(n)
+                (x, weight, *rest), _ = self.fetch_args_kwargs_from_env(n)
+                x = torch.stack([eight_bits(row, float(row.min()), float(row.max())) for row in x])
+                step = weight.abs().amax(1, keepdim=True) / 127
+                return n.target(x, (weight / step).round() * step, *rest)  # type: ignore[operator]
+
+        with torch.no_grad():
+            found = Loop(model).run(torch.from_numpy(unseen))
+        return float(((found - layer(torch.from_numpy(unseen))) ** 2).mean())
+
+    assert error(graph) <= error(before)
 
 
 def test_balancing_leaves_even_channels_alone() -> None:
