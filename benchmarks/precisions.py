@@ -5,8 +5,8 @@
 Exports the student of a run at every precision that a target writes and reads back what the bundle recorded: scheme,
 size, cosine to the float model on calibration inputs that were held out, latency here. A precision whose export stops
 is a row that says why. "ratio_to_fp32" is by four bytes a parameter. Core ML files do not run on Linux: their cosine is
-that of their rounded weights in eager float32, and they have no latency. Targets run one after the other; each replaces
-its own rows of benchmarks/results/precisions.json. Some minutes on two idle cores for the student of the quick demo
+that of their rounded weights in eager float32, and they have no latency. Each replaces its own rows
+of benchmarks/results/precisions.json. Some minutes on two idle cores for the student of the quick demo
 (`pocketvlm demo --quick` leaves its run in `openmoji`).
 """
 
@@ -62,24 +62,26 @@ def rows_of(bundle: Bundle) -> list[dict[str, Any]]:
 def main(
     run: Annotated[Path, tyro.conf.Positional],
     targets: tuple[str, ...] = tuple(list_targets()),
+    precisions: tuple[str, ...] = (),
     calibration_size: int = 128,
 ) -> None:
-    """run: a run folder. targets: of onnx, executorch, coreml. calibration_size: a quarter of it judges."""
+    """run: a run folder. targets: of onnx, executorch, coreml. precisions: only these of what they write.
+    calibration_size: a quarter of it judges."""
     torch.set_num_threads(1)
     model = open_source(run)
     trained_on = load_recipe(run / "recipe.yaml").data.train
     calibration, _ = open_calibration(trained_on, model.towers.contract, model.tokenizer(), size=calibration_size)
     assert calibration is not None, "a run was trained on something"
     for name in targets:
-        rows = []
         for precision in get_target(name).precisions:
-            if precision != "mixed":  # it wants a plan
-                print(f"{name} {precision}", flush=True)
-                rows += rows_or_refusal(model, name, precision, calibration)
-        done = {"student": model.towers.contract.name, "calibration": calibration.description}
-        known = json.loads(RESULT.read_text()) if RESULT.is_file() else {"rows": []}
-        kept = [row for row in known["rows"] if row["target"] != name]
-        write(RESULT.name, done | {"machine": machine(), "rows": kept + rows})
+            if precision == "mixed" or (precisions and precision not in precisions):  # mixed wants a plan
+                continue
+            print(f"{name} {precision}", flush=True)
+            rows = rows_or_refusal(model, name, precision, calibration)
+            done = {"student": model.towers.contract.name, "calibration": calibration.description}
+            known = json.loads(RESULT.read_text()) if RESULT.is_file() else {"rows": []}
+            kept = [row for row in known["rows"] if (row["target"], row["precision"]) != (name, precision)]
+            write(RESULT.name, done | {"machine": machine(), "rows": kept + rows})
 
 
 def rows_or_refusal(model: Source, name: str, precision: str, calibration: Calibration) -> list[dict[str, Any]]:

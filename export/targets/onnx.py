@@ -61,7 +61,7 @@ class OnnxTarget:
     """`onnx/image-fp32.onnx` and so on. Inputs `pixels` (uint8 [B, S, S, 3]) or `ids` (int32 [B, L]), output
     `embedding` (float32 [B, D]); the contract's digest and the kit's version are in the model's properties.
 
-    fp16: arithmetic in float16, sums over rows in float32. w8: int8 weights, made float by DequantizeLinear. w4: linear
+    fp16: arithmetic in float16, sums over rows in float32. w8: int8 weights, made float by the graph. w4: linear
     layers and token tables in 4 bits and blocks of 32 (MatMulNBits, onnxruntime's own), convolutions as w8.
     w8a8-dynamic: linear layers set their range when an input arrives, convolutions as w8. w8a8-static: ranges set ahead
     of time, by the best of three calibrators. All but fp16 have the first three convolutions in float.

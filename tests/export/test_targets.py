@@ -521,6 +521,11 @@ def test_a_scheme_below_the_floor_gives_way_to_a_better_one(monkeypatch: pytest.
     notes: Any = variant.notes["image"]
     assert notes["scheme"] == "dynamic"
     assert notes["tried"] == ["static-qdq", "dynamic"]
+    initializers = onnx.load(str(tmp_path / variant.files["image"])).graph.initializer
+    float_weights = [e for e in initializers if len(e.dims) == 4 and e.data_type == onnx.TensorProto.FLOAT]
+    integers = [e for e in initializers if len(e.dims) == 4 and e.data_type == onnx.TensorProto.INT8]
+    assert len(integers) == 1, "all convolutions compute in float, and all but the first three are stored as integers"
+    assert max(np.prod(e.dims) for e in float_weights) < np.prod(integers[0].dims)
     assert notes["meets_floor"]
     found = run_file(tmp_path / variant.files["image"], toy.pictures(8), "image")
     assert fidelity.fidelity(found, fidelity.run_module(towers.image, toy.pictures(8))).p1 > 0.98
