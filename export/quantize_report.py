@@ -159,7 +159,8 @@ def _cloud(axes: Any, found: Quantized, places: list[tuple[float, Point]], label
         axes.set_xlim(0, most * 1.14)
     axes.set_title(title, fontsize=10.5)
     _plain(axes)
-    _label(axes, places)
+    # many lists lie close together: the panel of recall names them all
+    _label(axes, [(x, point) for x, point in places if point.precision != "mixed" or point == found.chosen])
 
 
 def _label(axes: Any, places: list[tuple[float, Point]]) -> None:
@@ -168,7 +169,7 @@ def _label(axes: Any, places: list[tuple[float, Point]]) -> None:
     taken: list[tuple[float, float]] = []
     spots = [(share.transform((x, point.margin_noise)), point) for x, point in places]
     for (x, y), point in sorted(spots, key=lambda spot: (spot[0][1], spot[0][0])):
-        height = y
+        height = y + 0.03
         while any(abs(x - other) < _NAME[0] and abs(height - level) < _NAME[1] for other, level in taken):
             height += 0.005
         taken.append((x, height))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from pocketvlm.export.compare import drift
+from pocketvlm.export.equalize import equalize, loudness, tied_values
 from pocketvlm.export.fidelity import run_module
 from pocketvlm.export.graphs import block_name, blocks_of, keep_all_but, path_of
 from pocketvlm.export.prepare import (
@@ -30,7 +31,9 @@ from pocketvlm.export.prepare import (
     rounded_nodes,
     stem,
 )
+from pocketvlm.export.ranges import reach_of
 from pocketvlm.export.rounding import round_weight
+from pocketvlm.export.static import static_tower
 from pocketvlm.export.token_tables import quantize_tables, quantized_tables
 from pocketvlm.export.validation import Validation, changes, margins, ranks
 
@@ -94,8 +97,8 @@ def measure_blocks(
 ) -> list[Damage]:
     """Every block of both towers, by `Damage.per_byte`, most first.
 
-    towers: "image" and "text" -> the float tower, and what `export.prepare` made of it. The first three convolutions
-    are in float in every file and no block here.
+    towers: "image" and "text" -> the float tower, and what `export.prepare` made of it. Convolutions at the
+    input that are in float in int8 files too are no block here.
     """
     exact = {tower: run_module(module, validation.rows(tower)) for tower, (module, _) in towers.items()}
     found = []
@@ -130,15 +133,24 @@ def alone(
         assert isinstance(table, Tensor)
         rounded = quantize_tables(module, 8, [block_name(other) for other in tables if other != path])
         yield block_name(path), table.numel(), 0, exact, run_module(rounded, rows)
-    graph = _without_writing(ready.balanced())
-    exempt = stem(graph, STEM_LAYERS) if ready.convolutional else []
+    graph, fixed, first = ready.balanced(), {}, STEM_LAYERS
+    if ready.convolutional:
+        chosen = static_tower(ready)
+        first = chosen.settings.stem
+        fixed = {name: reach_of(step) for name, step in chosen.steps.items()}
+        if chosen.settings.alpha is not None:
+            equalize(graph, loudness(graph, ready.fit, tied_values(graph)), chosen.settings.alpha)
+    graph = _without_writing(graph)
+    exempt = stem(graph, first) if ready.convolutional else []
     layers = [node for node in graph.graph.nodes if _is_layer(node) and node not in exempt and path_of(node)]
     blocks: dict[str, list[fx.Node]] = {}
     for node, block in zip(layers, blocks_of([path_of(node) for node in layers])):
         blocks.setdefault(block, []).append(node)
     fit = _everything(graph, ready.fit[:_FIT])
     costs = {block: _cost(nodes, fit) for block, nodes in blocks.items()}
-    parts = {block: _Alone(graph, block, {node.name for node in nodes}, fit) for block, nodes in blocks.items()}
+    parts = {
+        block: _Alone(graph, block, {node.name for node in nodes}, fit, fixed, first) for block, nodes in blocks.items()
+    }
     del fit
     base: list[Tensor] = []
     outputs: dict[str, list[Tensor]] = {block: [] for block in blocks}
@@ -155,18 +167,27 @@ class _Alone(Corrected):
     """A graph with one block rounded, run from the float values of everything before it.
 
     layers: names of the block's. fit: float values of calibration inputs (`_everything`), which its biases are
-    corrected with.
+    corrected with. fixed: the files' ranges. first: so many convolutions at the input are in float.
     """
 
-    def __init__(self, graph: fx.GraphModule, block: str, layers: set[str], fit: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        block: str,
+        layers: set[str],
+        fit: dict[str, Any],
+        fixed: Mapping[str, tuple[float, float]],
+        first: int,
+    ) -> None:
         # shares every weight with the others
         own = fx.GraphModule(graph, copy.deepcopy(graph.graph))
         keep_all_but(own, block)
-        rounded = rounded_nodes(own, STEM_LAYERS)
+        rounded = rounded_nodes(own, first)
+        ends = {name: tuple(map(torch.as_tensor, fixed.get(name, torch.aminmax(fit[name])))) for name in rounded}
         nodes = list(own.graph.nodes)
         means = {node.name: channel_mean(node, fit[node.name]) for node in nodes if node.name in layers}
         exempt = {node.name for node in nodes if _is_layer(node)} - layers
-        super().__init__(own, means, {}, exempt, {n: torch.aminmax(fit[n]) for n in rounded}, rounded, _INT8)
+        super().__init__(own, means, {}, exempt, ends, rounded, _INT8)
         touched = layers | rounded
         for node in nodes:
             if touched & {other.name for other in node.all_input_nodes}:
