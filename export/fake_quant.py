@@ -14,18 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from pocketvlm.export.prepare import CONVOLUTIONS, LINEARS, Rounding, rounded_nodes, stem
+from pocketvlm.export.prepare import CONVOLUTIONS, LINEARS, Rounding, stem
 from pocketvlm.export.rounding import round_rows, round_weight
 
 LEVELS = 255
-# XNNPACK's requantization takes no smaller scale
-_SMALLEST_SCALE = 2.0**-16
-_BATCH = 16
 _aten = torch.ops.aten
 _BOUNDED = (_aten.hardtanh.default, _aten.hardtanh_.default)
 
@@ -161,35 +156,6 @@ class FakeQuantized(nn.Module):
 def _ceiling(node: fx.Node) -> float:
     """The upper end of a bounded clamp; 0 for anything else."""
     return float(node.args[2]) if node.target in _BOUNDED and len(node.args) > 2 else 0.0  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def observed_steps(graph: fx.GraphModule, rows: NDArray[Any], float_layers: int) -> dict[str, Step]:
-    """The grid of every activation that int8 rounds in a fixed range: of minimum and maximum over all rows."""
-    seen = _Seen(graph, rounded_nodes(graph, float_layers))
-    for index in range(0, len(rows), _BATCH) if seen.names else ():
-        seen.run(torch.from_numpy(rows[index : index + _BATCH].copy()))
-    found = {}
-    for name, (low, high) in seen.ranges.items():
-        scale = max((max(high, 0.0) - min(low, 0.0)) / LEVELS, _SMALLEST_SCALE)
-        found[name] = Step(float(np.float32(scale)), int(np.round(-min(low, 0.0) / scale)))
-    return found
-
-
-class _Seen(fx.Interpreter):
-    """Minimum and maximum of some nodes over everything that was run."""
-
-    def __init__(self, graph: fx.GraphModule, names: set[str]) -> None:
-        super().__init__(graph)
-        self.names = names
-        self.ranges: dict[str, tuple[float, float]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        output = super().run_node(n)
-        if n.name in self.names:
-            low, high = self.ranges.get(n.name, (math.inf, -math.inf))
-            self.ranges[n.name] = (min(low, float(output.min())), max(high, float(output.max())))
-        return output
 
 
 class _Rounds(fx.Interpreter):

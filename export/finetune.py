@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pocketvlm.distill.objectives import Outputs, Widths, build_objective
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.export.calibration import open_calibration
-from pocketvlm.export.fake_quant import INT8, FakeQuantized, observed_steps
+from pocketvlm.export.fake_quant import INT8, FakeQuantized
 from pocketvlm.export.fidelity import fidelity, run_module
 from pocketvlm.export.prepare import CONVOLUTIONS, STEM_LAYERS, Prepared, Rounding
 from pocketvlm.export.source import Exportable
@@ -193,7 +193,7 @@ def _fake(ready: Prepared, rounding: Rounding, precision: str) -> FakeQuantized:
         static = static_tower(ready)
         return FakeQuantized(copy.deepcopy(static.graph), static.steps, static.settings.stem, rounding)
     graph, float_layers = ready.graph(static=False)
-    return FakeQuantized(graph, observed_steps(graph, ready.fit, float_layers), float_layers, rounding)
+    return FakeQuantized(graph, {}, float_layers, rounding)
 
 
 def _train(
