@@ -217,7 +217,7 @@ def _recall(axes: Any, found: Quantized, good: list[Point]) -> None:
         axes.axvline(-100 * found.judge.goal.limit, color="#aa0000", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(shown)), [f"{point.name}, {point.mb:.1f} MB" for point in shown], fontsize=8)
     axes.margins(y=0.08)
-    axes.set_title(f"What was lost of R@{k}", fontsize=10.5)
+    axes.set_title(f"Change of R@{k}", fontsize=10.5)
     axes.set_xlabel("points against float; bars: one-sided 95 % bounds" + limit)
     _plain(axes)
 

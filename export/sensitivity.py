@@ -183,7 +183,10 @@ class _Alone(Corrected):
         own = fx.GraphModule(graph, copy.deepcopy(graph.graph))
         keep_all_but(own, block)
         rounded = rounded_nodes(own, first)
-        ends = {name: tuple(map(torch.as_tensor, fixed.get(name, torch.aminmax(fit[name])))) for name in rounded}
+        ends = {}
+        for name in rounded:
+            low, high = fixed.get(name) or torch.aminmax(fit[name])
+            ends[name] = torch.as_tensor(low), torch.as_tensor(high)
         nodes = list(own.graph.nodes)
         means = {node.name: channel_mean(node, fit[node.name]) for node in nodes if node.name in layers}
         exempt = {node.name for node in nodes if _is_layer(node)} - layers
