@@ -241,12 +241,12 @@ def has_attention(graph_module: fx.GraphModule) -> bool:
     return any(node.target in _ATTENTION for node in graph_module.graph.nodes)
 
 
-def residual_sums(graph_module: fx.GraphModule) -> list[fx.Node]:
+def residual_sums(graph_module: fx.GraphModule, *, every: bool = False) -> list[fx.Node]:
     """The sums that static int8 rounds: of two activations below convolutions. In transformers none, because they
-    carry outliers there, and none that `mark_float` has exempted."""
+    carry outliers there, and none that `mark_float` has exempted unless `every` is asked for."""
     if has_attention(graph_module):
         return []
-    sums = [n for n in graph_module.graph.nodes if n.target in _SUMS and not in_float(n)]
+    sums = [n for n in graph_module.graph.nodes if n.target in _SUMS and (every or not in_float(n))]
     return [node for node in sums if _is_residual(node)]
 
 

@@ -183,7 +183,7 @@ class _Alone(Corrected):
         own = fx.GraphModule(graph, copy.deepcopy(graph.graph))
         keep_all_but(own, block)
         rounded = rounded_nodes(own, first)
-        ends = {}
+        ends: dict[str, tuple[Tensor, Tensor]] = {}
         for name in rounded:
             low, high = fixed.get(name) or torch.aminmax(fit[name])
             ends[name] = torch.as_tensor(low), torch.as_tensor(high)

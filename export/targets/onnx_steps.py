@@ -69,7 +69,7 @@ def _places(graph_module: fx.GraphModule, graph: Any) -> dict[str, str]:
         for node, operator in zip(convolutions, operators):
             both(node, operator)
             same(node.args[0], operator.input[0])
-    sums = residual_sums(graph_module)
+    sums = residual_sums(graph_module, every=True)
     constants = {entry.name for entry in graph.initializer}
     adds = [node for node in graph.node if node.op_type == "Add" and not constants & set(node.input)]
     known = set(found.values())
