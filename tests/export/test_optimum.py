@@ -70,7 +70,10 @@ def quantize(folder: Path, *, static: bool) -> None:
         # rows in a list have all that is asked of a data set; AutoCalibrationConfig would ask for its name
         chosen = CalibrationConfig("made-up", "", "", len(rows), CalibrationMethod.MinMax)
         data: Any = rows
-        ranges = quantizer.fit(data, chosen, operators_to_quantize=config.operators_to_quantize)
+        # by default it leaves this file where the test was started
+        beside = str(folder.parent / "augmented_model.onnx")
+        operators = config.operators_to_quantize
+        ranges = quantizer.fit(data, chosen, beside, operators_to_quantize=operators)
     suffix = "static" if static else "dynamic"
     quantizer.quantize(
         config, folder, file_suffix=suffix, calibration_tensors_range=ranges, use_external_data_format=False
