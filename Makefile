@@ -1,5 +1,5 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans gpu-constants cache-build stream throughput memory matrix test
+.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans gpu-constants cache-build stream throughput memory matrix quantized test
 
 evidence: readme demo protocols parity text step-cost inherited
 
@@ -74,6 +74,13 @@ matrix:
 	pocketvlm matrix --students $(foreach s,$(STUDENTS),$(s)=$(NAMED)/$(s)-f0) --data 'openmoji?pool=student&fold=0' \
 	  --judge 'openmoji?pool=test&fold=0&flags=exclude' --out runs/matrix
 	cp runs/matrix/matrix.json benchmarks/results/matrix.json && cp runs/matrix/matrix.json export/matrix.json
+
+# trained runs of every named student (hours on two cores), what int8 costs them, and other tools' int8 beside ours, which
+# wants `pip install nncf==3.4.0 openvino==2026.4.1` and an idle machine
+quantized:
+	python -m benchmarks.named_students
+	python -m benchmarks.int8
+	python -m benchmarks.quantizers
 
 test:
 	pytest -n 2
