@@ -30,7 +30,9 @@ from pocketvlm.edge.bundle import Bundle
 from pocketvlm.edge.errors import PocketvlmError
 from pocketvlm.export.bench import WORKER
 from pocketvlm.export.bundle import export_bundle
+from pocketvlm.export.calibration import open_calibration
 from pocketvlm.export.compare import paired_change
+from pocketvlm.export.source import open_source
 from pocketvlm.export.workers import Worker
 
 # exported one by one, so that one that fails does not take the others with it
@@ -52,13 +54,16 @@ def measure(run: Path, fold: int, variants: tuple[str, ...], work: Path) -> dict
     """Every variant of one student on one fold: size, time, distance and what each query gained or lost."""
     pool = held_out(run, fold)
     bundle = work / f"{run.name}-bundle"
+    # opened once, so that what every target prepares in the same way is prepared once
+    model = open_source(run)
     data = f"openmoji?pool=student&fold={fold}"
+    calibration, _ = open_calibration(data, model.towers.contract, model.tokenizer())
     rows: dict[str, Any] = {}
     folders: dict[str, Path] = {}
     for name in variants:
         try:
             folders[name] = export_bundle(
-                run, bundle / name.replace(":", "-"), (name,), calibration_data=data, overwrite=True
+                model, bundle / name.replace(":", "-"), (name,), calibration_data=calibration, overwrite=True
             )
         except PocketvlmError as error:
             rows[name] = {"failed": str(error)}
