@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from pocketvlm.data.sample import Caption, ImageRef, Sample
 from pocketvlm.data.source import DataSource
 from pocketvlm.edge.bundle import describe_files
+from pocketvlm.edge.contract import ModelContract
 from pocketvlm.export.targets.onnx import export_graph
 from pocketvlm.students import build_student, deploy_image, deploy_text, train_tokenizer
 
@@ -85,6 +86,9 @@ def sign(folder: Path, **fields: Any) -> None:
     raw = json.loads(path.read_text()) if path.is_file() else {"schema_version": "1.0", "kit_version": "0.1.0"}
     raw |= {"created": "2026-11-22", "tokenizer": "tokenizer.json", "provenance": {}, "parity": [], "licences": []}
     raw |= fields
+    if "contract" in fields:
+        # of an exported bundle: it is the contract's own, as an exporter with this fault would have written it
+        raw["contract_sha256"] = ModelContract.from_dict(raw["contract"]).digest()
     raw["files"] = describe_files(folder)
     path.write_text(json.dumps(raw, indent=1))
 

@@ -24,6 +24,7 @@ from PIL import Image
 from pocketvlm.edge.preprocess import load_image
 from pocketvlm.edge.tokenizer import Tokenizer
 from pocketvlm.export.prepare import Prepared
+from pocketvlm.export.static import static_tower
 from pocketvlm.export.targets.onnx import _forget_initializer_shapes, _quantize_static, export_graph, quiet
 from pocketvlm.students import build_student, deploy_image, train_tokenizer
 
@@ -117,10 +118,10 @@ def static_int8(made: Any, pixels: Any, out: Path) -> None:
     """The image tower with its convolutions in static int8, their ranges those of `pixels`."""
     with quiet(), tempfile.TemporaryDirectory() as scratch:
         ready = Prepared(deploy_image(made), pixels)
-        graph, float_layers = ready.graph(static=True)
+        static = static_tower(ready)
         source = Path(scratch) / "prepared.onnx"
-        export_graph(graph, ready.fit[:2], "image", source, contract_digest="toy")
-        _quantize_static(source, out, ready.fit, "image", ready.attention, float_layers)
+        export_graph(static.graph, ready.fit[:2], "image", source, contract_digest="toy")
+        _quantize_static(source, out, ready, "image", static)
 
 
 def dynamic_int8(full: Path, out: Path, *, per_channel: bool) -> None:
