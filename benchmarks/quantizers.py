@@ -41,7 +41,7 @@ from pocketvlm.export.calibration import build_calibration
 from pocketvlm.export.compare import paired_change
 from pocketvlm.export.targets.base import Calibration
 from pocketvlm.export.targets.executorch import METHODS, write_program
-from pocketvlm.export.targets.onnx import INPUTS
+from pocketvlm.export.targets.onnx import INPUTS, Tower, _batches, _forget_initializer_shapes
 from pocketvlm.export.targets.onnx_ladder import Batches
 from pocketvlm.export.workers import Worker
 from pocketvlm.students import deploy_image, deploy_text, load_student
@@ -67,7 +67,7 @@ def onnxruntime_dynamic_linear(source: Path, target: Path, _: Any, __: str) -> N
     quantize_dynamic(str(clean), str(target), weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=kinds)
 
 
-def onnxruntime_static(source: Path, target: Path, rows: Any, tower: str) -> None:
+def onnxruntime_static(source: Path, target: Path, rows: Any, tower: Tower) -> None:
     """`quantize_static`, QDQ, per channel, ranges by minimum and maximum, after its own preprocessing."""
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -129,17 +129,10 @@ def _clean(source: Path, target: Path) -> Path:
     """Without the inferred shapes of initializers, which every one of these tools stumbles over."""
     onnx = import_module("onnx")
     model = onnx.load(str(source))
-    weights = {entry.name for entry in model.graph.initializer}
-    kept = [entry for entry in model.graph.value_info if entry.name not in weights]
-    del model.graph.value_info[:]
-    model.graph.value_info.extend(kept)
+    _forget_initializer_shapes(model)
     clean = target.with_name(f"{target.stem}.clean.onnx")
     onnx.save(model, str(clean))
     return clean
-
-
-def _batches(rows: Any, tower: str) -> list[dict[str, Any]]:
-    return [{INPUTS[tower]: rows[i : i + 16]} for i in range(0, len(rows), 16)]
 
 
 def xnnpack_plain(run: Path, calibration: Calibration, path: Path) -> None:

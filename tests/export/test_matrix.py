@@ -95,7 +95,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_core_ml_files_are_computed_and_the_order_of_captions_is_judged(
     student: Path, pairs: str, tmp_path: Path
 ) -> None:
-    pytest.importorskip("coremltools")
     options: dict[str, Any] = {"targets": ["coreml"], "precisions": ["fp32", "palette4"], "data": pairs, "judge": pairs}
     exact, coarse = make_matrix([f"mine={student}"], tmp_path, **options)["rows"]
     for found in (exact, coarse):

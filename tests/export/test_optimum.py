@@ -24,9 +24,6 @@ from pocketvlm.export.optimum_files import OptimumFiles, precision_of
 from pocketvlm.export.parity import check_parity
 from pocketvlm.export.reference import record_reference
 
-pytest.importorskip("optimum.exporters.onnx")
-pytest.importorskip("optimum.onnxruntime")
-
 
 def _load(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"{name}_for_optimum", Path(__file__).with_name(f"{name}.py"))

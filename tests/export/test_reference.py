@@ -34,11 +34,6 @@ _spec.loader.exec_module(toy)
 
 
 @pytest.fixture(scope="module")
-def student() -> Any:
-    return toy.toy_student()
-
-
-@pytest.fixture(scope="module")
 def recorded(student: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reference") / "run"
     record_reference(student, folder, data=toy.toy_data(), device="cpu", command="the tests")
