@@ -296,6 +296,23 @@ def eight_bits(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
     return (torch.round(x / step).clamp(-zero, 255 - zero)) * step
 
 
+class RoundedLinears(torch.fx.Interpreter):
+    """Linear layers with int8 weights per output channel and inputs of 8 bits by the row; the rest as it is."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        if n.op != "call_function" or "linear" not in str(n.target):
+            return super().run_node(n)
+        (x, weight, *rest), _ = self.fetch_args_kwargs_from_env(n)
+        x = torch.stack([eight_bits(row, float(row.min()), float(row.max())) for row in x])
+        step = weight.abs().amax(1, keepdim=True) / 127
+        return n.target(x, (weight / step).round() * step, *rest)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def with_rounded_linears(model: Any, rows: np.ndarray) -> Any:
+    return RoundedLinears(model).run(torch.from_numpy(rows))
+
+
 def test_bias_correction_restores_the_means_that_rounding_shifted() -> None:
     """Against an independent loop that rounds the weights one by one and the activations by their recorded ranges."""
     towers = toy.toy_towers()
@@ -395,17 +412,7 @@ def test_balancing_is_exact_in_float_and_tames_a_loud_channel() -> None:
     assert {"balanced_norm", "balanced_shift"} <= names
 
     def rounded(model: Any) -> float:
-        class Loop(torch.fx.Interpreter):
-            def run_node(self, n: torch.fx.Node) -> Any:
-                if n.op != "call_function" or "linear" not in str(n.target):
-                    return super().run_node(n)
-                (x, weight, *rest), _ = self.fetch_args_kwargs_from_env(n)
-                x = torch.stack([eight_bits(row, float(row.min()), float(row.max())) for row in x])
-                step = weight.abs().amax(1, keepdim=True) / 127
-                return n.target(x, (weight / step).round() * step, *rest)  # type: ignore[operator]
-
-        with torch.no_grad():
-            found = Loop(model).run(torch.from_numpy(unseen)).numpy()
+        found = with_rounded_linears(model, unseen).numpy()
         return float(((found - expected) ** 2).mean())
 
     assert rounded(graph) < 0.25 * rounded(before)
@@ -429,17 +436,7 @@ def test_balancing_is_never_worse_than_none_on_unseen_inputs(seed: int) -> None:
     prepare.balance_linears(graph, rows)
 
     def error(model: Any) -> float:
-        class Loop(torch.fx.Interpreter):
-            def run_node(self, n: torch.fx.Node) -> Any:
-                if n.op != "call_function" or "linear" not in str(n.target):
-                    return super().run_node(n)
-                (x, weight, *rest), _ = self.fetch_args_kwargs_from_env(n)
-                x = torch.stack([eight_bits(row, float(row.min()), float(row.max())) for row in x])
-                step = weight.abs().amax(1, keepdim=True) / 127
-                return n.target(x, (weight / step).round() * step, *rest)  # type: ignore[operator]
-
-        with torch.no_grad():
-            found = Loop(model).run(torch.from_numpy(unseen))
+        found = with_rounded_linears(model, unseen)
         return float(((found - layer(torch.from_numpy(unseen))) ** 2).mean())
 
     assert error(graph) <= error(before)
