@@ -5,9 +5,10 @@
 Takes the runs of `benchmarks.named_students` (trained if they are not in --work), exports each at full precision, int8
 and 4 bits, embeds the fold's test pictures and captions from the saved files in their own runtimes, and compares query
 by query with the float32 file of the same runtime. One JSON file per student and fold under benchmarks/results/int8,
-kept as long as the quantizers and the recipe are the same; the pooled summary is benchmarks/results/int8.json, and the
-table of docs/quantization.md is made of it. Milliseconds are processor time of one thread at batch 1, each file in its
-turn.
+kept as long as the quantizers and the recipe are the same; a variant that it lacks is added. The pooled summary is
+benchmarks/results/int8.json, and the table of docs/quantization.md is made of it. Milliseconds are processor time of
+one thread at batch 1, each file in its turn; they and the speeds come from the first fold that has the variant, so that
+one machine made them, whichever machines lent a hand with the other folds.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ def quantizer_code() -> str:
     room = Path(__file__).resolve().parents[1] / "export"
     paths = [*room.glob("targets/*.py"), *(room / f"{name}.py" for name in _DECIDING)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:8]
+
+
+def lacking(variants: tuple[str, ...], there: dict[str, Any]) -> tuple[str, ...]:
+    """What is not there yet, each with the float32 file of its runtime, beside which it is measured."""
+    targets = {name.split(":")[0] for name in variants if name not in there}
+    return tuple(name for name in variants if name not in there or name in {f"{t}:fp32" for t in targets})
 
 
 def measure(run: Path, fold: int, variants: tuple[str, ...], work: Path) -> dict[str, Any]:
@@ -146,11 +153,8 @@ def summary(students: tuple[str, ...], folds: tuple[int, ...]) -> dict[str, Any]
                 "megabytes": round(max(row["bytes"] for row in good) / 1e6, 2),
                 "of_fp32": round(max(r["bytes"] / f["bytes"] for r, f in zip(good, references)), 4),
                 "scheme": good[0]["scheme"],
-                "ms": {t: round(statistics.median(r["ms"][t] for r in good), 3) for t in good[0]["ms"]},
-                "times_fp32": {
-                    t: round(statistics.median(f["ms"][t] / r["ms"][t] for r, f in zip(good, references)), 3)
-                    for t in good[0]["ms"]
-                },
+                "ms": {tower: round(ms, 3) for tower, ms in good[0]["ms"].items()},
+                "times_fp32": {t: round(references[0]["ms"][t] / ms, 3) for t, ms in good[0]["ms"].items()},
                 "one_minus_cosine": {
                     t: round(float(np.mean([r["one_minus_cosine"][t]["mean"] for r in good])), 6) for t in good[0]["ms"]
                 },
@@ -214,11 +218,19 @@ def main(
     work = work.resolve()
     for fold in () if summarize else folds:
         for student in students:
-            stamp = f"{recipe_digest('openmoji', recipe_of(student, fold))} {quantizer_code()} {' '.join(variants)}"
+            stamp = f"{recipe_digest('openmoji', recipe_of(student, fold))} {quantizer_code()}"
             known = _read(student, fold)
-            if known is None or known["stamp"] != stamp:
-                result = measure(train(student, fold, work), fold, variants, work)
-                facts = {"stamp": stamp, "student": student, "fold": fold, **result, "machine": machine()}
+            there = known["variants"] if known is not None and known["stamp"] == stamp else {}
+            if missing := lacking(variants, there):
+                run = train(student, fold, work)
+                weights = hashlib.sha256((run / "student" / "weights.safetensors").read_bytes()).hexdigest()[:16]
+                # another machine trains other weights; what it measured of them is not mixed with this
+                if there and known is not None and known["weights"] != weights:
+                    there, missing = {}, variants
+                result = measure(run, fold, missing, work)
+                result["variants"] = there | result["variants"]
+                facts = {"stamp": stamp, "student": student, "fold": fold, "weights": weights, **result}
+                facts["machine"] = machine()
                 write(f"{student}-f{fold}.json", facts, RESULT)
                 print(f"{student}, fold {fold}: measured", flush=True)
     table = summary(ORDER, FOLDS)
