@@ -1,7 +1,8 @@
 """How closely saved Core ML packages of every named student compute the student, by `coreml-mil`, without a Mac.
 
     python -m benchmarks.coreml_eval                  # every named student, five minutes on one core
-    python -m benchmarks.coreml_eval vit-tiny --table # these; print the table of docs/parity.md afterwards
+    python -m benchmarks.coreml_eval vit-tiny --table # these; print the tables of docs/parity.md afterwards
+    python -m benchmarks.coreml_eval --trained runs/named  # runs of benchmarks.named_students, their fold 0
 
 Weights: random from seed 0, or those that the student starts from (EfficientNet-Lite0, MiniLM). Each package is
 written, read back from disk and run on 24 OpenMoji pictures and their names, and on the generated cases of
@@ -9,6 +10,8 @@ written, read back from disk and run on 24 OpenMoji pictures and their names, an
 student in float64. Floors, over the real rows of a tower: 100 dB in float32, 50 dB in float16. Kinds: "fp32" and "fp16"
 as `export` writes them (iOS 17); "ios18-fp16" has Core ML's attention operation; "w8" are int8 weights and "lut6" even
 6-bit palettes on fp16, held to no floor. "eager_half" is no package: torch itself, every layer's result rounded.
+
+Trained runs are written with calibration data, as `export` does, at fp32 and fp16 only.
 
 The result, benchmarks/results/coreml_eval.json, is written after each student, with the machine and its load; students
 that are in it already are left alone without --again. --budget-s starts no further student once so many CPU seconds
@@ -39,15 +42,17 @@ from pocketvlm.data import open_data
 from pocketvlm.data.sample import Sample
 from pocketvlm.edge.preprocess import load_image
 from pocketvlm.edge.tokenizer import Tokenizer
+from pocketvlm.export.calibration import open_calibration
 from pocketvlm.export.cases import golden_images, nasty_texts
 from pocketvlm.export.compare import drift
 from pocketvlm.export.mil import NOT_MODELLED, MilBackend
 from pocketvlm.export.targets import coreml
-from pocketvlm.export.targets.base import Towers
+from pocketvlm.export.targets.base import Calibration, Towers
 from pocketvlm.export.targets.onnx import quiet
 from pocketvlm.students import build_student, deploy_image, deploy_text, train_tokenizer
 from pocketvlm.students.config import load_config, student_names
 from pocketvlm.students.inherit import inherit_tokenizer
+from pocketvlm.students.io import load_student
 
 NAME, SEED, DIM, REAL = "coreml_eval.json", 0, 384, 24
 FLOORS = {"fp32": 100.0, "fp16": 50.0, "ios18-fp16": 50.0}
@@ -106,7 +111,7 @@ def eager_half(module: nn.Module, rows: NDArray[Any]) -> NDArray[np.float32]:
         return torch.cat([half(torch.from_numpy(row[None])) for row in rows]).numpy()
 
 
-def lower(towers: Towers, kind: str, folder: Path) -> dict[str, Path]:
+def lower(towers: Towers, kind: str, folder: Path, calibration: Calibration | None) -> dict[str, Path]:
     """Packages of one kind: tower -> path. "w8" and "lut6" are made of the "fp16" ones, which must be there."""
     if kind in ("w8", "lut6"):
         return {tower: compress(folder / f"coreml/{tower}-fp16.mlpackage", kind) for tower in ("image", "text")}
@@ -114,7 +119,7 @@ def lower(towers: Towers, kind: str, folder: Path) -> dict[str, Path]:
     folder = folder / "ios18" if newer else folder
     with patch.multiple(coreml, **newer) if newer else contextlib.nullcontext():
         precision = "fp32" if kind == "fp32" else "fp16"
-        written = coreml.CoreMLTarget().lower(towers, precision=precision, folder=folder, calibration=None)
+        written = coreml.CoreMLTarget().lower(towers, precision=precision, folder=folder, calibration=calibration)
     return {tower: folder / relative for tower, relative in written.files.items()}
 
 
@@ -136,19 +141,23 @@ def compress(path: Path, kind: str) -> Path:
     return target
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Every kind of one student: tower -> dB and what was run, or the sentence in which it failed."""
-    student = student_of(name)
+def measure(name: str, run: Path | None = None) -> dict[str, Any]:
+    """Every kind of one student, or of a trained run: tower -> dB and what was run, or the sentence of its failure."""
+    student = student_of(name) if run is None else load_student(run / "student").eval()
+    calibration = None
+    if run is not None:
+        tokenizer = Tokenizer(student.tokenizer_json, student.text_spec)
+        calibration, _ = open_calibration("openmoji?pool=student&fold=0", student.contract, tokenizer)
     towers = Towers(deploy_image(student), deploy_text(student), student.contract)
     rows = cases_of(student)
     right = exact(student, rows)
     halves = {"image": eager_half(towers.image, rows["image"]), "text": eager_half(towers.text, rows["text"])}  # type: ignore[arg-type]
     result: dict[str, Any] = {"eager_half": {tower: judge(right[tower], halves[tower]) for tower in halves}}
     with tempfile.TemporaryDirectory() as folder:
-        for kind in KINDS:
+        for kind in KINDS if run is None else ("fp32", "fp16"):
             started = time.process_time()
             try:
-                backend = MilBackend(lower(towers, kind, Path(folder)))
+                backend = MilBackend(lower(towers, kind, Path(folder), calibration))
                 entry: dict[str, Any] = {
                     "image": judge(right["image"], backend.run_image(rows["image"])),
                     "text": judge(right["text"], backend.run_text(rows["text"])),
@@ -177,11 +186,10 @@ def judge(right: NDArray[np.float64], found: NDArray[np.float32]) -> dict[str, A
     }
 
 
-def table(result: dict[str, Any]) -> str:
+def table(students: dict[str, Any], columns: tuple[str, ...]) -> str:
     """dB of picture and text tower, as the rows of docs/parity.md."""
-    columns = (*KINDS, "eager_half")
     lines = [f"| student | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    for name, kinds in sorted(result["students"].items()):
+    for name, kinds in sorted(students.items()):
         lines.append(f"| `{name}` | {' | '.join(_cell(kinds[kind]) for kind in columns)} |")
     return "\n".join(lines)
 
@@ -194,21 +202,23 @@ def main(
     students: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     budget_s: float = 900.0,
     again: bool = False,
+    trained: Path | None = None,
     table_only: Annotated[bool, tyro.conf.arg(name="table")] = False,
 ) -> None:
     """Measure, and write the result after each student."""
     torch.set_num_threads(1)
     path = RESULTS / NAME
     result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"students": {}}
+    known = result["students"] if trained is None else result.setdefault("trained", {})
     wanted = [] if table_only and not students else list(students or student_names())
     started = time.process_time()
     for name in wanted:
-        if name in result["students"] and not again:
+        if name in known and not again:
             continue
         if time.process_time() - started > budget_s:
             print(f"{name}: not run, {budget_s:.0f} CPU seconds are spent")
             continue
-        result["students"][name] = measure(name)
+        known[name] = measure(name, trained and trained / f"{name}-f0")
         result |= {
             "command": "python -m benchmarks.coreml_eval",
             "seed": SEED,
@@ -220,7 +230,8 @@ def main(
         result["not_run"] = [other for other in student_names() if other not in result["students"]]
         write(NAME, result)
     if table_only:
-        print(table(result))
+        print(table(result["students"], (*KINDS, "eager_half")))
+        print(table(result.get("trained", {}), ("fp32", "fp16", "eager_half")))
 
 
 if __name__ == "__main__":
