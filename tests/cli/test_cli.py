@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -31,6 +32,7 @@ COMMANDS = {
         "parity",
         "embed",
         "classify",
+        "conformance",
         "doctor",
         "cache-teacher",
         "cache",
@@ -137,6 +139,7 @@ COMMANDS = {
     "parity": ("BUNDLE", "--reference", "--out", "--targets", "--budgets", "--strict", "--overwrite", "--json"),
     "embed": ("BUNDLE", "INPUT", "--text", "--out", "--overwrite", "--backend", "--precision"),
     "classify": ("BUNDLE", "IMAGE", "--labels", "--templates", "--backend", "--precision", "--json"),
+    "conformance": ("BUNDLE", "--backend", "--precision", "--threads", "--json"),
     "report": ("RUN", "--out", "--overwrite", "--json"),
     "doctor": ("--json",),
 }
@@ -320,6 +323,27 @@ def test_export_writes_a_bundle_and_keeps_what_is_there(
     assert json.loads((out / "bundle.json").read_text())["variants"][0]["target"] == "onnx"
     rows = [json.loads(line) for line in cli("embed", out, "a red circle", "--text").out.splitlines()]
     assert len(rows[0]["embedding"]) == 32
+
+
+def test_conformance_prints_its_stages_and_the_first_that_fails(cli: Cli, exported: Path, tmp_path: Path) -> None:
+    done = cli("conformance", exported, "--precision", "fp32")
+    assert done.code == 0, done.out
+    assert re.search(r"S5 retrieval +pass", done.out)
+    assert done.out.rstrip().endswith("every stage passed")
+    changed = Path(shutil.copytree(exported, tmp_path / "changed"))
+    vectors = json.loads((changed / "conformance/vectors.json").read_text())
+    vectors["texts"][0]["ids"][1] += 1
+    text = json.dumps(vectors)
+    (changed / "conformance/vectors.json").write_text(text)
+    assert "was changed" in cli("conformance", changed).sentence()
+    manifest = json.loads((changed / "bundle.json").read_text())
+    manifest["files"]["conformance/vectors.json"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (changed / "bundle.json").write_text(json.dumps(manifest))
+    done = cli("conformance", changed)
+    assert done.code == 1
+    assert "first failing stage: S1 ids" in done.out
+    found = json.loads(cli("conformance", changed, "--json").out)
+    assert (found["passed"], found["first_failing"]) == (False, "S1 ids")
 
 
 def test_reference_is_recorded_once_and_shown(
