@@ -31,6 +31,31 @@ def each_image(images: ImageSource | Iterable[ImageSource]) -> Iterable[Any]:
     return images
 
 
+def labelled_pictures(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """Files of a folder with one folder of pictures for each label, and their labels; hidden files are passed over.
+
+    Raises:
+        UsageError: no such folder, one that cannot be read, or one without labels or pictures.
+    """
+    root, given = Path(folder), f"folder {str(folder)!r}"
+    again = "expected is one folder of pictures for each label, named by it"
+    paths, labels = [], []
+    try:
+        if not root.is_dir():
+            raise UsageError(f"{given} is no folder; {again}")
+        for label in sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != "."):
+            found = sorted(path for path in label.iterdir() if path.is_file() and path.name[0] != ".")
+            paths += found
+            labels += [label.name] * len(found)
+    except OSError as error:
+        raise UsageError(
+            f"{given} cannot be read ({error.strerror}: {error.filename}); nothing can be learnt from it, so permit it"
+        ) from error
+    if not paths:
+        raise UsageError(f"{given} holds no picture in a folder of its own; {again}")
+    return paths, labels
+
+
 def pixel_batches(
     images: Iterable[ImageSource], spec: ImageSpec, batch_size: int, workers: int
 ) -> Iterator[NDArray[np.uint8]]:

@@ -33,6 +33,7 @@ COMMANDS = {
         "embed",
         "classify",
         "conformance",
+        "serve",
         "doctor",
         "cache-teacher",
         "cache",
@@ -137,8 +138,12 @@ COMMANDS = {
     "truncate": ("SOURCE", "--text-layers", "--dim", "--out", "--overwrite"),
     "reference show": ("REFERENCE", "--json"),
     "parity": ("BUNDLE", "--reference", "--out", "--targets", "--budgets", "--strict", "--overwrite", "--json"),
-    "embed": ("BUNDLE", "INPUT", "--text", "--out", "--overwrite", "--backend", "--precision"),
-    "classify": ("BUNDLE", "IMAGE", "--labels", "--templates", "--backend", "--precision", "--json"),
+    "embed": ("BUNDLE", "INPUT", "--text", "--out", "--dim", "--overwrite", "--backend", "--precision", "--threads"),
+    "classify": (
+        *("BUNDLE", "IMAGE", "--labels", "--templates", "--examples", "--method", "--calibrate", "--threshold"),
+        *("--save", "--load", "--overwrite", "--backend", "--precision", "--threads", "--json"),
+    ),
+    "serve": ("BUNDLE", "--host", "--port", "--workers", "--queue", "--backend", "--precision", "--threads"),
     "conformance": ("BUNDLE", "--backend", "--precision", "--threads", "--json"),
     "report": ("RUN", "--out", "--overwrite", "--json"),
     "doctor": ("--json",),
@@ -187,7 +192,7 @@ def test_doctor_says_what_is_here_and_how_to_get_the_rest(cli: Cli, monkeypatch:
 def test_embed_prints_what_it_writes(cli: Cli, bundle: Path, colours: Path, edge_toys: Any, tmp_path: Path) -> None:
     pictures = [colours / "red.png", colours / "blue.png"]
     rows = [json.loads(line) for line in cli("embed", bundle, *pictures).out.splitlines()]
-    assert [row["input"] for row in rows] == [str(path) for path in pictures]
+    assert [row["id"] for row in rows] == [str(path) for path in pictures]
     flat = np.zeros((2, 1, 1, 3), np.uint8)
     flat[0, ..., 0] = flat[1, ..., 2] = 255
     np.testing.assert_allclose([row["embedding"] for row in rows], edge_toys.expected_image(flat), atol=1e-6)
@@ -207,7 +212,7 @@ def test_embed_prints_what_it_writes(cli: Cli, bundle: Path, colours: Path, edge
 
 def test_embed_texts(cli: Cli, bundle: Path, edge_toys: Any) -> None:
     rows = [json.loads(line) for line in cli("embed", bundle, "red", "a picture of blue", "--text").out.splitlines()]
-    assert [row["input"] for row in rows] == ["red", "a picture of blue"]
+    assert [row["id"] for row in rows] == ["red", "a picture of blue"]
     ids = np.array([[2, 7, 3, 0, 0, 0], [2, 4, 5, 6, 9, 3]])
     np.testing.assert_allclose([row["embedding"] for row in rows], edge_toys.expected_text(ids), atol=1e-6)
 
