@@ -5,20 +5,20 @@ from __future__ import annotations
 import importlib.util
 import platform
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
-from pocketvlm.edge.backends import Backend, open_backend, target_of
+from pocketvlm.edge.backends import Backend, default_threads, open_backend, target_of
 from pocketvlm.edge.bundle import Bundle, BundleVariant
 from pocketvlm.edge.contract import ModelContract
 from pocketvlm.edge.errors import IntegrityError, UsageError
-from pocketvlm.edge.preprocess import ImageSource, load_image, stack
+from pocketvlm.edge.preprocess import ImageSource
+from pocketvlm.edge.reading import each_image, pixel_batches
 from pocketvlm.edge.tokenizer import Tokenizer
 
 BackendName = Literal["auto", "onnxruntime", "executorch", "coreml"]
@@ -111,13 +111,18 @@ class EdgeModel:
         variant = opened.variant(target, precision, dim if own_file else None)
         return cls(opened, variant, open_backend(target, opened.folder, variant, threads), dim)
 
-    def embed_image(self, images: ImageSource | Iterable[ImageSource], *, batch_size: int = 32) -> NDArray[np.float32]:
-        """L2-normalised embeddings of images; of a classifier, its logits over `contract.labels`, as they are.
+    def embed_image(
+        self, images: ImageSource | Iterable[ImageSource], *, batch_size: int = 32, workers: int | None = None
+    ) -> NDArray[np.float32]:
+        """Embeddings of images, of length 1 (L2-normalised); of a classifier, its logits over `contract.labels`.
 
         Args:
             images: one image (path, encoded bytes, PIL image, uint8 array [H, W], [H, W, 3] or [H, W, 4]), several of
-                them, or one uint8 array [N, H, W, C]. Preprocessing is the contract's.
-            batch_size: how many are decoded and run together; memory grows with it.
+                them as a list or any iterator, or one uint8 array [N, H, W, C]. Preprocessing is the contract's. An
+                iterator is read batch by batch to its end; for one without an end see `stream_images`.
+            batch_size: how many are run together; memory grows with it.
+            workers: threads that decode and resize while the model runs; None means as many as the runtime has at
+                most, 1 decodes in the calling thread. The result is the same.
 
         Returns:
             float32 [N, D]; a single image gives [1, D].
@@ -125,17 +130,28 @@ class EdgeModel:
         Raises:
             BadSampleError, UsageError: see `edge.preprocess.decode_image`; the model has no image tower.
         """
-        spec = self.contract.image
-        if spec is None:
-            raise _no_tower(self.contract, "image")
-        return self._embed(
-            _several_images(images),
-            lambda chunk: self.backend.run_image(stack([load_image(image, spec) for image in chunk])),
-            batch_size,
-        )
+        return self._joined(self._image_rows(images, batch_size, workers))
+
+    def stream_images(
+        self, images: Iterable[ImageSource], *, batch_size: int = 32, workers: int | None = None
+    ) -> Iterator[NDArray[np.float32]]:
+        """As `embed_image`, one embedding [D] at a time and in order, while `images` is being read.
+
+        Holds at most two batches; an iterator may be endless. With two or more workers one batch is read ahead, so for
+        frames of a camera take `batch_size=1, workers=1`: each is answered before the next one is asked for.
+
+        Raises:
+            BadSampleError, UsageError: as `embed_image`, when the first picture of a bad one's batch is asked for.
+        """
+        for rows in self._image_rows(images, batch_size, workers):
+            yield from rows
 
     def embed_text(self, texts: str | Iterable[str], *, batch_size: int = 64) -> NDArray[np.float32]:
-        """L2-normalised embeddings of strings; text past the context is cut.
+        """Embeddings of strings, of length 1 (L2-normalised); text past the context is cut.
+
+        Args:
+            texts: a string, or several as a list or any iterator with an end.
+            batch_size: how many are encoded and run together.
 
         Returns:
             float32 [N, D]; a single string gives [1, D].
@@ -147,8 +163,10 @@ class EdgeModel:
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise _no_tower(self.contract, "text")
-        several = [texts] if isinstance(texts, str) else list(texts)
-        return self._embed(several, lambda chunk: self.backend.run_text(tokenizer.encode(chunk)), batch_size)
+        return self._joined(
+            self._checked(self.backend.run_text(tokenizer.encode(chunk)), len(chunk))
+            for chunk in _chunks([texts] if isinstance(texts, str) else list(texts), batch_size)
+        )
 
     def embed_pixels(self, pixels: NDArray[np.uint8], *, batch_size: int = 32) -> NDArray[np.float32]:
         """As `embed_image`, from pixels that are preprocessed already: uint8 [N, S, S, 3]."""
@@ -158,7 +176,9 @@ class EdgeModel:
                 f"pixels of dtype {pixels.dtype} and shape {pixels.shape} were given and uint8 [N, {size}, {size}, 3] "
                 "is expected; the graph cannot take them, so preprocess with edge.preprocess.load_image"
             )
-        return self._embed(pixels, self.backend.run_image, batch_size)
+        return self._joined(
+            self._checked(self.backend.run_image(chunk), len(chunk)) for chunk in _chunks(pixels, batch_size)
+        )
 
     def embed_ids(self, ids: NDArray[np.int32], *, batch_size: int = 64) -> NDArray[np.float32]:
         """As `embed_text`, from ids that are encoded already: int32 [N, context_length]."""
@@ -168,7 +188,9 @@ class EdgeModel:
                 f"ids of dtype {ids.dtype} and shape {ids.shape} were given and int32 [N, {length}] is expected; "
                 "the graph cannot take them, so encode with edge.tokenizer.Tokenizer"
             )
-        return self._embed(ids, self.backend.run_text, batch_size)
+        return self._joined(
+            self._checked(self.backend.run_text(chunk), len(chunk)) for chunk in _chunks(ids, batch_size)
+        )
 
     def embed_labels(self, labels: Sequence[str], templates: str | Sequence[str] = ("{}",)) -> NDArray[np.float32]:
         """One embedding per label: the normalised mean of its normalised prompt embeddings, float32 [N, D].
@@ -260,16 +282,24 @@ class EdgeModel:
             )
         return _normalize(left) @ _normalize(right).T
 
-    def _embed(self, inputs: Any, run: Callable[[Any], NDArray[np.float32]], batch_size: int) -> NDArray[np.float32]:
-        if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size} and at least 1 is expected; nothing would run")
-        parts = [run(inputs[at : at + batch_size]) for at in range(0, len(inputs), batch_size)]
-        if not parts:
-            return np.zeros((0, self.dim), np.float32)
-        embeddings = np.concatenate(parts)
-        if embeddings.shape != (len(inputs), self.graph_dim):
+    def _image_rows(
+        self, images: ImageSource | Iterable[ImageSource], batch_size: int, workers: int | None
+    ) -> Iterator[NDArray[np.float32]]:
+        spec = self.contract.image
+        if spec is None:
+            raise _no_tower(self.contract, "image")
+        if workers is not None and workers < 1:
+            raise UsageError(f"workers is {workers} and at least 1 is expected; nothing would be decoded")
+        _check_batch_size(batch_size)
+        given = each_image(images)
+        for pixels in pixel_batches(given, spec, batch_size, default_threads() if workers is None else workers):
+            yield self._checked(self.backend.run_image(pixels), len(pixels))
+
+    def _checked(self, embeddings: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+        """What the graph gave, as it is promised."""
+        if embeddings.shape != (count, self.graph_dim):
             raise IntegrityError(
-                f"the {self.backend.name} graph gave embeddings of shape {embeddings.shape} for {len(inputs)} inputs "
+                f"the {self.backend.name} graph gave embeddings of shape {embeddings.shape} for {count} inputs "
                 f"and the contract promises width {self.graph_dim}; they belong to another model, so export it again"
             )
         if not np.isfinite(embeddings).all():
@@ -281,6 +311,12 @@ class EdgeModel:
             return _normalize(embeddings[:, : self.dim])
         as_they_are = self.contract.normalized or self.contract.kind == "classifier"
         return embeddings if as_they_are else _normalize(embeddings)
+
+    def _joined(self, parts: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+        rows = list(parts)
+        if len(rows) == 1:
+            return rows[0]
+        return np.concatenate(rows) if rows else np.zeros((0, self.dim), np.float32)
 
 
 def _pick_target(bundle: Bundle) -> str:
@@ -320,11 +356,14 @@ def _check_dim(bundle: Bundle, target: str, precision: str, dim: int | None) -> 
     return dim in files
 
 
-def _several_images(images: Any) -> Any:
-    single = (str, Path, bytes, bytearray, memoryview, Image.Image)
-    if isinstance(images, single) or (isinstance(images, np.ndarray) and images.ndim < 4):
-        return [images]
-    return list(images)
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size} and at least 1 is expected; nothing would run")
+
+
+def _chunks(inputs: Any, batch_size: int) -> Iterator[Any]:
+    _check_batch_size(batch_size)
+    return (inputs[at : at + batch_size] for at in range(0, len(inputs), batch_size))
 
 
 def _check_labels(labels: Sequence[str]) -> tuple[str, ...]:

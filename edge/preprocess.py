@@ -31,6 +31,15 @@ _PRECISION_BITS = 22
 # above this many intermediate pixels (a 1xN strip, say) only the part that survives the crop is computed
 _WINDOWED_ABOVE = 1 << 24
 _EXIF_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(source: ImageSource, spec: ImageSpec) -> Pixels:
@@ -48,7 +57,11 @@ def load_image(source: ImageSource, spec: ImageSpec) -> Pixels:
             f"this model wants image decoding {spec.decode!r} and this release knows 'v1' only; "
             "its pixels would be wrong, so upgrade pocketvlm"
         )
-    return resize_image(decode_image(source, background=spec.background), spec)
+    decoded = _decode(source, spec.background)
+    if isinstance(decoded, np.ndarray):
+        return resize_image(decoded, spec)
+    # the same pixels without a way through arrays and back, which costs as much as resizing does
+    return _resize(decoded, spec)
 
 
 def stack(images: Sequence[Pixels]) -> Pixels:
@@ -88,6 +101,12 @@ def decode_image(source: ImageSource, *, background: tuple[int, int, int] = (255
             or "unsupported-pixels" (float images and the like).
         UsageError: an array of another dtype or shape, or a source of another type.
     """
+    decoded = _decode(source, background)
+    return decoded if isinstance(decoded, np.ndarray) else np.array(decoded)
+
+
+def _decode(source: ImageSource, background: tuple[int, int, int]) -> Pixels | Image.Image:
+    """What `decode_image` returns, or a PIL image of mode RGB with these pixels, which may be the source itself."""
     if isinstance(source, np.ndarray):
         return _from_array(source, background)
     if isinstance(source, Image.Image):
@@ -176,14 +195,14 @@ def _unsupported(what: str, why: str) -> BadSampleError:
     )
 
 
-def _from_bytes(data: bytes, background: tuple[int, int, int], what: str) -> Pixels:
+def _from_bytes(data: bytes, background: tuple[int, int, int], what: str) -> Pixels | Image.Image:
     image = _open(data, what)
     tile = getattr(image, "tile", None)
     rawmode = tile[0][3] if image.format == "PNG" and tile else None
     if rawmode in ("RGB;16B", "RGBA;16B", "LA;16B"):
         deep = _deep_png(data, str(rawmode), what)
         _load(image, what)
-        return _orient(_composite(deep, background), image)
+        return _orient(_composite(deep, background), _orientation(image))
     return _from_pil(image, background, what)
 
 
@@ -219,15 +238,19 @@ def _to_8bit(values: NDArray[Any]) -> NDArray[np.uint8]:
     return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def _from_pil(image: Image.Image, background: tuple[int, int, int], what: str) -> Pixels:
+def _from_pil(image: Image.Image, background: tuple[int, int, int], what: str) -> Pixels | Image.Image:
     _load(image, what)
     if 0 in image.size:
         raise BadSampleError(f"{what} has size {image.size}; there is no pixel to use", reason="empty-image")
-    return _orient(_composite(_channels(image, what), background), image)
+    channels = _channels(image, what)
+    orientation = _orientation(image)
+    if isinstance(channels, np.ndarray):
+        return _orient(_composite(channels, background), orientation)
+    return channels.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else channels
 
 
-def _channels(image: Image.Image, what: str) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3] or, where the image has transparency, [H, W, 4]."""
+def _channels(image: Image.Image, what: str) -> NDArray[np.uint8] | Image.Image:
+    """An image of mode RGB; where it has transparency or was deep, uint8 [H, W, 3 or 4]."""
     mode = image.mode
     if mode == "I" or mode.startswith("I;16"):
         values = np.asarray(image)
@@ -245,7 +268,9 @@ def _channels(image: Image.Image, what: str) -> NDArray[np.uint8]:
     try:
         if mode == "La":
             image = image.convert("LA")
-        return np.asarray(image.convert("RGBA" if alpha and mode != "CMYK" else "RGB"))
+        if alpha and mode != "CMYK":
+            return np.asarray(image.convert("RGBA"))
+        return image if mode == "RGB" else image.convert("RGB")
     except ValueError as error:
         raise _unsupported(what, f"holds {mode} values") from error
 
@@ -257,14 +282,20 @@ def _composite(pixels: NDArray[np.uint8], background: tuple[int, int, int]) -> P
     return ((color * alpha + np.array(background, np.uint32) * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def _orient(pixels: Pixels, image: Image.Image) -> Pixels:
+def _orientation(image: Image.Image) -> int:
     # only real EXIF counts: Image.getexif() would also obey XMP, which browsers and phones ignore
+    data = image.info.get("exif")
+    if not data:
+        return 1
     try:
         exif = Image.Exif()
-        exif.load(image.info.get("exif", b""))
-        orientation = exif.get(_EXIF_ORIENTATION, 1)
+        exif.load(data)
+        return int(exif.get(_EXIF_ORIENTATION, 1))
     except Exception:  # damaged metadata says nothing about the pixels, which are fine
-        orientation = 1
+        return 1
+
+
+def _orient(pixels: Pixels, orientation: int) -> Pixels:
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
@@ -338,15 +369,18 @@ def resize_image(pixels: Pixels, spec: ImageSpec) -> Pixels:
         UsageError: `pixels` is not uint8 [H, W, 3] with at least one pixel.
     """
     _check_pixels(pixels)
-    plan = resize_plan(pixels.shape[0], pixels.shape[1], spec)
-    if max(pixels.shape[0], plan.height) * plan.width > _WINDOWED_ABOVE:
-        return resize_reference(pixels, spec)
+    return _resize(Image.fromarray(np.ascontiguousarray(pixels)), spec)
+
+
+def _resize(image: Image.Image, spec: ImageSpec) -> Pixels:
+    plan = resize_plan(image.height, image.width, spec)
+    if max(image.height, plan.height) * plan.width > _WINDOWED_ABOVE:
+        return resize_reference(np.asarray(image), spec)
     kernel = _FILTERS[spec.filter][0]
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    scaled = np.asarray(image.resize((plan.width, image.height), kernel).resize((plan.width, plan.height), kernel))
+    scaled = image.resize((plan.width, image.height), kernel).resize((plan.width, plan.height), kernel)
     if spec.resize == "pad":
-        return _place(scaled, plan, spec)
-    return np.array(scaled[plan.top : plan.top + spec.size, plan.left : plan.left + spec.size])
+        return _place(np.asarray(scaled), plan, spec)
+    return np.array(scaled.crop((plan.left, plan.top, plan.left + spec.size, plan.top + spec.size)))
 
 
 def resize_reference(pixels: Pixels, spec: ImageSpec) -> Pixels:

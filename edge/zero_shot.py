@@ -120,6 +120,14 @@ class ZeroShotClassifier:
         self.threshold = _checked_threshold(threshold)
         self._head: _Head | None = None
 
+    def set_threshold(self, threshold: float) -> None:
+        """Abstain below this probability from now on.
+
+        Raises:
+            UsageError: it is no probability.
+        """
+        self.threshold = _checked_threshold(threshold)
+
     def classify(self, images: ImageSource | Iterable[ImageSource], *, batch_size: int = 32) -> list[Classification]:
         """One verdict per image, in order; its label is "" where no probability reaches `threshold`."""
         return self.classify_embeddings(self.model.embed_image(images, batch_size=batch_size))

@@ -51,7 +51,7 @@ __all__ = ["DEFAULT_TARGETS", "VariantRow", "export_bundle", "format_table", "su
 DEFAULT_TARGETS = ("onnx", "executorch", "coreml")
 # the issue's floor for full precision against float64; int8 is judged by the parity check on real data
 _FP32_LIMIT = 1e-6
-_EXAMPLES = 3
+_EXAMPLES = 8
 _PACKAGES = (
     *("torch", "timm", "numpy", "Pillow", "tokenizers", "onnx", "onnxscript", "onnxruntime"),
     *("executorch", "torchao", "coremltools", "open_clip_torch", "transformers"),
@@ -93,7 +93,7 @@ def export_bundle(
             None: the training data of the run, where `student_or_run` is a run folder.
         overwrite: replace an existing bundle.
         calibration_size: pictures and texts to calibrate and judge with.
-        examples: real pictures for the conformance vectors, which must be free to publish. None: three of the
+        examples: real pictures for the conformance vectors, which must be free to publish. None: eight of the
             calibration source where that is the built-in set, else none.
         plan: what stays in float in "mixed" variants, or its file (`export.mixed`); the bundle keeps a copy.
         labels: bake these into the graph: an image-only bundle whose output is a logit for each (`export.labels`).

@@ -25,7 +25,7 @@ EXIF_ORIENTATION = 0x0112
 @dataclass(frozen=True)
 class ImageCase:
     """One encoded picture. real: from the data source rather than generated. error: the `BadSampleError` reason it
-    must be refused with, or None. extension: of the file it is stored under."""
+    must be refused with, or None. extension: of the file it is stored under. caption: what a real one shows."""
 
     name: str
     data: bytes
@@ -33,6 +33,7 @@ class ImageCase:
     extension: str
     note: str = ""
     error: str | None = None
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,9 @@ def golden_images(samples: Sequence[Sample], *, count: int, seed: int = 0) -> li
             kind = (Image.open(io.BytesIO(data)).format or "bin").lower()
         except (BadSampleError, OSError, SyntaxError, ValueError):
             continue
-        real.append(ImageCase(f"real-{len(real):02d}", data, True, {"jpeg": "jpg"}.get(kind, kind), sample.uid))
+        caption = next((c.text for c in sample.captions if isinstance(c.text, str) and c.text.strip()), "")
+        extension = {"jpeg": "jpg"}.get(kind, kind)
+        real.append(ImageCase(f"real-{len(real):02d}", data, True, extension, sample.uid, caption=caption))
     if not real:
         raise UsageError(
             f"none of the {len(samples)} samples has a readable picture; a reference of generated pictures alone says "

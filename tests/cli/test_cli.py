@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -31,6 +32,8 @@ COMMANDS = {
         "parity",
         "embed",
         "classify",
+        "conformance",
+        "serve",
         "doctor",
         "cache-teacher",
         "cache",
@@ -135,8 +138,13 @@ COMMANDS = {
     "truncate": ("SOURCE", "--text-layers", "--dim", "--out", "--overwrite"),
     "reference show": ("REFERENCE", "--json"),
     "parity": ("BUNDLE", "--reference", "--out", "--targets", "--budgets", "--strict", "--overwrite", "--json"),
-    "embed": ("BUNDLE", "INPUT", "--text", "--out", "--overwrite", "--backend", "--precision"),
-    "classify": ("BUNDLE", "IMAGE", "--labels", "--templates", "--backend", "--precision", "--json"),
+    "embed": ("BUNDLE", "INPUT", "--text", "--out", "--dim", "--overwrite", "--backend", "--precision", "--threads"),
+    "classify": (
+        *("BUNDLE", "IMAGE", "--labels", "--templates", "--examples", "--method", "--calibrate", "--threshold"),
+        *("--save", "--load", "--overwrite", "--backend", "--precision", "--threads", "--json"),
+    ),
+    "serve": ("BUNDLE", "--host", "--port", "--workers", "--queue", "--backend", "--precision", "--threads"),
+    "conformance": ("BUNDLE", "--backend", "--precision", "--threads", "--json"),
     "report": ("RUN", "--out", "--overwrite", "--json"),
     "doctor": ("--json",),
 }
@@ -184,7 +192,7 @@ def test_doctor_says_what_is_here_and_how_to_get_the_rest(cli: Cli, monkeypatch:
 def test_embed_prints_what_it_writes(cli: Cli, bundle: Path, colours: Path, edge_toys: Any, tmp_path: Path) -> None:
     pictures = [colours / "red.png", colours / "blue.png"]
     rows = [json.loads(line) for line in cli("embed", bundle, *pictures).out.splitlines()]
-    assert [row["input"] for row in rows] == [str(path) for path in pictures]
+    assert [row["id"] for row in rows] == [str(path) for path in pictures]
     flat = np.zeros((2, 1, 1, 3), np.uint8)
     flat[0, ..., 0] = flat[1, ..., 2] = 255
     np.testing.assert_allclose([row["embedding"] for row in rows], edge_toys.expected_image(flat), atol=1e-6)
@@ -204,7 +212,7 @@ def test_embed_prints_what_it_writes(cli: Cli, bundle: Path, colours: Path, edge
 
 def test_embed_texts(cli: Cli, bundle: Path, edge_toys: Any) -> None:
     rows = [json.loads(line) for line in cli("embed", bundle, "red", "a picture of blue", "--text").out.splitlines()]
-    assert [row["input"] for row in rows] == ["red", "a picture of blue"]
+    assert [row["id"] for row in rows] == ["red", "a picture of blue"]
     ids = np.array([[2, 7, 3, 0, 0, 0], [2, 4, 5, 6, 9, 3]])
     np.testing.assert_allclose([row["embedding"] for row in rows], edge_toys.expected_text(ids), atol=1e-6)
 
@@ -320,6 +328,27 @@ def test_export_writes_a_bundle_and_keeps_what_is_there(
     assert json.loads((out / "bundle.json").read_text())["variants"][0]["target"] == "onnx"
     rows = [json.loads(line) for line in cli("embed", out, "a red circle", "--text").out.splitlines()]
     assert len(rows[0]["embedding"]) == 32
+
+
+def test_conformance_prints_its_stages_and_the_first_that_fails(cli: Cli, exported: Path, tmp_path: Path) -> None:
+    done = cli("conformance", exported, "--precision", "fp32")
+    assert done.code == 0, done.out
+    assert re.search(r"S5 retrieval +pass", done.out)
+    assert done.out.rstrip().endswith("every stage passed")
+    changed = Path(shutil.copytree(exported, tmp_path / "changed"))
+    vectors = json.loads((changed / "conformance/vectors.json").read_text())
+    vectors["texts"][0]["ids"][1] += 1
+    text = json.dumps(vectors)
+    (changed / "conformance/vectors.json").write_text(text)
+    assert "was changed" in cli("conformance", changed).sentence()
+    manifest = json.loads((changed / "bundle.json").read_text())
+    manifest["files"]["conformance/vectors.json"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (changed / "bundle.json").write_text(json.dumps(manifest))
+    done = cli("conformance", changed)
+    assert done.code == 1
+    assert "first failing stage: S1 ids" in done.out
+    found = json.loads(cli("conformance", changed, "--json").out)
+    assert (found["passed"], found["first_failing"]) == (False, "S1 ids")
 
 
 def test_reference_is_recorded_once_and_shown(

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pocketvlm.edge.errors import IntegrityError
-from pocketvlm.edge.preprocess import load_image
+from pocketvlm.edge.errors import BadSampleError, IntegrityError
+from pocketvlm.edge.preprocess import decode_image, load_image
 from pocketvlm.edge.tokenizer import Tokenizer
-from pocketvlm.export.cases import ImageCase
+from pocketvlm.export.cases import ImageCase, nasty_images
 from pocketvlm.export.conformance import VECTORS, Vectors, double_rows, widen_tolerance, write_vectors
 from pocketvlm.export.targets.base import Towers
 from pocketvlm.students import train_tokenizer
@@ -82,6 +82,75 @@ def test_the_nasty_kinds_are_there(written: tuple[Path, Vectors]) -> None:
     assert any(form == "PNG" and mode == "RGB" for form, mode, _, _ in kinds.values())
 
 
+def test_lossy_pictures_bring_their_decoded_pixels(written: tuple[Path, Vectors], towers: Towers) -> None:
+    folder, _ = written
+    spec = towers.contract.image
+    assert spec is not None
+    for case in content(folder)["images"]:
+        stated = case["decoded"]
+        decoded = decode_image((folder / case["bytes_file"]).read_bytes(), background=spec.background)
+        assert decoded.shape == (stated["height"], stated["width"], 3)
+        assert hashlib.sha256(decoded.tobytes()).hexdigest() == stated["sha256"]
+        assert case["lossy"] == (case["bytes_file"].endswith(".jpg")) == ("file" in stated)
+        if case["lossy"]:
+            assert (folder / stated["file"]).read_bytes() == decoded.tobytes()
+    assert sum(case["lossy"] for case in content(folder)["images"]) == 3
+
+
+def test_a_large_input_brings_fewer_pixels(
+    towers: Towers, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pocketvlm.export import conformance
+
+    monkeypatch.setattr(conformance, "_PIXELS_BYTES", 5 * toy.SIZE**2 * 3 + 1)
+    write_vectors(tmp_path, towers, tokenizer)
+    assert ["pixels_file" in case for case in content(tmp_path)["images"]] == [True] * 5 + [False] * 8
+    monkeypatch.setattr(conformance, "_PIXELS_BYTES", 0)
+    write_vectors(tmp_path, towers, tokenizer)
+    assert sum("pixels_file" in case for case in content(tmp_path)["images"]) == 4
+
+
+def test_the_task_ranks_as_the_reference_does(written: tuple[Path, Vectors]) -> None:
+    folder, vectors = written
+    found = content(folder)
+    task, texts = found["retrieval"], {case["name"]: row for case, row in zip(found["texts"], vectors.text)}
+    images = {case["name"]: row for case, row in zip(found["images"], vectors.image)}
+    assert set(task["images"]) == set(images)
+    assert found["texts"][0]["text"] == "a red car"
+    assert len(task["text_to_image"]) == len(task["texts"]) == 6
+    assert len(task["image_to_text"]) == len(images)
+    for query in task["text_to_image"]:
+        scores = {name: float(texts[query["query"]] @ row) for name, row in images.items()}
+        assert query["order"] == sorted(scores, key=lambda name: -scores[name])
+        np.testing.assert_allclose(query["scores"], [scores[name] for name in query["order"]], rtol=1e-8, atol=1e-12)
+    for query in task["image_to_text"]:
+        best = max(task["texts"], key=lambda name: texts[name] @ images[query["query"]])
+        assert query["order"][0] == best
+    assert task["margin"]["fp32"] == pytest.approx(8 * (2 * 1e-6 / toy.DIM) ** 0.5, rel=0.05)
+    assert task["margin"].keys() == found["tolerance"].keys()
+
+
+def test_captions_of_real_pictures_are_asked_for(towers: Towers, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    data = nasty_images()[0].data
+    write_vectors(tmp_path, towers, tokenizer, examples=[ImageCase("real-00", data, True, "jpg", caption="a dog")])
+    asked = content(tmp_path)["retrieval"]["texts"]
+    assert [case["text"] for case in content(tmp_path)["texts"] if case["name"] in asked][:2] == ["a dog", "a red car"]
+
+
+def test_what_must_be_refused_is_refused_here(written: tuple[Path, Vectors], tokenizer: Tokenizer) -> None:
+    folder, _ = written
+    found = content(folder)
+    assert {case["reason"] for case in found["refused_images"]} == {"truncated-image", "not-an-image", "empty-image"}
+    for case in found["refused_images"]:
+        with pytest.raises(BadSampleError) as refused:
+            decode_image((folder / case["bytes_file"]).read_bytes())
+        assert refused.value.reason == case["reason"]
+    assert {case["text"] for case in found["refused_texts"]} == {"", " \t\n"}
+    for case in found["refused_texts"]:
+        with pytest.raises(BadSampleError, match="nothing to encode"):
+            tokenizer.encode([case["text"]])
+
+
 def test_strings_cover_scripts_and_the_context(written: tuple[Path, Vectors], tokenizer: Tokenizer) -> None:
     folder, vectors = written
     texts = [case["text"] for case in content(folder)["texts"]]
@@ -107,6 +176,8 @@ def test_real_pictures_only_when_given(written: tuple[Path, Vectors], towers: To
     write_vectors(tmp_path, only_image, None, examples=[ImageCase("real-00", data, True, "png")])
     assert content(tmp_path)["images"][0]["name"] == "real-00"
     assert content(tmp_path)["texts"] == []
+    assert content(tmp_path)["retrieval"] is None
+    assert content(tmp_path)["refused_texts"] == []
 
 
 def test_only_rounded_models_may_be_widened_and_say_why(
