@@ -1,4 +1,4 @@
-"""A million real sentences and their embeddings, for `benchmarks.index`: distinct lines of text that lie on this machine.
+"""A million real sentences and their embeddings, for `benchmarks.index`: distinct lines of text on this machine.
 
 `python -m benchmarks.index_corpus BUNDLE --cache DIR [--roots FOLDER ...]` writes DIR/lines.txt and DIR/rows-*.npy. It
 takes about twelve minutes of one idle core and can be stopped and started again.
@@ -40,7 +40,11 @@ def lines_of(roots: Iterable[str]) -> Iterator[str]:
                     continue
                 for line in text.split("\n"):
                     line = line.strip(DECORATION)
-                    if 24 <= len(line) <= 160 and line.count(" ") > 3 and len(line.translate(_PLAIN)) <= 0.08 * len(line):
+                    if (
+                        24 <= len(line) <= 160
+                        and line.count(" ") > 3
+                        and len(line.translate(_PLAIN)) <= 0.08 * len(line)
+                    ):
                         yield line
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -266,6 +266,26 @@ class EmbeddingIndex:
         from pocketvlm.edge.index_folder import sync_folder
 
         return sync_folder(self, Path(folder), model, progress=progress, batch_size=batch_size)
+
+    @property
+    def model(self) -> dict[str, Any] | None:
+        """What `remember_model` was told, so that a later process can load it again."""
+        with self._lock:
+            return self._store.fact("model")
+
+    def remember_model(self, facts: Mapping[str, Any]) -> None:
+        """Keep JSON values that say how to load the model, for instance the arguments of `EdgeModel.load`."""
+        with self._lock:
+            if self._store.fact("model") != dict(facts):
+                with self._store.writing(), self._store.transaction():
+                    self._store.set_fact("model", dict(facts))
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that `sync_folder` brought the rows from."""
+        with self._lock:
+            found = self._store.fact("root")
+        return None if found is None else Path(found)
 
     def verify(self) -> None:
         """Read every byte and compare it with its checksum; a damaged graph is only warned of.

@@ -87,9 +87,16 @@ class Store:
     @classmethod
     def create(cls, folder: Path, space_id: str, dim: int, dtype: str) -> Store:
         """Make the folder and its empty database; the database appears whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{DATABASE}.{os.getpid()}.part"
-        part.unlink(missing_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            part.unlink(missing_ok=True)
+            part.touch()
+        except OSError as error:
+            raise UsageError(
+                f"an index cannot be made in {str(folder)!r} ({error.strerror}) and a folder to write to is expected; "
+                "nothing could be kept, so name another place"
+            ) from error
         db = sqlite3.connect(part, isolation_level=None)
         db.executescript(f"PRAGMA application_id = {APPLICATION}; BEGIN; {_TABLES} COMMIT;")
         facts = {"schema": SCHEMA, "space_id": space_id, "dim": dim, "dtype": dtype}
@@ -148,7 +155,7 @@ class Store:
         return self._state
 
     def fact(self, name: str) -> Any:
-        """A remembered JSON value, None where there is none."""
+        """A remembered JSON value, None where there is none (`set_fact`)."""
         found = self.db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return None if found is None else json.loads(found[0])
 
@@ -302,6 +309,14 @@ class Store:
         self.db.executemany("DELETE FROM rows WHERE row = ?", numbers)
         self.db.executemany("INSERT INTO dead VALUES (?)", numbers)
         self._state = None
+
+    def relabel(self, changes: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
+        """Give rows, each named by its key, another key and metadata, inside a transaction."""
+        found = self.rows_of([key for key, _, _ in changes])
+        index_filter.delete_facts(self.db, list(found.values()))
+        self.db.executemany("DELETE FROM rows WHERE row = ?", ((row,) for row, _ in found.values()))
+        for key, new, metadata in changes:
+            self.insert(found[key][0], [new], [metadata])
 
     def rewrite(self) -> None:
         """Copy the rows that live into new files, so that nothing of the removed ones is left on disk."""
