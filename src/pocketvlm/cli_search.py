@@ -233,8 +233,8 @@ def _sync(opened: EmbeddingIndex, loaded: EdgeModel, folder: Path) -> SyncReport
     if report.unreadable:
         first = "; ".join(f"{path}: {problem.split(';')[0]}" for path, problem in list(report.unreadable.items())[:3])
         print(
-            f"{counted(len(report.unreadable), 'path')} could not be read and will not be found (all of them: 'pocketvlm "
-            f"index --json'): {first}",
+            f"{counted(len(report.unreadable), 'path')} could not be read and will not be found (all of them: pocketvlm "
+            f"index --json): {first}",
             file=sys.stderr,
         )
     return report

@@ -40,7 +40,7 @@ li {{ background: var(--card); border: 1px solid var(--edge); border-radius: .6r
 a {{ color: inherit; text-decoration: none; display: block; }}
 a:hover .name, a:focus-visible .name {{ text-decoration: underline; }}
 a:focus-visible {{ outline: 3px solid var(--bar); outline-offset: -3px; }}
-.frame {{ aspect-ratio: 1; background: #fff; display: grid; place-items: center; overflow: hidden; color: #5c5c57; }}
+.frame {{ aspect-ratio: 1; background: var(--edge); display: grid; place-items: center; overflow: hidden; }}
 .frame img {{ width: 100%; height: 100%; object-fit: contain; }}
 .frame span {{ padding: 1rem; text-align: center; font-size: .85rem; }}
 .text {{ padding: .55rem .7rem .7rem; }}
