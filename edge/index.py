@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pocketvlm.edge.errors import UsageError, unknown_name
-from pocketvlm.edge.index_checks import Space, check_space, checked_names, unit_rows
+from pocketvlm.edge.index_checks import Space, check_space, checked_names, space_id_of, unit_rows
 from pocketvlm.edge.index_filter import Metadata, Value, Where, where_sql
 from pocketvlm.edge.index_store import DATABASE, State, Store
 
@@ -101,7 +101,7 @@ class EmbeddingIndex:
                 f"{str(folder)!r} is there and not an empty folder, and a new index needs one of its own; what lies "
                 "there would be mixed up with it, so open it with EmbeddingIndex.load or name another"
             )
-        space_id, width = (space, dim) if isinstance(space, str) else (space.contract.space_id, dim or space.dim)
+        space_id, width = space_id_of(space), dim if isinstance(space, str) else dim or space.dim
         if width is None or width < 1 or (not isinstance(space, str) and width != space.dim):
             expected = "its width is expected" if isinstance(space, str) else f"the model gives {space.dim} numbers"
             raise UsageError(

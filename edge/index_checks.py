@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,17 +14,20 @@ from pocketvlm.edge.index_filter import Metadata, Value, checked_metadata
 
 
 class Space(Protocol):
-    """What knows its embedding space: `EdgeModel` does."""
+    """What knows its embedding space: an `EdgeModel`, by its contract, or a teacher, by its own `space_id`."""
 
-    @property
-    def contract(self) -> Any: ...
     @property
     def dim(self) -> int: ...
 
 
+def space_id_of(space: Space | str) -> str:
+    """The id itself, or that of a model."""
+    return space if isinstance(space, str) else getattr(space, "contract", space).space_id
+
+
 def check_space(space: Space | str, wanted: str, path: Path) -> None:
     """Refuse vectors of another embedding space than the index at `path` holds, with a UsageError."""
-    given = space if isinstance(space, str) else space.contract.space_id
+    given = space_id_of(space)
     if given != wanted:
         raise UsageError(
             f"vectors of the embedding space {given!r} were given and index {str(path)!r} holds {wanted!r}; their "

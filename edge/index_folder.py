@@ -130,7 +130,7 @@ class _Sync:
 
     def _empty_batch(self) -> None:
         self.seen: list[tuple[_File, str, str | None]] = []  # file, digest, problem
-        self.digests: set[str] = set()
+        self.fresh: set[str] = set()  # digests whose row this batch makes or renames
         self.pixels: list[NDArray[np.uint8]] = []
         self.to_embed: list[_File] = []
         self.to_relabel: list[tuple[str, _File]] = []  # the key that a row has, and the file that it is now
@@ -163,11 +163,12 @@ class _Sync:
     def _look(self, file: _File) -> None:
         """Decide by its content what a new or touched file asks for."""
         digest, problem, raw = self._read(file)
-        if digest and digest in self.digests:
+        if digest in self.fresh:
             self._commit()  # the same content once more: then there is a row to copy
         had_row = file.path in self.keys
         if problem is None and had_row and self._digest_of(file.path) == digest:
             self.to_relabel.append((file.path, file))
+            self.fresh.add(digest)
             self.report.touched += 1
         else:
             twin = None if problem else self._twin(file, digest)
@@ -175,6 +176,7 @@ class _Sync:
                 try:
                     self.pixels.append(load_image(raw, self.spec))
                     self.to_embed.append(file)
+                    self.fresh.add(digest)
                     self.report.changed += had_row
                     self.report.added += not had_row
                 except BadSampleError as error:
@@ -182,6 +184,7 @@ class _Sync:
             elif twin in self.gone:
                 self.gone.discard(twin)
                 self.to_relabel.append((twin, file))
+                self.fresh.add(digest)
                 self.report.moved += 1
             elif twin is not None:
                 self.to_copy.append((twin, file))
@@ -192,7 +195,6 @@ class _Sync:
             self.report.unreadable[file.path] = problem
             self.report.removed += had_row
         self.seen.append((file, digest, problem))
-        self.digests.add(digest)
 
     def _digest_of(self, path: str) -> str | None:
         found = self.store.db.execute("SELECT digest FROM files WHERE path = ? AND problem IS NULL", (path,)).fetchone()

@@ -233,7 +233,7 @@ def _sync(opened: EmbeddingIndex, loaded: EdgeModel, folder: Path) -> SyncReport
     if report.unreadable:
         first = "; ".join(f"{path}: {problem.split(';')[0]}" for path, problem in list(report.unreadable.items())[:3])
         print(
-            f"{counted(len(report.unreadable), 'path')} could not be read and will not be found (all of them: pocketvlm "
+            f"{counted(len(report.unreadable), 'path')} could not be read and will not be found (all: pocketvlm "
             f"index --json): {first}",
             file=sys.stderr,
         )
