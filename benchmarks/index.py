@@ -4,7 +4,7 @@
     python -m benchmarks.index --cache DIR
 
 The first makes the embeddings (`benchmarks.index_corpus`), the second the indexes under DIR, those that are there
-already excepted, and then measures each in a process of its own, on one thread.
+already excepted, with two threads, and then measures each in a process of its own, on one.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def build(cache: Path, dtype: str) -> None:
             facts = [{"tens": n % 10, "thousands": n % 1000} for n in numbers]
             index.add([f"s{n}" for n in numbers], gallery[at : at + 65_536], facts, space=SPACE)
         added, cpu = time.perf_counter(), time.process_time()
-        index.save(threads=1, progress=lambda rows, of: print(f"{dtype}: {rows:,} of {of:,}", flush=True))
+        index.save(threads=2, progress=lambda rows, of: print(f"{dtype}: {rows:,} of {of:,}", flush=True))
         facts_of = {
             "add_s": added - began,
             "save_s": time.perf_counter() - added,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +22,8 @@ class Space(Protocol):
 
 def space_id_of(space: Space | str) -> str:
     """The id itself, or that of a model."""
-    return space if isinstance(space, str) else getattr(space, "contract", space).space_id
+    known: Any = space
+    return known if isinstance(known, str) else getattr(known, "contract", known).space_id
 
 
 def check_space(space: Space | str, wanted: str, path: Path) -> None:
