@@ -10,6 +10,7 @@ if __name__ != "pocketvlm.edge":
 
 _LAZY = {
     "EdgeModel": "pocketvlm.edge.model",
+    "EmbeddingIndex": "pocketvlm.edge.index",
     "ZeroShotClassifier": "pocketvlm.edge.zero_shot",
     "ModelContract": "pocketvlm.edge.contract",
     "ImageSpec": "pocketvlm.edge.contract",

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 # public name -> module that defines it; loaded on first attribute access (PEP 562)
 _LAZY = {
     "EdgeModel": "pocketvlm.edge.model",
+    "EmbeddingIndex": "pocketvlm.edge.index",
     "ModelContract": "pocketvlm.edge.contract",
     "PocketvlmError": "pocketvlm.edge.errors",
     "Sample": "pocketvlm.data.sample",

@@ -77,6 +77,7 @@ _PARTS = (
     ("onnxruntime", "onnxruntime", "base", "run ONNX bundles"),
     ("tokenizers", "tokenizers", "base", "tokenize"),
     ("PIL", "Pillow", "base", "decode and resize images"),
+    ("usearch", "usearch", "base", "search large indexes"),
     ("torch", "torch", "distill", "train and evaluate"),
     ("timm", "timm", "distill", "image towers"),
     ("onnx", "onnx", "onnx", "export to ONNX"),

@@ -34,6 +34,8 @@ COMMANDS = {
         "classify",
         "conformance",
         "serve",
+        "index",
+        "search",
         "doctor",
         "cache-teacher",
         "cache",
@@ -56,6 +58,8 @@ COMMANDS = {
         "--overwrite",
         "--json",
     ),
+    "index": ("DIR", "--model", "--out", "--dtype", "--dim", "--backend", "--precision", "--overwrite", "--json"),
+    "search": ("DIR", "TEXT", "--image", "--model", "-k", "--where", "--open", "--sheet", "--json"),
     "matrix": ("--students", "--targets", "--precisions", "--data", "--out", "--retry", "--json"),
     "pick": (
         "--size-mb",
@@ -278,11 +282,15 @@ def without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_edge_commands_run_on_the_base_install(bundle: Path, colours: Path) -> None:
+def test_edge_commands_run_on_the_base_install(
+    bundle: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POCKETVLM_CACHE", str(tmp_path))
     commands: list[tuple[object, ...]] = [
         ("embed", bundle, colours / "red.png"),
         ("embed", bundle, "red", "--text"),
         ("classify", bundle, colours / "red.png", "--labels", "red", "blue", "--json"),
+        ("search", colours, "red", "--model", bundle),
         ("list", "data", "--json"),
         ("list", "teachers", "--json"),
         ("doctor", "--json"),

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 HEAVY = ["torch", "torchvision", "timm", "transformers", "onnx", "executorch", "coremltools", "pydantic", "scipy"]
-MODULES = ["", ".contract", ".errors", ".preprocess", ".tokenizer", ".bundle", ".backends", ".model", ".conformance"]
+MODULES = [
+    "",
+    ".contract",
+    ".errors",
+    ".preprocess",
+    ".tokenizer",
+    ".bundle",
+    ".backends",
+    ".model",
+    ".conformance",
+    ".index",
+]
 REPORT = f"import sys, json; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
 
 
