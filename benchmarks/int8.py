@@ -41,7 +41,10 @@ VARIANTS = ("onnx:fp32", "onnx:int8", "onnx:w4", "executorch:fp32", "executorch:
 RESULT = RESULTS / "int8"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "quantization.md"
 _ROUNDS, _RUNS = 5, 10
-_DECIDING = ("prepare", "rounding", "token_tables", "fidelity", "calibration")
+_DECIDING = (
+    *("prepare", "depthwise", "stems", "static", "equalize", "observers", "ranges"),
+    *("rounding", "token_tables", "fidelity", "calibration"),
+)
 
 
 def quantizer_code() -> str:

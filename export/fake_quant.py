@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from pocketvlm.export.prepare import CONVOLUTIONS, LINEARS, Rounding, stem
 from pocketvlm.export.rounding import round_rows, round_weight
+from pocketvlm.export.stems import float_entirely
 
 LEVELS = 255
 _aten = torch.ops.aten
@@ -82,7 +83,7 @@ class FakeQuantized(nn.Module):
     ) -> None:
         super().__init__()
         self.graph_module, self.float_layers, self.rounding = graph, float_layers, rounding or INT8
-        self._exempt = {node.name for node in stem(graph, float_layers)}
+        self._exempt = float_entirely(stem(graph, float_layers))
         self.zeros = {name: step.zero for name, step in steps.items()}
         self.log_scales = nn.ParameterDict(
             {name: nn.Parameter(torch.tensor(step.scale, dtype=torch.float64).log()) for name, step in steps.items()}

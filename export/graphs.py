@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+_aten = torch.ops.aten
 # where `mark_float` leaves its mark; copies of a graph keep it
 _FLOAT = "pocketvlm_in_float"
 # the attribute of `students.deploy.DeployTower` that holds the tower: no part of a block's name
@@ -39,6 +41,16 @@ def set_parameter(graph_module: fx.GraphModule, node: fx.Node, position: int, va
         arguments.append(None)
     arguments[position] = attribute
     node.args = tuple(arguments)
+
+
+def pool_by_mean(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The graph, changed in place: global pooling becomes the mean that it is. Converters make of `adaptive_avg_pool2d`
+    a mean and up to eight operators that copy its one place into a layout of strides."""
+    for node in graph_module.graph.nodes:
+        if node.target is _aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
+            node.target, node.args = _aten.mean.dim, (node.args[0], [-1, -2], True)
+    graph_module.recompile()
+    return graph_module
 
 
 def prune(graph_module: fx.GraphModule) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Collection, MutableMapping, Sequence
+from collections.abc import Callable, Collection, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -26,11 +26,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from pocketvlm.export.depthwise import make_depthwise
 from pocketvlm.export.fidelity import run_module, split_calibration
-from pocketvlm.export.graphs import constant as _constant
-from pocketvlm.export.graphs import in_float, mark_float, prune
-from pocketvlm.export.graphs import set_parameter as _set_parameter
-from pocketvlm.export.rounding import EXPONENTS, balancing_scales, round_rows, round_tensor, round_weight, turn_down
+from pocketvlm.export.graphs import constant, in_float, mark_float, pool_by_mean, prune, set_parameter
+from pocketvlm.export.rounding import (
+    EXPONENTS,
+    balancing_scales,
+    round_kernels,
+    round_rows,
+    round_tensor,
+    round_weight,
+    turn_down,
+)
+from pocketvlm.export.stems import float_entirely, is_stored
 from pocketvlm.export.token_tables import quantize_tables, quantized_tables
 
 # begins the names that `round_weights` gives to weights which stay in float
@@ -65,16 +73,20 @@ def capture(module: nn.Module, rows: NDArray[Any]) -> fx.GraphModule:
     example = torch.from_numpy(np.ascontiguousarray(np.resize(rows, (2, *rows.shape[1:]))))
     batch = torch.export.Dim("batch", min=1, max=4096)
     program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
-    return cast(fx.GraphModule, program.module(check_guards=False))
+    return pool_by_mean(cast(fx.GraphModule, program.module(check_guards=False)))
 
 
-def weight_only_graph(module: nn.Module, rows: NDArray[Any], bits: Literal[4, 8] = 8) -> fx.GraphModule:
-    """What can be done to a tower without real inputs: integer token tables and folded batch norm.
+def weight_only_graph(
+    module: nn.Module, rows: NDArray[Any], bits: Literal[4, 8] = 8, blocks: Collection[str] = ()
+) -> fx.GraphModule:
+    """What needs no real inputs: integer token tables (but those of `blocks`), folded batch norm, `make_depthwise`."""
+    return _plain(quantize_tables(module, bits, blocks), rows)
 
-    rows: example inputs, for tracing only.
-    """
-    graph = capture(quantize_tables(module, bits), rows)
+
+def _plain(module: nn.Module, rows: NDArray[Any]) -> fx.GraphModule:
+    graph = capture(module, rows)
     fold_batchnorm(graph)
+    make_depthwise(graph)
     return graph
 
 
@@ -87,9 +99,9 @@ def fold_batchnorm(graph_module: fx.GraphModule) -> int:
         conv = node.args[0]
         if conv.target not in CONVOLUTIONS or len(conv.users) != 1:
             continue
-        gamma, beta, mean, variance = (_constant(graph_module, argument) for argument in node.args[1:5])
-        weight = _constant(graph_module, conv.args[1])
-        bias = _constant(graph_module, conv.args[2]) if len(conv.args) > 2 else None
+        gamma, beta, mean, variance = (constant(graph_module, argument) for argument in node.args[1:5])
+        weight = constant(graph_module, conv.args[1])
+        bias = constant(graph_module, conv.args[2]) if len(conv.args) > 2 else None
         if weight is None or mean is None or variance is None:
             continue
         # in float64, or the rounding of each fold would show against the float32 budget
@@ -97,8 +109,8 @@ def fold_batchnorm(graph_module: fx.GraphModule) -> int:
         shift = (0.0 if bias is None else bias.double()) - mean.double()
         new_bias = shift * factor + (0.0 if beta is None else beta.double())
         new_weight = weight.double() * factor.reshape(-1, *[1] * (weight.ndim - 1))
-        _set_parameter(graph_module, conv, 1, new_weight.to(weight.dtype), "folded_weight")
-        _set_parameter(graph_module, conv, 2, new_bias.to(weight.dtype), "folded_bias")
+        set_parameter(graph_module, conv, 1, new_weight.to(weight.dtype), "folded_weight")
+        set_parameter(graph_module, conv, 2, new_bias.to(weight.dtype), "folded_bias")
         node.replace_all_uses_with(conv)
         graph_module.graph.erase_node(node)
         folded += 1
@@ -112,18 +124,15 @@ def balance_linears(graph_module: fx.GraphModule, rows: NDArray[Any]) -> int:
 
     x W^T = (x / s) (W s)^T for any s > 0; of some candidates the one is taken that gives the smallest error of the
     layer's output when both factors are rounded. Layers that share an input share s. The division goes into the
-    LayerNorm before them where nothing else reads that, else it becomes one multiplication.
-
-    Returns:
-        The number of inputs that were balanced.
+    LayerNorm before them where nothing else reads that, else it is one multiplication. Returns how many inputs.
     """
     found: dict[fx.Node, tuple[list[fx.Node], Tensor]] = {}
     _Balance(graph_module, found).run(_one_batch(rows))
     for node, (linears, scale) in found.items():
         for linear in linears:
-            weight = _constant(graph_module, linear.args[1])
+            weight = constant(graph_module, linear.args[1])
             assert weight is not None
-            _set_parameter(graph_module, linear, 1, weight * scale, "balanced_weight")
+            set_parameter(graph_module, linear, 1, weight * scale, "balanced_weight")
         if set(node.users) == set(linears) and _divide_norm(graph_module, node, scale):
             continue
         name = f"balance_{node.name}"
@@ -158,6 +167,8 @@ class Rounding:
         """The values that the weight of a convolution or linear layer takes."""
         if weight.numel() < self.smallest or in_float(node):
             return weight
+        if is_stored(node):
+            return round_kernels(weight)
         return self.linear(weight) if node.target in LINEARS else self.convolution(weight)
 
 
@@ -175,14 +186,11 @@ def correct_bias(
     rows: calibration inputs, the more the better; they pass through in one batch, cut to what memory allows.
     float_layers: convolutions at the input that stay in float. rounding: that of int8 unless given. expected: layer ->
     mean output per channel to restore, `mean_outputs` of another graph; those of this graph in float unless given.
-    ranges: of the values that are rounded; the whole range of `rows` unless given.
-
-    Returns:
-        The number of layers corrected.
+    ranges: of the values that are rounded; the whole range of `rows` unless given. Returns the number of layers.
     """
     rounding = rounding or Rounding(round_weight, "mixed")
     inputs = _one_batch(rows)
-    exempt = {node.name for node in stem(graph_module, float_layers)}
+    exempt = float_entirely(stem(graph_module, float_layers))
     rounded = rounded_nodes(graph_module, float_layers) if rounding.inputs in ("mixed", "fixed") else set()
     observed = set(rounded)
     if rounding.inputs == "fixed":
@@ -195,9 +203,9 @@ def correct_bias(
     Corrected(graph_module, expected or own, corrections, exempt, ranges, rounded, rounding).run(inputs)
     for node in list(graph_module.graph.nodes):
         if node.name in corrections:
-            old = _constant(graph_module, node.args[2]) if len(node.args) > 2 else None
+            old = constant(graph_module, node.args[2]) if len(node.args) > 2 else None
             bias = corrections[node.name] + (0.0 if old is None else old)
-            _set_parameter(graph_module, node, 2, bias, "corrected_bias")
+            set_parameter(graph_module, node, 2, bias, "corrected_bias")
     prune(graph_module)
     return len(corrections)
 
@@ -207,9 +215,9 @@ def round_weights(graph_module: fx.GraphModule, rounding: Rounding) -> None:
     """Give every convolution and linear layer the weight that a rounding makes of it, in place, as float values."""
     for node in list(graph_module.graph.nodes):
         if _weighted(graph_module, node):
-            weight = cast(Tensor, _constant(graph_module, node.args[1]))
+            weight = cast(Tensor, constant(graph_module, node.args[1]))
             how = FLOAT_WEIGHT if in_float(node) else "rounded_weight"
-            _set_parameter(graph_module, node, 1, rounding.weight(node, weight), how)
+            set_parameter(graph_module, node, 1, rounding.weight(node, weight), how)
     prune(graph_module)
 
 
@@ -229,11 +237,6 @@ def _one_batch(rows: NDArray[Any]) -> Tensor:
 def stem(graph_module: fx.GraphModule, layers: int) -> list[fx.Node]:
     """The first `layers` convolutions of a graph."""
     return [node for node in graph_module.graph.nodes if node.target in CONVOLUTIONS][:layers]
-
-
-def is_depthwise(shape: Sequence[int]) -> bool:
-    """Whether a weight [out, in / groups, ...] is that of a depthwise convolution in two dimensions."""
-    return len(shape) == 4 and shape[1] == 1 and shape[0] > 1
 
 
 def has_attention(graph_module: fx.GraphModule) -> bool:
@@ -279,7 +282,7 @@ class _Balance(fx.Interpreter):
         output = super().run_node(n)
         linears = [u for u in n.users if u.target in LINEARS and u.args[0] is n and _weighted(self.module, u)]
         if linears:
-            weights = [cast(Tensor, _constant(self.module, linear.args[1])) for linear in linears]
+            weights = [cast(Tensor, constant(self.module, linear.args[1])) for linear in linears]
             best = _best_scale(output, torch.cat(weights))
             if best is not None:
                 self.found[n] = (linears, best[0])
@@ -313,13 +316,13 @@ def _best_scale(x: Tensor, weight: Tensor) -> tuple[Tensor, str] | None:
 
 def _divide_norm(graph_module: fx.GraphModule, node: fx.Node, scale: Tensor) -> bool:
     """Fold the division into a LayerNorm's weight and bias; False where the node is none."""
-    weight = _constant(graph_module, node.args[2]) if node.target is _LAYER_NORM and len(node.args) > 2 else None
+    weight = constant(graph_module, node.args[2]) if node.target is _LAYER_NORM and len(node.args) > 2 else None
     if weight is None or weight.shape != scale.shape:
         return False
-    bias = _constant(graph_module, node.args[3]) if len(node.args) > 3 else None
-    _set_parameter(graph_module, node, 2, weight / scale, "balanced_norm")
+    bias = constant(graph_module, node.args[3]) if len(node.args) > 3 else None
+    set_parameter(graph_module, node, 2, weight / scale, "balanced_norm")
     if bias is not None:
-        _set_parameter(graph_module, node, 3, bias / scale, "balanced_shift")
+        set_parameter(graph_module, node, 3, bias / scale, "balanced_shift")
     return True
 
 
@@ -439,9 +442,8 @@ class Prepared:
         self._module, self._rows = module, rows
         self.fit, self.held = split_calibration(rows)
         self.expected = run_module(module, self.held)
-        self._balanced = capture(quantize_tables(module, 8, blocks), self.fit)
+        self._balanced = weight_only_graph(module, self.fit, 8, blocks)
         mark_float(self._balanced, blocks)
-        fold_batchnorm(self._balanced)
         balance_linears(self._balanced, self.fit)
         self._convolutions = len(stem(self._balanced, len(self._balanced.graph.nodes)))
         self.convolutional = self._convolutions > STEM_LAYERS
@@ -480,11 +482,9 @@ class Prepared:
 
         bits: of the token tables. `STEM_LAYERS` convolutions are expected to stay in float.
         """
-        float_graph = capture(self._module, self.fit)
-        fold_batchnorm(float_graph)
         balanced = rounding.inputs != "none" and bits == 8
         graph = copy.deepcopy(self._balanced) if balanced else weight_only_graph(self._module, self.fit, bits)
-        correct_bias(graph, self.fit, STEM_LAYERS, rounding, mean_outputs(float_graph, self.fit))
+        correct_bias(graph, self.fit, STEM_LAYERS, rounding, mean_outputs(_plain(self._module, self.fit), self.fit))
         return graph
 
 

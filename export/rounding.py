@@ -11,6 +11,8 @@ from pocketvlm.export.token_tables import BLOCK
 _WEIGHT_MAX = 127
 # steps between the ends of an activation's range
 _STEPS = 255
+# elements of a kernel that are worth a scale of their own
+SMALLEST_KERNEL = 9
 # exponents a of SmoothQuant's s_j = max|x_j|^a / max|W_:j|^(1-a) that are tried for each layer
 EXPONENTS = (0.25, 0.5, 0.75)
 # a channel this much quieter than the loudest counts as that loud: it may be silent on calibration data only
@@ -22,6 +24,14 @@ def round_weight(weight: Tensor) -> Tensor:
     flat = weight.flatten(1)
     scale = flat.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / _WEIGHT_MAX
     return (torch.round(flat / scale) * scale).reshape(weight.shape)
+
+
+def round_kernels(weight: Tensor) -> Tensor:
+    """`round_weight` with a scale for each output and input channel where a kernel has nine elements and more: what is
+    made float when the file is loaded may have any number of scales, and equalised inputs differ."""
+    if weight.ndim < 4 or weight[0, 0].numel() < SMALLEST_KERNEL:
+        return round_weight(weight)
+    return round_weight(weight.flatten(0, 1)).reshape(weight.shape)
 
 
 def round_blocks(weight: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from pocketvlm.edge.errors import require
 from pocketvlm.export import observers
 from pocketvlm.export.delegation import delegation
+from pocketvlm.export.depthwise import is_depthwise
 from pocketvlm.export.fidelity import Scheme, choose_scheme, fidelity, run_module
+from pocketvlm.export.graphs import constant, in_float, prune, set_parameter
 from pocketvlm.export.mixed import Plan
 from pocketvlm.export.observers import Method
 from pocketvlm.export.prepare import (
@@ -26,14 +28,13 @@ from pocketvlm.export.prepare import (
     Prepared,
     Rounding,
     capture,
-    is_depthwise,
-    prune,
     rounded_nodes,
     weight_only_graph,
 )
 from pocketvlm.export.ranges import histograms, output_losses, steps_by
-from pocketvlm.export.rounding import round_blocks_evenly, round_weight
+from pocketvlm.export.rounding import round_blocks_evenly, round_kernels, round_weight
 from pocketvlm.export.static import balance_notes, static_tower
+from pocketvlm.export.stems import is_stored
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
 from pocketvlm.export.targets.onnx import Tower, example_rows, prepared_tower, present_towers, quiet
 from pocketvlm.export.token_tables import BLOCK
@@ -300,6 +301,12 @@ def _lowerable(ready: Prepared, *, static: bool) -> nn.Module:
 def _convert(graph: Any, quantizer: Any, fit: NDArray[Any]) -> nn.Module:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+    # as every other backend has them, and biases are corrected for them; here they are stored as float
+    for node in list(graph.graph.nodes):
+        weight = constant(graph, node.args[1]) if is_stored(node) and not in_float(node) else None
+        if weight is not None:
+            set_parameter(graph, node, 1, round_kernels(weight), "stored_weight")
+    prune(graph)
     prepared = prepare_pt2e(graph, quantizer)
     for index in range(0, len(fit), 16):
         prepared(torch.from_numpy(np.ascontiguousarray(fit[index : index + 16])))

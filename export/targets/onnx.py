@@ -23,6 +23,7 @@ from torch import nn
 import pocketvlm
 from pocketvlm.edge.errors import UsageError, require
 from pocketvlm.export.fidelity import Scheme, choose_scheme, fidelity
+from pocketvlm.export.graphs import pool_by_mean
 from pocketvlm.export.half import half_graph
 from pocketvlm.export.mixed import Plan, kept
 from pocketvlm.export.precision import CALIBRATED
@@ -37,6 +38,7 @@ from pocketvlm.export.rounding import round_blocks, round_weight
 from pocketvlm.export.static import Static, balance_notes, static_tower
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
 from pocketvlm.export.targets.onnx_float import marked_values, nodes_behind
+from pocketvlm.export.targets.onnx_gelu import fuse_gelu, gelu_sums, reorder_gelu
 from pocketvlm.export.targets.onnx_ladder import Batches, quantize_ahead, to_half, weights_to_int4, weights_to_int8
 from pocketvlm.export.targets.onnx_names import shorten
 from pocketvlm.export.targets.onnx_steps import tensor_overrides
@@ -194,7 +196,7 @@ def export_graph(module: nn.Module, rows: NDArray[Any], tower: Tower, path: Path
         if node.target in _RELU6:
             # one operator of ONNX; decomposed with a free batch size, each costs a tenth of a second
             node.target = torch.ops.aten.clamp.default
-    captured.graph_module.recompile()
+    pool_by_mean(captured.graph_module)
     program = torch.onnx.export(
         captured,
         (),
@@ -209,6 +211,7 @@ def export_graph(module: nn.Module, rows: NDArray[Any], tower: Tower, path: Path
     # the exporter names values after their operators, and a token lookup is called "embedding" too
     _rename(model, OUTPUT, f"{OUTPUT}_value")
     _rename(model, _OUTPUT_DRAFT, OUTPUT)
+    reorder_gelu(model)
     floats = marked_values(module, captured.graph_module, model.graph)
     stamp(model, tower, "fp32", contract_digest)
     onnx.checker.check_model(model, full_check=True)
@@ -298,8 +301,10 @@ def _static_schemes(ready: Prepared, tower: Tower, folder: Path, digest: str) ->
             export_graph(graph, ready.fit[:2], tower, source, contract_digest=digest)
             _preprocess(source, prepared)
         batches = _batches(ready.fit[: CALIBRATOR_ROWS[method]], tower)
-        stem = _stem(require("onnx", "onnx").load(str(prepared)).graph, STEM_LAYERS)
-        return quantize_ahead(prepared, folder / f"{method}.onnx", batches, method, not ready.attention, stem)
+        graph = require("onnx", "onnx").load(str(prepared)).graph
+        floats = [*_stem(graph, STEM_LAYERS), *gelu_sums(graph)]
+        target = quantize_ahead(prepared, folder / f"{method}.onnx", batches, method, not ready.attention, floats)
+        return _finish_static(target, STEM_LAYERS)
 
     return [Scheme(f"static-qdq-{method.lower()}", partial(static, method)) for method in CALIBRATOR_ROWS]
 
@@ -315,14 +320,12 @@ def _schemes(ready: Prepared, tower: Tower, folder: Path, digest: str) -> list[S
 
     def dynamic() -> Path:
         # convolutions compute in float, from integer weights
-        convolutional = ready.convolutional
-        graph = ready.rounded(ROUNDINGS["w8a8-dynamic"]) if convolutional else ready.graph(static=False)[0]
+        graph = ready.rounded(ROUNDINGS["w8a8-dynamic"]) if ready.convolutional else ready.graph(static=False)[0]
         source, floats = exported(graph, "dynamic")
         target = _quantize_dynamic(source, folder / "dynamic.onnx", floats)
-        if convolutional:
-            model = onnx.load(str(target))
-            weights_to_int8(model, ("Conv",), STEM_LAYERS, floats)
-            onnx.save(model, str(target))
+        model = onnx.load(str(target))
+        weights_to_int8(model, ("Conv",), STEM_LAYERS, floats)
+        onnx.save(model, str(target))
         return target
 
     def static() -> Path:
@@ -330,7 +333,8 @@ def _schemes(ready: Prepared, tower: Tower, folder: Path, digest: str) -> list[S
         source, floats = exported(copy.deepcopy(chosen.graph), "static")
         target = folder / "static.onnx"
         _quantize_static(source, target, ready, tower, chosen, floats)
-        return _quantize_dynamic(target, folder / "mixed.onnx", floats)
+        mixed = _quantize_dynamic(target, folder / "mixed.onnx", floats)
+        return _finish_static(mixed, chosen.settings.stem, floats)
 
     if not ready.convolutional:
         return [Scheme("dynamic", dynamic)]
@@ -378,11 +382,21 @@ def _quantize_static(
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         op_types_to_quantize=kinds,
-        nodes_to_exclude=[*_stem(graph, static.settings.stem), *nodes_behind(graph, floats)],
+        nodes_to_exclude=[*_stem(graph, static.settings.stem), *nodes_behind(graph, floats), *gelu_sums(graph)],
         calibrate_method=CalibrationMethod.MinMax,
         extra_options={"TensorQuantOverrides": tensor_overrides(static.graph, graph, static.steps)},
     )
     return target
+
+
+def _finish_static(path: Path, float_convolutions: int, floats: Sequence[str] = ()) -> Path:
+    """What the quantizer leaves: GELU between quantized values, and the weights of convolutions in float."""
+    onnx = require("onnx", "onnx")
+    model = onnx.load(str(path))
+    fuse_gelu(model)
+    weights_to_int8(model, ("Conv",), float_convolutions, floats)
+    onnx.save(model, str(path))
+    return path
 
 
 def _preprocess(source: Path, target: Path) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketvlm.edge.errors import require
+from pocketvlm.export.rounding import SMALLEST_KERNEL
+from pocketvlm.export.stems import STORED
 from pocketvlm.export.token_tables import BLOCK
 
 WEIGHT_MAX = 127
@@ -43,7 +45,8 @@ def weights_to_int8(
     Activations and arithmetic stay float. Linear layers read theirs from a DequantizeLinear, for which onnxruntime has
     a kernel of its own; convolutions from a Cast and a Mul, which every runtime computes once, when it loads the file
     (onnxruntime keeps a DequantizeLinear for each run, and a convolution behind one is several times slower).
-    float_convolutions: so many at the input stay as they are. floats: so do operators that compute these values.
+    float_convolutions: so many at the input stay as they are, but for large weights (`STORED`), which are rounded as by
+    `round_kernels`. floats: operators that compute these values stay too.
 
     Returns:
         The number of operators whose weights were replaced.
@@ -53,20 +56,20 @@ def weights_to_int8(
     done: dict[tuple[str, int], str] = {}
     added: list[Any] = []
     changed = 0
-    stem = [node.output[0] for node in model.graph.node if node.op_type == "Conv"][:float_convolutions]
-    stem += floats
+    stem = {node.output[0] for node in [n for n in model.graph.node if n.op_type == "Conv"][:float_convolutions]}
     for node in model.graph.node:
-        if node.op_type not in kinds or node.input[1] not in constants or node.output[0] in stem:
+        if node.op_type not in kinds or node.input[1] not in constants or node.output[0] in floats:
             continue
         name = node.input[1]
         weight = onnx.numpy_helper.to_array(constants[name])
-        if weight.dtype != np.float32 or weight.ndim < 2 or weight.size < _SMALLEST_WEIGHT:
+        smallest = STORED if node.output[0] in stem else _SMALLEST_WEIGHT
+        if weight.dtype != np.float32 or weight.ndim < 2 or weight.size < smallest:
             continue
         axis = _output_axis(node, weight.ndim)
         if (name, axis) not in done:
             done[name, axis] = value = f"{name}_of_int8_{axis}"
-            scale = _channel_scale(weight, axis)
-            shape = [-1 if at == axis else 1 for at in range(weight.ndim)]
+            axes = (0, 1) if node.output[0] in stem and weight[0, 0].size >= SMALLEST_KERNEL else (axis,)
+            scale = _scale(weight, axes)
             levels, steps = f"{name}_int8_{axis}", f"{name}_scale_{axis}"
             make = onnx.helper.make_node
             if node.op_type == "Conv":
@@ -75,8 +78,8 @@ def weights_to_int8(
             else:
                 added.append(make("DequantizeLinear", [levels, steps], [value], axis=axis))
             parts = {
-                levels: np.round(weight / scale.reshape(shape)).astype(np.int8),
-                steps: scale.reshape(shape) if node.op_type == "Conv" else scale,
+                levels: np.round(weight / scale).astype(np.int8),
+                steps: scale if node.op_type == "Conv" else scale.ravel(),
             }
             model.graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in parts.items())
         node.input[1] = done[name, axis]
@@ -156,9 +159,11 @@ def _output_axis(node: Any, ndim: int) -> int:
     return 0 if transposed else ndim - 1
 
 
-def _channel_scale(weight: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-    others = tuple(at for at in range(weight.ndim) if at != axis)
-    return np.maximum(np.abs(weight).max(axis=others), 1e-12).astype(np.float32) / np.float32(WEIGHT_MAX)
+def _scale(weight: NDArray[np.float32], axes: tuple[int, ...]) -> NDArray[np.float32]:
+    """One for each index along these axes, in a shape that multiplies the weight."""
+    others = tuple(at for at in range(weight.ndim) if at not in axes)
+    largest = np.maximum(np.abs(weight).max(axis=others, keepdims=True), 1e-12)
+    return largest.astype(np.float32) / np.float32(WEIGHT_MAX)
 
 
 def _drop_unused(model: Any) -> None:

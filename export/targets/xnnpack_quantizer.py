@@ -22,9 +22,10 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
 )
 
+from pocketvlm.export.depthwise import is_depthwise
 from pocketvlm.export.fake_quant import Step
 from pocketvlm.export.graphs import in_float
-from pocketvlm.export.prepare import CONVOLUTIONS, LINEARS, clamp_of, is_depthwise, residual_sums, stem
+from pocketvlm.export.prepare import CONVOLUTIONS, LINEARS, clamp_of, residual_sums, stem
 
 _ACTIVATION = QuantizationSpec(
     dtype=torch.int8,
