@@ -39,7 +39,7 @@ from pocketvlm.export.tuned import trained
 # numbers of convolutions at the input that stay in float. Eight, and not seven or nine: the ninth of MobileNetV4 begins
 # its residual stream, and where that begins in float onnxruntime turns every sum's layout around twice
 STEMS = (STEM_LAYERS, 8)
-# how far the loss must fall for more of them to stay in float: each costs what int8 gains
+# how far the loss must fall for more of them to stay in float where fewer meet the floor: each costs what int8 gains
 _STEM_GAIN = 0.8
 # exponents of `equalize`; None: channels as they are
 ALPHAS: tuple[float | None, ...] = (None, 0.5, 1.0)
@@ -111,9 +111,8 @@ def search(ready: Prepared) -> Static:
         if settings not in tried:
             static = build(ready, settings)
             tried[settings] = fidelity(simulate(static, ready.held), ready.expected)
-            better = not best or _loss(tried[settings]) < _loss(tried[best[0].settings]) * (
-                _STEM_GAIN if settings.stem > best[0].settings.stem else 1.0
-            )
+            more = best and settings.stem > best[0].settings.stem and tried[best[0].settings].meets_floor
+            better = not best or _loss(tried[settings]) < _loss(tried[best[0].settings]) * (_STEM_GAIN if more else 1.0)
             if better:
                 best[:] = [static]
         return tried[settings].comfortable
@@ -127,6 +126,10 @@ def search(ready: Prepared) -> Static:
         for observer in METHODS if layers == STEM_LAYERS else FEW:
             if comfortable(Settings(observer, alpha, layers)):
                 return best[0]
+    # the exponent that was best for whole ranges and few layers in float need not be the best here
+    for alpha in ALPHAS:
+        if comfortable(Settings("mse", alpha, STEMS[-1])):
+            return best[0]
     return best[0]
 
 

@@ -264,7 +264,7 @@ def test_more_layers_stay_in_float_only_where_that_helps_much(
     monkeypatch.setattr(static, "_loss", lambda stem: lost[int(stem)])
 
     class Result(int):
-        comfortable = False
+        comfortable, meets_floor = False, True
 
     monkeypatch.setattr(static, "fidelity", lambda rows, expected: Result(rows[0, 0]))
     ready = Prepared(doubling, toy.pictures(16, 100))
@@ -276,3 +276,6 @@ def test_more_layers_stay_in_float_only_where_that_helps_much(
     assert search(ready).settings.stem == 1
     monkeypatch.setattr(static, "STEMS", (1, 2, 3))
     assert search(ready).settings.stem == 3
+    monkeypatch.setattr(static, "STEMS", (1, 2))
+    monkeypatch.setattr(Result, "meets_floor", False)
+    assert search(ready).settings.stem == 2, "what misses the floor is not worth keeping"
