@@ -1,5 +1,5 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans gpu-constants cache-build stream throughput memory matrix quantized test
+.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans gpu-constants cache-build stream throughput memory matrix quantized edge test
 
 evidence: readme demo protocols parity text step-cost inherited
 
@@ -81,6 +81,11 @@ quantized:
 	python -m benchmarks.named_students
 	python -m benchmarks.int8
 	python -m benchmarks.quantizers
+
+# beside fastembed, in an environment of its own: make edge BUNDLE=bundle/ FASTEMBED=/path/to/its/python
+edge:
+	python -m benchmarks.edge $(BUNDLE) --fastembed $(FASTEMBED)
+	python -m benchmarks.edge_flood $(BUNDLE)
 
 test:
 	pytest -n 2

@@ -121,8 +121,8 @@ class EdgeModel:
                 them as a list or any iterator, or one uint8 array [N, H, W, C]. Preprocessing is the contract's. An
                 iterator is read batch by batch to its end; for one without an end see `stream_images`.
             batch_size: how many are run together; memory grows with it.
-            workers: threads that decode and resize while the model runs; None means as many as the runtime has at
-                most, 1 decodes in the calling thread. The result is the same.
+            workers: threads that decode and resize while the model runs; None means one for each processor, up to 4,
+                and 1 decodes in the calling thread. The result is the same.
 
         Returns:
             float32 [N, D]; a single image gives [1, D].

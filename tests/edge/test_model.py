@@ -276,6 +276,13 @@ def test_auto_takes_what_can_run_here(bundle_folder: Path, tools: Any, monkeypat
         pick("tflite")
 
 
+def test_a_text_of_a_megabyte_is_cut_like_any_other(model: EdgeModel) -> None:
+    long = "a red picture of " * 60_000
+    assert len(long) > 1_000_000
+    assert np.array_equal(model.embed_text(long), model.embed_text("a red picture of a red picture"))
+    assert np.isfinite(model.embed_text("x" * 1_000_000)).all()
+
+
 def test_threads_share_a_model(model: EdgeModel) -> None:
     pictures = [RED, GREEN, BLUE]
     expected = [v.label for v in model.classify(pictures, ["red", "green", "blue"])]

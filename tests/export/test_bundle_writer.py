@@ -156,9 +156,11 @@ def test_provenance_and_licences_travel(bundle: Path, model: Exportable) -> None
 
 @pytest.mark.parametrize(("backend", "precision"), [("onnxruntime", "fp32"), ("onnxruntime", "int8")])
 def test_its_own_vectors_hold(bundle: Path, backend: Any, precision: str) -> None:
-    for stage in check_conformance(bundle, backend, precision):
+    stages = check_conformance(bundle, backend, precision)
+    assert stages[-1].stage == "S5 retrieval"
+    for stage in stages:
         assert stage.passed, stage
-        assert stage.cases >= 10
+        assert stage.cases >= (2 if "refused" in stage.stage else 3 if stage.stage == "S0 resize" else 10)
 
 
 def test_table_has_sizes_ratios_and_times(bundle: Path) -> None:
@@ -338,8 +340,8 @@ def test_int8_without_data_is_refused_and_private_pictures_stay_private(
     assert writer._examples(make_data(40, name="openmoji")) == []
     source = make_data(40)
     public = writer._examples(dataclasses.replace(source, licences=(("OpenMoji 17 pictures", "CC BY-SA 4.0", "x"),)))
-    assert len(public) == 3
-    assert all(case.real for case in public)
+    assert len(public) == 8
+    assert all(case.real and case.caption for case in public)
 
 
 # --- calibration ----------------------------------------------------------------------------------------------------
