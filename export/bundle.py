@@ -9,10 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata, resources
@@ -28,6 +25,7 @@ from pocketvlm.data.source import DataSource
 from pocketvlm.distill.recipe import load_recipe
 from pocketvlm.distill.run_folder import RECIPE
 from pocketvlm.edge.bundle import MANIFEST, SCHEMA_VERSION, describe_files
+from pocketvlm.edge.bundle_write import check_out, staged
 from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError
 from pocketvlm.export.bundle_table import VariantRow, format_table, summarize
 from pocketvlm.export.calibration import DEFAULT_SIZE, open_calibration
@@ -115,7 +113,7 @@ def export_bundle(
         IntegrityError: a written file does not run or does not compute what the model computes.
     """
     out, say = Path(out), progress or (lambda line: None)
-    _check_out(out, overwrite)
+    check_out(out, overwrite)
     wanted = wanted_variants(targets, precisions)
     keep = load_plan(plan) if isinstance(plan, str | Path) else plan
     check_plan_is_used(keep, wanted)
@@ -143,7 +141,7 @@ def export_bundle(
         )
     if examples is None:
         examples = _examples(source)
-    with _staged(out, overwrite) as folder, _background(wanted, processes) as writer:
+    with staged(out, overwrite) as folder, _background(wanted, processes) as writer:
         if model.tokenizer_json is not None:
             assert model.towers.contract.text is not None
             (folder / model.towers.contract.text.tokenizer).write_bytes(model.tokenizer_json)
@@ -191,52 +189,6 @@ def _in_order(plan: list[tuple[Target, str]], writer: BackgroundWriter | None) -
 
     first = [(ExecuTorchTarget(writer.write), precision) for target, precision in plan if target.name == "executorch"]
     return [*first, *((target, precision) for target, precision in plan if target.name != "executorch")]
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.is_file():
-        raise UsageError(f"output {str(out)!r} is a file and a bundle is a folder; name another path")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise UsageError(
-                f"output folder {str(out)!r} is not empty; its files would be replaced, "
-                "so pass overwrite (--overwrite) or choose another folder"
-            )
-        if not (out / MANIFEST).is_file():
-            raise UsageError(
-                f"output folder {str(out)!r} holds files but no {MANIFEST}, so it is not a bundle and is not deleted; "
-                "choose another folder"
-            )
-
-
-@contextlib.contextmanager
-def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A scratch folder beside `out` that takes its place on success and vanishes on failure."""
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=".partial", dir=parent))
-    try:
-        staged = scratch / "bundle"
-        staged.mkdir()
-        yield staged
-        _check_out(out, overwrite)  # somebody may have written there meanwhile
-        if out.exists():
-            os.replace(out, scratch / "previous")
-        try:
-            os.replace(staged, out)
-        except OSError:
-            if (scratch / "previous").exists():
-                os.replace(scratch / "previous", out)
-            raise
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise UsageError(
-            f"the bundle could not be written to {str(out)!r} ({error.strerror}); nothing was left behind, "
-            "so free space or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def data_of_run(source: object) -> str | None:

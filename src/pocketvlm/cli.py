@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 from tyro.conf import Positional, arg
 
-from pocketvlm import cli_edge, cli_engine, cli_measure, cli_parity
+from pocketvlm import cli_edge, cli_engine, cli_measure, cli_mobile, cli_parity
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
 from pocketvlm.table import emit
 
@@ -29,6 +29,7 @@ app.command(teacher_app, name="teacher", help="Look at a teacher before you trai
 app.command(reference_app, name="reference", help="Record and show reference runs.")
 cli_engine.register(app)
 cli_measure.register(app)
+cli_mobile.register(app)
 
 Json = Annotated[bool, arg(name="json", help="Print JSON instead of a table.")]
 Overwrite = Annotated[bool, arg(help="Replace an output folder that is not empty.")]
