@@ -1,4 +1,4 @@
-"""Write UnicodeTables.kt and UnicodeTables.swift: which code points the `tokenizers` library drops, spaces or splits at.
+"""Write UnicodeTables.kt and UnicodeTables.swift: the code points that `tokenizers` drops, spaces or splits at.
 
 The library carries tables of an old Unicode version, every phone those of its own. So the answers are asked of the
 library, code point by code point, and travel as ranges: `python mobile_demo/unicode_tables.py` (needs tokenizers).
@@ -63,9 +63,7 @@ def kotlin(found: dict[str, str]) -> str:
     parts = ["package dev.pocketvlm\n\n// Written by mobile_demo/unicode_tables.py; do not edit.\n"]
     for name, ranges in found.items():
         body = textwrap.fill(ranges, 116, break_on_hyphens=False)
-        parts.append(
-            f'\n/** {_ABOUT[name]} */\ninternal val {name.upper()} = CodePoints(\n    """\n{body}\n""",\n)\n'
-        )
+        parts.append(f'\n/** {_ABOUT[name]} */\ninternal val {name.upper()} = CodePoints(\n    """\n{body}\n""",\n)\n')
     return "".join(parts)
 
 
