@@ -21,7 +21,7 @@ public protocol Embedder {
 }
 
 /// One stage over all cases. A stage without cases has failed; one with cases not run is not passed either.
-public struct Stage: Identifiable {
+public struct Stage: Identifiable, Sendable {
     public let name: String
     public let cases: Int
     public let failures: [String]
@@ -32,7 +32,7 @@ public struct Stage: Identifiable {
     public var passed: Bool { failures.isEmpty && notRun.isEmpty }
 }
 
-public struct Report {
+public struct Report: Sendable {
     public let stages: [Stage]
 
     public var firstFailing: Stage? { stages.first { !$0.failures.isEmpty } }

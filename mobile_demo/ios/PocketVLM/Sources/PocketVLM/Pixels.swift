@@ -1,5 +1,5 @@
 /// An upright or not yet upright picture: RGB interleaved, rows from top to bottom, one byte a value.
-public struct Pixels {
+public struct Pixels: Sendable {
     public let height: Int
     public let width: Int
     public let rgb: [UInt8]
