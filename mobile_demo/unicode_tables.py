@@ -14,7 +14,7 @@ from tokenizers import normalizers, pre_tokenizers
 
 HERE = Path(__file__).parent
 KOTLIN = HERE / "android/core/src/main/kotlin/dev/pocketvlm/UnicodeTables.kt"
-SWIFT = HERE / "ios/Sources/PocketVLM/UnicodeTables.swift"
+SWIFT = HERE / "ios/PocketVLM/Sources/PocketVLM/UnicodeTables.swift"
 _ABOUT = {
     "control": "dropped by clean_text",
     "mark": "nonspacing marks, dropped by strip_accents after NFD",

@@ -25,7 +25,7 @@ class Platform:
 
 
 PLATFORMS: dict[PlatformName, Platform] = {
-    "ios": Platform("coreml", "fp16", "mobile_demo/ios/App/bundle"),
+    "ios": Platform("coreml", "fp16", "mobile_demo/ios/bundle"),
     "android": Platform("executorch", "int8", "mobile_demo/android/app/src/main/assets/bundle"),
     "web": Platform("onnx", "int8", "mobile_demo/web/public/bundle"),
 }

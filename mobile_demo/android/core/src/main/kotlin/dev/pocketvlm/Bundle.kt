@@ -56,7 +56,9 @@ class Bundle private constructor(val folder: File, val raw: Fields) {
     val variants = raw.objects("variants").map { Variant(it) }
 
     fun file(name: String): File {
-        if (name !in raw.fields("files").keys()) throw PocketvlmException("bundle.json does not list $name; prepare it again")
+        if (name !in raw.fields("files").keys()) {
+            throw PocketvlmException("bundle.json does not list $name; prepare it again")
+        }
         return File(folder, name)
     }
 
@@ -77,7 +79,9 @@ class Bundle private constructor(val folder: File, val raw: Fields) {
             if (name.startsWith("/") || ".." in name.split("/")) throw PocketvlmException("bundle file $name lies outside")
             val file = File(folder, name)
             if (!file.isFile || sha256(file.readBytes()) != files.fields(name).string("sha256")) {
-                throw PocketvlmException("bundle file $name is missing or changed, so the model may say anything; prepare it again")
+                throw PocketvlmException(
+                    "bundle file $name is missing or changed, so the model may say anything; prepare it again",
+                )
             }
         }
     }

@@ -1,7 +1,9 @@
 package dev.pocketvlm
 
+import java.util.Locale
 import kotlin.math.abs
 import kotlin.math.max
+import kotlin.math.sqrt
 
 /** Encoded bytes to an upright RGB picture over `background`; throws PocketvlmException for what is no whole picture. */
 fun interface Decoder {
@@ -18,7 +20,13 @@ interface Encoder {
 }
 
 /** One stage over all cases. A stage without cases has failed; one with cases not run is not passed either. */
-class Stage(val name: String, val cases: Int, val failures: List<String>, val notRun: List<String>, val notes: List<String>) {
+class Stage(
+    val name: String,
+    val cases: Int,
+    val failures: List<String>,
+    val notRun: List<String>,
+    val notes: List<String>,
+) {
     val passed get() = failures.isEmpty() && notRun.isEmpty()
 }
 
@@ -145,9 +153,10 @@ class Conformance(
         if (sha256(own.rgb) == stated.string("sha256")) return
         if (!case.bool("lossy")) throw Failure("other pixels than recorded, and the format is lossless")
         val other = recordedDecoding(case).rgb
-        val mean = own.rgb.indices.sumOf { abs(own.rgb.level(it) - other.level(it)).toLong() } / own.rgb.size.toDouble()
-        notes.add("${case.string("name")}: decoded otherwise, mean %.2f grey levels".format(java.util.Locale.ROOT, mean))
-        if (mean > LOSSY_MEAN) throw Failure("on average %.1f grey levels away".format(java.util.Locale.ROOT, mean))
+        val total = own.rgb.indices.sumOf { abs(own.rgb.level(it) - other.level(it)).toLong() }
+        val mean = total.toDouble() / own.rgb.size
+        notes.add("${case.string("name")}: decoded otherwise, mean %.2f grey levels".format(Locale.ROOT, mean))
+        if (mean > LOSSY_MEAN) throw Failure("on average %.1f grey levels away".format(Locale.ROOT, mean))
     }
 
     /** What the later stages start from: the own decoding, or the recorded one of a lossy picture decoded otherwise. */
@@ -200,13 +209,15 @@ class Conformance(
     private fun near(case: Fields, row: FloatArray) {
         val stated = case.doubles("embedding").copyOf(dim)
         if (row.size != dim) throw Failure("the model gives ${row.size} numbers and $dim are promised")
-        val away = if (contract.kind == "classifier") logitDistance(row.toDoubles(), stated) else 1 - cosine(row.toDoubles(), stated)
-        if (!(away <= tolerance)) throw Failure("1 - cosine is %.3g, allowed %.3g".format(java.util.Locale.ROOT, away, tolerance))
+        val own = row.toDoubles()
+        val away = if (contract.kind == "classifier") logitDistance(own, stated) else 1 - cosine(own, stated)
+        // negated, so that NaN fails too
+        if (!(away <= tolerance)) throw Failure("1 - cosine is %.3g, allowed %.3g".format(Locale.ROOT, away, tolerance))
     }
 
     private fun logitDistance(a: DoubleArray, b: DoubleArray): Double {
         val apart = a.indices.sumOf { (a[it] - b[it]) * (a[it] - b[it]) }
-        return apart / (2 * Math.sqrt(a.sumOf { it * it } * b.sumOf { it * it }))
+        return apart / (2 * sqrt(a.sumOf { it * it } * b.sumOf { it * it }))
     }
 
     private fun retrieval(): Stage {
@@ -227,7 +238,9 @@ class Conformance(
         val right = reference.sortedDescending()
         val best = names.indices.sortedByDescending { scores[it] }.take(k)
         val worst = best.indices.maxOf { right[it] - reference[best[it]] }
-        if (!(worst <= margin)) throw Failure("the top $k loses %.3g in score, allowed %.3g".format(java.util.Locale.ROOT, worst, margin))
+        if (!(worst <= margin)) {
+            throw Failure("the top $k loses %.3g in score, allowed %.3g".format(Locale.ROOT, worst, margin))
+        }
     }
 
     private fun prefixScores(query: Fields, sides: Pair<String, String>, names: List<String>): DoubleArray {

@@ -130,6 +130,8 @@ class Fields(private val values: Map<*, *>, private val what: String) {
     fun fields(key: String): Fields = Fields(get<Map<*, *>>(key), "$what.$key")
     fun fieldsOrNull(key: String): Fields? = if (has(key)) fields(key) else null
     fun objects(key: String): List<Fields> = list(key).map { Fields(it as? Map<*, *> ?: missing(key), "$what.$key") }
+    fun objectsOrNone(key: String): List<Fields> = if (has(key)) objects(key) else emptyList()
+    fun stringOrNone(key: String): String = if (has(key)) string(key) else ""
     fun strings(key: String): List<String> = list(key).map { it as? String ?: missing(key) }
     fun doubles(key: String): DoubleArray = list(key).map { it as? Double ?: missing(key) }.toDoubleArray()
     fun ints(key: String): IntArray = doubles(key).map { it.toInt() }.toIntArray()

@@ -26,7 +26,8 @@ object Png {
         if (depth !in DEPTHS.getValue(color)) damaged("its bit depth")
         val palette = chunks["PLTE"]
         if (color == 3 && palette == null) damaged("no palette")
-        val samples = samples(chunks["IDAT"] ?: damaged("no pixels"), height, width, depth * channels, header[12].toInt() == 1)
+        val data = chunks["IDAT"] ?: damaged("no pixels")
+        val samples = samples(data, height, width, depth * channels, interlaced = header[12].toInt() == 1)
         val reader = Samples(samples, width * channels, depth)
         val key = chunks["tRNS"]
         val rgba = ByteArray(height * width * 4)
@@ -67,7 +68,9 @@ object Png {
             val type = String(bytes, at + 4, 4, Charsets.ISO_8859_1)
             if (length < 0 || length > bytes.size - at - 12) break
             if (type == "IEND") return found.mapValues { it.value.toByteArray() }
-            if (type == "IDAT" || type !in found) found.getOrPut(type) { ByteArrayOutputStream() }.write(bytes, at + 8, length)
+            if (type == "IDAT" || type !in found) {
+                found.getOrPut(type) { ByteArrayOutputStream() }.write(bytes, at + 8, length)
+            }
             at += 12 + length
         }
         damaged("it ends too early")

@@ -75,7 +75,8 @@ class Tokenizer(json: String, private val spec: TextSpec) {
 
     /** Exactly `context_length` ids: cut on the right so that the closing token stays, padded on the right. */
     fun encode(text: String): IntArray {
-        if (text.all { isSpace(it.code) }) throw PocketvlmException("the text is empty; write a word or two")
+        // Python counts the separators too
+        if (text.all { isSpace(it.code) || it.code in 0x1c..0x1f }) throw PocketvlmException("the text is empty; write a word or two")
         val room = spec.contextLength - before.size - after.size
         val ids = before + ordinary(text, room).toIntArray() + after
         return IntArray(spec.contextLength) { if (it < ids.size) ids[it] else spec.padId }
