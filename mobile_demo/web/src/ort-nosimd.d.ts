@@ -1,0 +1,3 @@
+declare module "ort-nosimd/wasm" {
+  export * from "onnxruntime-web/wasm";
+}

@@ -1,0 +1,44 @@
+/** Strings to the ids that a text graph takes: the bundle's tokenizer.json under the contract's lengths. */
+import { Tokenizer as Library } from "@huggingface/tokenizers";
+import type { TextSpec } from "./contract";
+import { IntegrityError, UserError } from "./errors";
+
+export class Tokenizer {
+  private readonly library: Library;
+  private readonly before: number[];
+  private readonly after: number[];
+
+  constructor(
+    json: string,
+    private readonly spec: TextSpec,
+  ) {
+    const file = JSON.parse(json) as object;
+    // a file may carry its own padding and truncation; the contract alone decides both
+    this.library = new Library({ ...file, padding: null, truncation: null }, {});
+    const plain = this.ordinary("a");
+    const full = this.library.encode("a").ids;
+    const start = full.findIndex((_, i) => plain.every((id, k) => full[i + k] === id));
+    if (start < 0) throw new IntegrityError("The tokenizer changes what it encloses; its ids cannot be cut to length.");
+    this.before = full.slice(0, start);
+    this.after = full.slice(start + plain.length);
+    if (this.before.length + this.after.length >= spec.context_length) {
+      throw new IntegrityError(`A context of ${spec.context_length} tokens has no room beside the special tokens.`);
+    }
+  }
+
+  /** int32 [context_length]: cut so that a closing special token stays, padded on the right. */
+  encode(text: string): Int32Array {
+    if (!text.trim()) throw new UserError("There is nothing to read in an empty text; type a word.");
+    if (!text.isWellFormed()) throw new UserError("The text holds half of a character; type it again.");
+    const room = this.spec.context_length - this.before.length - this.after.length;
+    const ids = [...this.before, ...this.ordinary(text).slice(0, room), ...this.after];
+    if (ids.some((id) => id >= this.spec.vocab_size)) {
+      throw new IntegrityError("The tokenizer gives ids outside the model's vocabulary; it belongs to another model.");
+    }
+    return new Int32Array(this.spec.context_length).fill(this.spec.pad_id).map((pad, i) => ids[i] ?? pad);
+  }
+
+  private ordinary(text: string): number[] {
+    return this.library.encode(text, { add_special_tokens: false }).ids;
+  }
+}
