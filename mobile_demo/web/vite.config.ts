@@ -78,5 +78,5 @@ export default defineConfig({
   },
   server: { headers: { ...HEADERS, "Content-Security-Policy": "" } },
   preview: { headers: HEADERS },
-  test: { include: ["tests/*.test.ts"] },
+  test: { include: ["tests/**/*.test.ts"], fileParallelism: false },
 } as never);

@@ -15,6 +15,7 @@ const TYPES = {
   ".svg": "image/svg+xml",
   ".png": "image/png",
   ".webp": "image/webp",
+  ".jpg": "image/jpeg",
 };
 export const ISOLATION = { "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp" };
 
@@ -30,10 +31,11 @@ export const ISOLATION = { "Cross-Origin-Opener-Policy": "same-origin", "Cross-O
 /**
  * @param {string} root the built app
  * @param {string} bundle the folder served as /bundle/
- * @param {{ headers?: Record<string, string>, compressed?: string }} [options] compressed: a folder of .br files
+ * @param {{ headers?: Record<string, string>, compressed?: string, pictures?: string }} [options]
+ *   compressed: a folder of .br files; pictures: a folder served as /pictures/
  * @returns {Promise<Served>}
  */
-export async function serve(root, bundle, { headers = ISOLATION, compressed } = {}) {
+export async function serve(root, bundle, { headers = ISOLATION, compressed, pictures } = {}) {
   /** @type {string[]} */
   const requests = [];
   const bytes = { sent: 0 };
@@ -42,9 +44,10 @@ export async function serve(root, bundle, { headers = ISOLATION, compressed } = 
   const server = createServer((request, response) => {
     const path = normalize(decodeURIComponent(new URL(request.url ?? "/", "http://local").pathname)).slice(1);
     requests.push(path);
-    const inBundle = path.startsWith("bundle/");
     const name = path === "" ? "index.html" : path;
-    const file = inBundle ? join(bundle, path.slice(7)) : join(root, name);
+    let file = join(root, name);
+    if (path.startsWith("bundle/")) file = join(bundle, path.slice(7));
+    else if (pictures && path.startsWith("pictures/")) file = join(pictures, path.slice(9));
     const found = existsSync(file) && statSync(file).isFile();
     const fault = faults.get(path);
     const body = found ? (fault ?? ((b) => b))(readFileSync(file)) : null;

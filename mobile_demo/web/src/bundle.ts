@@ -67,17 +67,6 @@ export class Bundle {
     return bytes;
   }
 
-  /** Whether a listed file can be had without fetching it: kept here, or on the server. */
-  async has(name: string): Promise<boolean> {
-    const entry = this.manifest.files[name];
-    if (!entry) return false;
-    if (await (await openCache())?.match(new URL(`by-sha256/${entry.sha256}`, this.base).href)) return true;
-    return fetch(new URL(name, this.base), { method: "HEAD" }).then(
-      (response) => response.ok,
-      () => false,
-    );
-  }
-
   async text(name: string): Promise<string> {
     return new TextDecoder().decode(await this.file(name));
   }

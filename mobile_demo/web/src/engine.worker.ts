@@ -1,6 +1,7 @@
 /** The worker that decodes and runs the model, so that the screen never waits for either. */
 import { Bundle } from "./bundle";
 import { checkConformance } from "./conformance";
+import { onnxVariants } from "./contract";
 import { decodePicture, fromBitmap } from "./decode";
 import { UserError } from "./errors";
 import type { Embedded, EngineCalls, Opened } from "./engine";
@@ -50,7 +51,7 @@ const calls: EngineCalls = {
     model = null;
     await old?.release();
     const bundle = await Bundle.open(base);
-    const variants = await Model.available(bundle);
+    const variants = onnxVariants(bundle.manifest);
     const variant = Model.choose(variants, precision);
     const runtime = await loadRuntime(processor, threads);
     const next = new Model(bundle, variant, runtime, (file, loaded, total) => progress({ file, loaded, total }));

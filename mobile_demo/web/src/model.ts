@@ -1,7 +1,7 @@
 /** A bundle's two towers behind the numbers that a screen needs. Runs in a worker. */
 import type { InferenceSession, Tensor } from "onnxruntime-web/wasm";
 import { Bundle, type Progress } from "./bundle";
-import { onnxVariants, type Contract, type Tower, type Variant } from "./contract";
+import { type Contract, type Tower, type Variant } from "./contract";
 import { IntegrityError, UserError } from "./errors";
 import type { Runtime } from "./runtime";
 import { Tokenizer } from "./tokenizer";
@@ -19,13 +19,6 @@ export class Model {
     private readonly progress?: Progress,
   ) {
     this.contract = bundle.manifest.contract;
-  }
-
-  /** Variants whose files are beside the app; a bundle for the web may leave some out. */
-  static async available(bundle: Bundle): Promise<Variant[]> {
-    const all = onnxVariants(bundle.manifest);
-    const there = await Promise.all(all.map((v) => bundle.has(v.files.image!)));
-    return all.filter((_, i) => there[i]);
   }
 
   /** int8 where it is there: a quarter of the download; else the first variant. */

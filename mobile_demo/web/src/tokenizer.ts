@@ -3,16 +3,32 @@ import { Tokenizer as Library } from "@huggingface/tokenizers";
 import type { TextSpec } from "./contract";
 import { IntegrityError, UserError } from "./errors";
 
+/** The part of tokenizer.json in which the library differs from the one that the model was trained with. */
+interface Normalizer {
+  type?: string;
+  lowercase?: boolean;
+  handle_chinese_chars?: boolean;
+  normalizers?: Normalizer[];
+}
+
+// Han characters beyond the first plane, as the original's clean-up knows them; the library sees half of each
+const FAR_HAN = /[\u{20000}-\u{2A6DF}\u{2A700}-\u{2B81F}\u{2B920}-\u{2CEAF}\u{2F800}-\u{2FA1F}]/gu;
+
 export class Tokenizer {
   private readonly library: Library;
   private readonly before: number[];
   private readonly after: number[];
+  private readonly lowers: boolean;
+  private readonly spacesHan: boolean;
 
   constructor(
     json: string,
     private readonly spec: TextSpec,
   ) {
-    const file = JSON.parse(json) as object;
+    const file = JSON.parse(json) as { normalizer?: Normalizer | null };
+    const steps = file.normalizer ? [file.normalizer, ...(file.normalizer.normalizers ?? [])] : [];
+    this.lowers = steps.some(({ type, lowercase }) => type === "Lowercase" || lowercase === true);
+    this.spacesHan = steps.some((step) => step.handle_chinese_chars === true);
     // a file may carry its own padding and truncation; the contract alone decides both
     this.library = new Library({ ...file, padding: null, truncation: null }, {});
     const plain = this.ordinary("a");
@@ -39,6 +55,12 @@ export class Tokenizer {
   }
 
   private ordinary(text: string): number[] {
-    return this.library.encode(text, { add_special_tokens: false }).ids;
+    return this.library.encode(this.mended(text), { add_special_tokens: false }).ids;
+  }
+
+  private mended(text: string): string {
+    const spaced = this.spacesHan ? text.replace(FAR_HAN, " $& ") : text;
+    // the original lowers letter by letter; JavaScript writes a final sigma at the end of a word
+    return this.lowers ? spaced.replaceAll("Σ", "σ") : spaced;
   }
 }

@@ -1,0 +1,121 @@
+// @ts-check
+/**
+ * What the built app costs on one bundle, and how it agrees with Python. Driven by benchmarks/web.py:
+ * node scripts/bench.mjs --bundle DIR --pictures DIR --expected FILE --out FILE
+ */
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { parseArgs } from "node:util";
+import { agree } from "./agreement.mjs";
+import { launch, PHONE, untilReady } from "./browser.mjs";
+import { compress } from "./compress.mjs";
+import { median, openEngine } from "./engine.mjs";
+import { serve } from "./serve.mjs";
+
+const DIST = join(dirname(dirname(fileURLToPath(import.meta.url))), "dist");
+const RUNS = 100;
+const text = { type: /** @type {const} */ ("string"), default: "" };
+const { values } = parseArgs({ options: { bundle: text, pictures: text, expected: text, out: text } });
+/** @type {import("./agreement.mjs").Expected} */
+const expected = JSON.parse(readFileSync(values.expected, "utf8"));
+const precisions = Object.keys(expected.precisions);
+const browser = await launch();
+
+/** Bytes as sent to a new visitor until a picture can be chosen, and until one has been classified. */
+async function firstLoad() {
+  const compressed = mkdtempSync(join(tmpdir(), "web-"));
+  try {
+    const plain = await visit(undefined);
+    for (const name of new Set(plain.requests)) {
+      const file = name.startsWith("bundle/") ? join(values.bundle, name.slice(7)) : join(DIST, name || "index.html");
+      await compress(file, join(compressed, `${name || "index.html"}.br`));
+    }
+    const { requests, ...packed } = await visit(compressed);
+    return { uncompressed_bytes: plain.classified_bytes, ...packed };
+  } finally {
+    rmSync(compressed, { recursive: true });
+  }
+}
+
+/** @param {string | undefined} compressed */
+async function visit(compressed) {
+  const served = await serve(DIST, values.bundle, compressed ? { compressed } : {});
+  const context = await browser.newContext(PHONE);
+  const page = await context.newPage();
+  const started = Date.now();
+  await page.goto(served.url);
+  await untilReady(page);
+  const readyMs = Date.now() - started;
+  await page.evaluate(() => navigator.serviceWorker.ready);
+  const [samples] = await page.$$("#samples button");
+  const ready = served.bytes.sent;
+  if (samples) await samples.click();
+  await page.waitForSelector("#guesses li");
+  const found = { ready_bytes: ready, classified_bytes: served.bytes.sent, ready_ms: readyMs, requests: [...served.requests] };
+  await context.close();
+  await served.close();
+  return found;
+}
+
+/** Milliseconds of one picture at a time, after five that warm up. */
+async function timing(/** @type {string} */ precision, /** @type {number} */ threads) {
+  const served = await serve(DIST, values.bundle, { pictures: values.pictures });
+  const context = await browser.newContext(PHONE);
+  const engine = await openEngine(context, served, DIST);
+  await engine.call("open", { base: `${served.url}bundle/`, processor: "cpu", precision, threads });
+  /** @type {Record<string, number>} */
+  const found = {};
+  for (const [what, method] of [
+    ["file", "embedPicture"],
+    ["frame", "embedFrame"],
+  ]) {
+    /** @type {{ decode: number[], resize: number[], model: number[], all: number[] }} */
+    const ms = { decode: [], resize: [], model: [], all: [] };
+    for (let i = 0; i < RUNS + 5; i++) {
+      const name = expected.pictures[i % expected.pictures.length] ?? "";
+      const { decodeMs, resizeMs, modelMs } = await engine.picture(name, method);
+      if (i < 5) continue;
+      ms.decode.push(decodeMs);
+      ms.resize.push(resizeMs);
+      ms.model.push(modelMs);
+      ms.all.push(decodeMs + resizeMs + modelMs);
+    }
+    for (const [part, all] of Object.entries(ms)) found[`${what}_${part}_ms_median`] = round(median(all));
+    found[`${what}_all_ms_p95`] = round(ms.all.sort((a, b) => a - b)[Math.floor(0.95 * RUNS)] ?? NaN);
+  }
+  await context.close();
+  await served.close();
+  return { precision, threads, runs: RUNS, ...found };
+}
+
+async function agreement() {
+  /** @type {Record<string, unknown>} */
+  const found = {};
+  for (const precision of precisions) {
+    const served = await serve(DIST, values.bundle, { pictures: values.pictures });
+    const context = await browser.newContext(PHONE);
+    const engine = await openEngine(context, served, DIST);
+    const agreed = await agree(engine, served.url, expected, precision);
+    const stages = await engine.call("conformance");
+    found[precision] = {
+      ...agreed,
+      conformance: stages.map((/** @type {any} */ { stage, passed, cases, worst, budget, notes }) => ({ stage, passed, cases, worst, budget, notes })),
+    };
+    await context.close();
+    await served.close();
+  }
+  return found;
+}
+
+const round = (/** @type {number} */ value) => Math.round(1000 * value) / 1000;
+const result = {
+  browser: `Chromium ${browser.version()}`,
+  first_load: await firstLoad(),
+  timing: /** @type {unknown[]} */ ([]),
+  agreement: await agreement(),
+};
+for (const precision of precisions) for (const threads of [1, 2]) result.timing.push(await timing(precision, threads));
+await browser.close();
+writeFileSync(values.out, JSON.stringify(result, null, 1));
