@@ -78,5 +78,5 @@ export default defineConfig({
   },
   server: { headers: { ...HEADERS, "Content-Security-Policy": "" } },
   preview: { headers: HEADERS },
-  test: { include: ["tests/**/*.test.ts"], fileParallelism: false },
+  test: { include: ["tests/**/*.test.ts"], fileParallelism: false, testTimeout: 60_000, hookTimeout: 60_000, expect: { poll: { timeout: 15_000 } } },
 } as never);

@@ -23,7 +23,7 @@ const expected = JSON.parse(readFileSync(values.expected, "utf8"));
 const precisions = Object.keys(expected.precisions);
 const browser = await launch();
 
-/** Bytes as sent to a new visitor until a picture can be chosen, and until one has been classified. */
+/** Bytes as sent to a new visitor until pictures can be chosen, and until everything for offline is there. */
 async function firstLoad() {
   const compressed = mkdtempSync(join(tmpdir(), "web-"));
   try {
@@ -33,7 +33,7 @@ async function firstLoad() {
       await compress(file, join(compressed, `${name || "index.html"}.br`));
     }
     const { requests, ...packed } = await visit(compressed);
-    return { uncompressed_bytes: plain.classified_bytes, ...packed };
+    return { uncompressed_bytes: plain.all_bytes, ...packed };
   } finally {
     rmSync(compressed, { recursive: true });
   }
@@ -49,11 +49,12 @@ async function visit(compressed) {
   await untilReady(page);
   const readyMs = Date.now() - started;
   await page.evaluate(() => navigator.serviceWorker.ready);
-  const [samples] = await page.$$("#samples button");
-  const ready = served.bytes.sent;
-  if (samples) await samples.click();
-  await page.waitForSelector("#guesses li");
-  const found = { ready_bytes: ready, classified_bytes: served.bytes.sent, ready_ms: readyMs, requests: [...served.requests] };
+  await page.waitForSelector("html[data-complete=true]");
+  await page.evaluate(() => navigator.serviceWorker.ready);
+  const later = /text-[^/]*\.onnx$|tokenizer\.json$/;
+  const all = served.sent.reduce((sum, { bytes }) => sum + bytes, 0);
+  const after = served.sent.filter(({ path }) => later.test(path)).reduce((sum, { bytes }) => sum + bytes, 0);
+  const found = { ready_bytes: all - after, all_bytes: all, ready_ms: readyMs, requests: [...served.requests] };
   await context.close();
   await served.close();
   return found;

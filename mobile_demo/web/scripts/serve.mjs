@@ -23,7 +23,7 @@ export const ISOLATION = { "Cross-Origin-Opener-Policy": "same-origin", "Cross-O
  * @typedef {object} Served
  * @property {string} url
  * @property {string[]} requests paths asked for, in order
- * @property {{ sent: number }} bytes bodies as sent
+ * @property {{ path: string, bytes: number }[]} sent bodies as sent
  * @property {Map<string, (body: Buffer) => Buffer | null>} faults by path: another body, or null for 404
  * @property {() => Promise<void>} close
  */
@@ -38,7 +38,8 @@ export const ISOLATION = { "Cross-Origin-Opener-Policy": "same-origin", "Cross-O
 export async function serve(root, bundle, { headers = ISOLATION, compressed, pictures } = {}) {
   /** @type {string[]} */
   const requests = [];
-  const bytes = { sent: 0 };
+  /** @type {Served["sent"]} */
+  const sent = [];
   /** @type {Served["faults"]} */
   const faults = new Map();
   const server = createServer((request, response) => {
@@ -57,23 +58,23 @@ export async function serve(root, bundle, { headers = ISOLATION, compressed, pic
     }
     const small = compressed && !fault ? join(compressed, `${name}.br`) : "";
     const packed = small && existsSync(small) ? readFileSync(small) : null;
-    const sent = packed ?? body;
-    bytes.sent += sent.length;
+    const content = packed ?? body;
+    sent.push({ path, bytes: content.length });
     response.writeHead(200, {
       "Content-Type": TYPES[/** @type {keyof typeof TYPES} */ (extname(name))] ?? "application/octet-stream",
       "Cache-Control": path.startsWith("assets/") ? "public, max-age=31536000, immutable" : "no-cache",
       ...(packed ? { "Content-Encoding": "br" } : {}),
-      "Content-Length": String(sent.length),
+      "Content-Length": String(content.length),
       ...headers,
     });
-    response.end(request.method === "HEAD" ? undefined : sent);
+    response.end(request.method === "HEAD" ? undefined : content);
   });
   await new Promise((resolve) => server.listen(0, "127.0.0.1", () => resolve(undefined)));
   const address = /** @type {import("node:net").AddressInfo} */ (server.address());
   return {
     url: `http://localhost:${address.port}/`,
     requests,
-    bytes,
+    sent,
     faults,
     close: async () => {
       server.closeAllConnections();

@@ -35,6 +35,7 @@ interface Calls {
   open: [{ base: string; precision?: string | undefined; processor: Processor; threads?: number | undefined }, Opened, Loading];
   embedPicture: [{ blob: Blob; name: string; withThumbnail?: boolean }, Embedded, never];
   embedFrame: [{ frame: ImageBitmap }, Embedded, never];
+  loadText: [Record<string, never>, void, never];
   embedLabels: [{ labels: readonly string[]; templates: readonly string[] }, Float32Array[], never];
   embedText: [{ text: string }, Float32Array, never];
   readFile: [{ name: string }, Blob, never];

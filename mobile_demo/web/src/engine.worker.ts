@@ -67,7 +67,7 @@ const calls: EngineCalls = {
       simd: runtime.simd,
       processor: runtime.processor,
       note: runtime.note,
-      gpu: hasGpu(),
+      gpu: await hasGpu(),
     };
     return opened;
   },
@@ -88,6 +88,7 @@ const calls: EngineCalls = {
     }
   },
 
+  loadText: () => current().load("text"),
   embedLabels: ({ labels, templates }) => current().embedLabels(labels, templates),
   embedText: ({ text }) => current().embedText(text),
   readFile: async ({ name }) => new Blob([await current().bundle.file(name)]),

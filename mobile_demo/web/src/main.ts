@@ -4,7 +4,7 @@ import { sentence } from "./errors";
 import { ensureOffline } from "./offline";
 import { drawCard, type Reopen } from "./ui/card";
 import { ClassifyScreen } from "./ui/classify";
-import { byId, icon, megabytes } from "./ui/dom";
+import { byId, icon, megabytes, tell } from "./ui/dom";
 import { SearchScreen } from "./ui/search";
 import { keepSettings, readSettings } from "./ui/settings";
 
@@ -49,22 +49,40 @@ async function open(): Promise<void> {
     drawCard(opened, engine, reopen);
     await Promise.all([classify.open(opened), search.open(opened)]);
     document.documentElement.dataset["ready"] = "true";
+    void loadText();
   } catch (error) {
+    if (settings.processor === "gpu") {
+      tell(`The GPU cannot run this model here, so the processor does. (${sentence(error)})`, "error");
+      settings.processor = "cpu";
+      keepSettings(settings);
+      return open();
+    }
     const box = byId("fatal");
     box.textContent = sentence(error);
     box.hidden = false;
     status("No model", "error");
-    // a choice that this device cannot serve must not lock the app
+    // a choice that cannot be served must not lock the app
     settings.precision = null;
-    settings.processor = "cpu";
     keepSettings(settings);
   }
+}
+
+/** The text tower comes after the first screen, unless the user saves data: then with the first word that needs it. */
+async function loadText(): Promise<void> {
+  const { connection } = navigator as Navigator & { connection?: { saveData?: boolean } };
+  if (connection?.saveData) return;
+  await engine.call("loadText", {}).then(
+    () => (document.documentElement.dataset["complete"] = "true"),
+    () => undefined, // told when it is needed
+  );
+  ready();
 }
 
 const reopen: Reopen = (choice) => {
   Object.assign(settings, choice);
   keepSettings(settings);
   delete document.documentElement.dataset["ready"];
+  delete document.documentElement.dataset["complete"];
   void open();
 };
 

@@ -78,6 +78,10 @@ export class Model {
     await this.embedPixels(new Uint8Array(size * size * 3));
   }
 
+  async load(tower: Tower): Promise<void> {
+    await Promise.all([this.session(tower), this.tokenizer()]);
+  }
+
   async release(): Promise<void> {
     for (const session of this.sessions.values()) await (await session).release();
     this.sessions.clear();
@@ -103,11 +107,11 @@ export class Model {
 
   private async open(tower: Tower): Promise<InferenceSession> {
     const bytes = await this.bundle.file(this.variant.files[tower]!, this.progress);
-    const { ort, processor } = this.runtime;
+    const { ort, processor, optimization } = this.runtime;
     return this.inTurn(() =>
       ort.InferenceSession.create(bytes, {
         executionProviders: processor === "gpu" ? ["webgpu", "wasm"] : ["wasm"],
-        graphOptimizationLevel: "all",
+        graphOptimizationLevel: optimization,
       }),
     );
   }

@@ -16,6 +16,18 @@ const PASSES = [
 ] as const;
 const SAMPLES: Record<number, number> = { 0: 1, 2: 3, 3: 1, 4: 2, 6: 4 };
 
+const CRC = Uint32Array.from({ length: 256 }, (_, n) => {
+  let c = n;
+  for (let k = 0; k < 8; k++) c = c & 1 ? 0xedb88320 ^ (c >>> 1) : c >>> 1;
+  return c;
+});
+
+function crc32(bytes: Uint8Array): number {
+  let c = 0xffffffff;
+  for (const byte of bytes) c = CRC[(c ^ byte) & 255]! ^ (c >>> 8);
+  return (c ^ 0xffffffff) >>> 0;
+}
+
 interface Header {
   width: number;
   height: number;
@@ -43,8 +55,9 @@ export async function decodePng(bytes: Uint8Array): Promise<Png> {
   for (let at = 8; at + 12 <= bytes.length && !ended; ) {
     const length = view.getUint32(at);
     const kind = String.fromCharCode(...bytes.subarray(at + 4, at + 8));
-    const body = bytes.slice(at + 8, at + 8 + length);
+    const body: Uint8Array<ArrayBuffer> = bytes.slice(at + 8, at + 8 + length);
     if (at + 12 + length > bytes.length) throw truncated();
+    if (crc32(bytes.subarray(at + 4, at + 8 + length)) !== view.getUint32(at + 8 + length)) throw truncated();
     if (kind === "IHDR") header = readHeader(body);
     else if (kind === "PLTE") palette = body;
     else if (kind === "tRNS") transparent = body;

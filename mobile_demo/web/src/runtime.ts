@@ -13,6 +13,8 @@ export interface Runtime {
   processor: Processor;
   threads: number;
   simd: boolean;
+  /** how far the runtime may rewrite a graph */
+  optimization: "all" | "disabled";
   /** one plain sentence for the person at the screen where something is missing, else "" */
   note: string;
 }
@@ -27,8 +29,10 @@ export function hasSimd(): boolean {
   return WebAssembly.validate(SIMD);
 }
 
-export function hasGpu(): boolean {
-  return "gpu" in navigator;
+/** Whether there is a GPU that answers; some browsers know WebGPU and have none. */
+export async function hasGpu(): Promise<boolean> {
+  const { gpu } = navigator as Navigator & { gpu?: { requestAdapter(): Promise<unknown> } };
+  return Boolean(await gpu?.requestAdapter().catch(() => null));
 }
 
 /** More than four threads make a small model slower. */
@@ -44,7 +48,7 @@ export async function loadRuntime(processor: Processor, threads = threadsToUse()
     const ort = (await import("onnxruntime-web/webgpu")) as unknown as typeof Ort;
     ort.env.wasm.wasmPaths = { mjs: absolute(gpuModule), wasm: absolute(gpuBinary) };
     ort.env.wasm.numThreads = 1;
-    return { ort, processor, threads: 1, simd: true, note: "" };
+    return { ort, processor, threads: 1, simd: true, optimization: "all", note: "" };
   }
   const ort = await import("onnxruntime-web/wasm");
   ort.env.wasm.wasmPaths = { mjs: absolute(wasmModule), wasm: absolute(wasmBinary) };
@@ -52,7 +56,7 @@ export async function loadRuntime(processor: Processor, threads = threadsToUse()
   const note = globalThis.crossOriginIsolated
     ? ""
     : "This page has no threads (it is not cross-origin isolated), so the model runs on one and takes longer.";
-  return { ort, processor, threads, simd: true, note };
+  return { ort, processor, threads, simd: true, optimization: "all", note };
 }
 
 /** The last release that had a build without SIMD. */
@@ -61,5 +65,6 @@ async function loadWithoutSimd(): Promise<Runtime> {
   ort.env.wasm.wasmPaths = { "ort-wasm.wasm": absolute(plainBinary) } as never;
   ort.env.wasm.numThreads = 1;
   const note = "This browser has no WASM SIMD, so an older and slower runtime is used, on one thread.";
-  return { ort, processor: "cpu", threads: 1, simd: false, note };
+  // its fusions give two nodes one name and then refuse the graph
+  return { ort, processor: "cpu", threads: 1, simd: false, optimization: "disabled", note };
 }

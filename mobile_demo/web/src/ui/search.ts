@@ -136,7 +136,7 @@ export class SearchScreen {
     const count = this.comparable.length;
     const newest = this.comparable.slice(-SHOWN).reverse();
     const others = this.entries.length - count;
-    const title = count ? `${count} ${count === 1 ? "picture" : "pictures"}` : "";
+    const title = count ? `${count} ${count === 1 ? "picture" : "pictures"}` : "No pictures yet";
     this.fill(newest.map((entry) => this.tile(entry)), title);
     byId("clear-query").hidden = true;
     byId("search-empty").hidden = count > 0;
