@@ -84,7 +84,9 @@ async function timing(/** @type {string} */ precision, /** @type {number} */ thr
       ms.all.push(decodeMs + resizeMs + modelMs);
     }
     for (const [part, all] of Object.entries(ms)) found[`${what}_${part}_ms_median`] = round(median(all));
-    found[`${what}_all_ms_p95`] = round(ms.all.sort((a, b) => a - b)[Math.floor(0.95 * runs)] ?? NaN);
+    ms.all.sort((a, b) => a - b);
+    // on a busy machine the fastest tenth is nearest to an idle one
+    for (const p of [10, 95]) found[`${what}_all_ms_p${p}`] = round(ms.all[Math.floor((p * runs) / 100)] ?? NaN);
   }
   await context.close();
   await served.close();
