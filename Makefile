@@ -1,5 +1,5 @@
 # Slow work whose results are committed. `make -k evidence` goes on past a step that fails.
-.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans gpu-constants cache-build stream throughput memory matrix quantized edge test
+.PHONY: evidence readme demo protocols parity text step-cost inherited ablation elastic task plans gpu-constants cache-build stream throughput memory matrix quantized edge web test
 
 evidence: readme demo protocols parity text step-cost inherited
 
@@ -35,6 +35,11 @@ inherited:
 # pictures of another style: `assets` of the unpacked npm package @lobehub/fluent-emoji-3d
 task:
 	python -m benchmarks.task_student --other $(OTHER)
+
+# the web app in headless Chromium: node, chromium and a bundle with onnx fp32 and int8
+web:
+	cd mobile_demo/web && npm ci && npm run build
+	python -m benchmarks.web $(BUNDLE)
 
 cache-build:
 	python -m benchmarks.cache_build

@@ -199,6 +199,9 @@ def _from_bytes(data: bytes, background: tuple[int, int, int], what: str) -> Pix
     image = _open(data, what)
     tile = getattr(image, "tile", None)
     rawmode = tile[0][3] if image.format == "PNG" and tile else None
+    if rawmode in ("L;2", "L;4") and isinstance(image.info.get("transparency"), int):
+        # Pillow scales the samples to 0..255 and leaves the transparent one as it is in the file
+        image.info["transparency"] *= 85 if rawmode == "L;2" else 17
     if rawmode in ("RGB;16B", "RGBA;16B", "LA;16B"):
         deep = _deep_png(data, str(rawmode), what)
         _load(image, what)

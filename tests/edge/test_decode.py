@@ -82,6 +82,17 @@ def test_gray_png_with_a_transparent_level(tools: Any) -> None:
     assert decode_image(data, background=(1, 2, 3))[0].tolist() == [[5, 5, 5], [1, 2, 3]]
 
 
+@pytest.mark.parametrize(("bits", "row", "others"), [(2, 0b00_01_10_11, 85), (4, 0b0001_0010, 17)])
+def test_gray_png_of_few_bits_with_a_transparent_level(tools: Any, bits: int, row: int, others: int) -> None:
+    header = struct.pack(">IIBBBBB", 8 // bits, 1, bits, 0, 0, 0, 0)
+    body = zlib.compress(bytes([0, row]))
+    chunks = [(b"IHDR", header), (b"tRNS", struct.pack(">H", 2)), (b"IDAT", body), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(tools.chunk(*chunk) for chunk in chunks)
+    found = decode_image(data, background=(7, 7, 7))[0, :, 0].tolist()
+    levels = [row >> shift & ((1 << bits) - 1) for shift in range(8 - bits, -1, -bits)]
+    assert found == [7 if level == 2 else level * others for level in levels]
+
+
 @pytest.mark.parametrize("interlace", [0, 1])
 @pytest.mark.parametrize(
     ("color_type", "pixel", "expected"),

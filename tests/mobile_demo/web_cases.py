@@ -81,7 +81,7 @@ def pngs(rng: np.random.Generator) -> dict[str, bytes]:
             values = rng.integers(0, 1 << depth, (13, 11, samples))
             for interlaced in (False, True):
                 found[f"type {color}, {depth} bits, interlaced {interlaced}"] = _png(values, depth, color, interlaced)
-            if color in (0, 2) and depth >= 8:
+            if color in (0, 2):
                 key = struct.pack(f">{samples}H", *values[5, 5])
                 found[f"type {color}, {depth} bits, a transparent colour"] = _png(
                     values, depth, color, False, _chunk(b"tRNS", key)

@@ -8,6 +8,7 @@
  * @property {string[]} pictures file names
  * @property {string[]} queries
  * @property {Record<string, { images: number[][], texts: number[][], top_labels: string[], top_five: string[][] }>} precisions
+ * @property {{ kind: string, name: string, raw: string, background: string }[]} [decoders] encoded, and as Python decodes
  */
 import { cosine, top } from "./engine.mjs";
 

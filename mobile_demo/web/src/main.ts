@@ -1,7 +1,7 @@
 /** Start: threads if they can be had, the model, then the three screens. */
 import { Engine, type Opened } from "./engine";
 import { sentence } from "./errors";
-import { ensureOffline } from "./offline";
+import { isolate, keepOffline } from "./offline";
 import { drawCard, type Reopen } from "./ui/card";
 import { ClassifyScreen } from "./ui/classify";
 import { byId, icon, megabytes, tell } from "./ui/dom";
@@ -102,4 +102,7 @@ for (const link of document.querySelectorAll<HTMLAnchorElement>(".tabs a")) link
 addEventListener("hashchange", showScreen);
 document.addEventListener("visibilitychange", () => document.hidden && classify.leave());
 showScreen();
-if (!(await ensureOffline())) await open();
+if (!(await isolate())) {
+  await open();
+  await keepOffline();
+}

@@ -1,15 +1,16 @@
-/** Registering the service worker, and a reload where only it can give this page threads. */
+/** The service worker: offline, and a reload where only it can give this page threads. */
 
 const TRIED = "pocketvlm-isolated";
 
-/** Returns true where the page is about to be reloaded by this. */
-export async function ensureOffline(): Promise<boolean> {
-  if (!("serviceWorker" in navigator) || !import.meta.env.PROD) return false;
+const supported = () => "serviceWorker" in navigator && import.meta.env.PROD;
+
+/** A host that sends no isolation headers: the worker adds them, from the next load on. True where that is now. */
+export async function isolate(): Promise<boolean> {
+  if (!supported() || globalThis.crossOriginIsolated) return false;
   try {
-    await navigator.serviceWorker.register("./sw.js");
-    if (globalThis.crossOriginIsolated || sessionStorage.getItem(TRIED)) return false;
-    // a static host sends no isolation headers: the worker adds them, from the next load on
+    if (sessionStorage.getItem(TRIED)) return false;
     sessionStorage.setItem(TRIED, "1");
+    await navigator.serviceWorker.register("./sw.js");
     await controlled();
     if (!navigator.serviceWorker.controller) return false;
     location.reload();
@@ -17,6 +18,11 @@ export async function ensureOffline(): Promise<boolean> {
   } catch {
     return false; // no storage or no worker (a private window): the app works online, on one thread
   }
+}
+
+/** Keep the app for offline; called late, so that what it keeps is in the browser's cache already. */
+export async function keepOffline(): Promise<void> {
+  if (supported()) await navigator.serviceWorker.register("./sw.js").catch(() => undefined);
 }
 
 function controlled(): Promise<void> {

@@ -36,7 +36,7 @@ self_.addEventListener("fetch", (event) => {
   if (request.method !== "GET" || url.origin !== self_.location.origin) return;
   // Chromium asks for some things only from its own cache; a service worker cannot
   if (request.cache === "only-if-cached" && request.mode !== "same-origin") return;
-  if (url.pathname.includes("/bundle/")) return;
+  if (url.href.startsWith(new URL("bundle/", self_.registration.scope).href)) return;
   event.respondWith(answer(request));
 });
 

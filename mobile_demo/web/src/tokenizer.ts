@@ -14,6 +14,10 @@ interface Normalizer {
 // Han characters beyond the first plane, as the original's clean-up knows them; the library sees half of each
 const FAR_HAN = /[\u{20000}-\u{2A6DF}\u{2A700}-\u{2B81F}\u{2B920}-\u{2CEAF}\u{2F800}-\u{2FA1F}]/gu;
 
+// what Python calls white space; JavaScript counts U+FEFF too and leaves out the separators below U+0020
+const BLANK = /^[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*$/;
+const NOTHING = "There is nothing to read in an empty text; type a word.";
+
 export class Tokenizer {
   private readonly library: Library;
   private readonly before: number[];
@@ -44,13 +48,14 @@ export class Tokenizer {
 
   /** int32 [context_length]: cut so that a closing special token stays, padded on the right. */
   encode(text: string): Int32Array {
-    if (!text.trim()) throw new UserError("There is nothing to read in an empty text; type a word.");
+    if (BLANK.test(text)) throw new UserError(NOTHING);
     if (!text.isWellFormed()) throw new UserError("The text holds half of a character; type it again.");
     const room = this.spec.context_length - this.before.length - this.after.length;
     const ids = [...this.before, ...this.ordinary(text).slice(0, room), ...this.after];
     if (ids.some((id) => id >= this.spec.vocab_size)) {
       throw new IntegrityError("The tokenizer gives ids outside the model's vocabulary; it belongs to another model.");
     }
+    if (ids.every((id) => id === this.spec.pad_id)) throw new UserError(NOTHING);
     return new Int32Array(this.spec.context_length).fill(this.spec.pad_id).map((pad, i) => ids[i] ?? pad);
   }
 

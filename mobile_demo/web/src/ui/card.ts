@@ -22,9 +22,9 @@ export function drawCard(opened: Opened, engine: Engine, reopen: Reopen): void {
   const { manifest } = opened;
   byId("card").replaceChildren(
     heading(opened),
+    parity((manifest.parity ?? []).filter((row) => row.target === "onnx")),
     runsOn(opened, reopen),
     conformance(engine),
-    parity((manifest.parity ?? []).filter((row) => row.target === "onnx")),
     contract(opened),
     credits(opened),
   );
@@ -33,20 +33,29 @@ export function drawCard(opened: Opened, engine: Engine, reopen: Reopen): void {
 function heading({ manifest, precision, files }: Opened): HTMLElement {
   const bytes = Object.values(files).reduce((sum, name) => sum + (manifest.files[name]?.bytes ?? 0), 0);
   const { name, text } = manifest.contract;
-  const languages = text.languages?.length ? ` Reads ${text.languages.join(", ")}.` : "";
+  const names = new Intl.DisplayNames("en", { type: "language" });
+  const languages = text.languages?.length ? ` It reads ${text.languages.map((code) => languageName(names, code)).join(", ")}.` : "";
   return h(
     "div",
     { class: "card hero" },
     h("h3", {}, name),
     h("p", { class: "quiet" }, `A vision-language model of ${megabytes(bytes)} at ${precision}.${languages}`),
-    h("p", { class: "quiet" }, "It runs here: no picture and no word leaves this device."),
+    h("p", { class: "quiet" }, "Everything runs here: no picture and no word leaves this device."),
   );
+}
+
+function languageName(names: Intl.DisplayNames, code: string): string {
+  try {
+    return names.of(code) ?? code;
+  } catch {
+    return code;
+  }
 }
 
 function runsOn(opened: Opened, reopen: Reopen): HTMLElement {
   const { threads, simd, processor, precision, precisions, gpu, note } = opened;
   const kind = processor === "gpu" ? "GPU (WebGPU)" : `processor, ${threads} ${threads === 1 ? "thread" : "threads"}, ${simd ? "with" : "without"} SIMD`;
-  const card = h("div", { class: "card" }, h("h3", {}, "Runs on"), h("p", { id: "runs-on" }, `This device's ${kind}.`));
+  const card = h("div", { class: "card" }, h("h3", {}, "Runs on"), h("p", { id: "runs-on" }, `This device’s ${kind}.`));
   if (note) card.append(h("p", { class: "notice", id: "runtime-note" }, note));
   if (precisions.length > 1) {
     card.append(choice("Precision", precisions, precision, (picked) => reopen({ precision: picked })));
@@ -104,7 +113,7 @@ function stageRow(stage: StageResult): HTMLLIElement {
   const { stage: name, passed, cases, worst, budget, failures, notes } = stage;
   const [code, ...words] = name.split(" ");
   const number = (v: number) => (v === 0 || v >= 1 ? String(v) : v.toPrecision(2));
-  const measured = /refused|decode/.test(name) ? "" : ` · worst ${number(worst)}, allowed ${number(budget)}`;
+  const measured = /refused|decode/.test(name) ? "" : ` · worst ${number(worst)} of ${number(budget)}`;
   const row = h(
     "li",
     { "data-stage": name, "data-passed": String(passed) },
@@ -121,17 +130,18 @@ function stageRow(stage: StageResult): HTMLLIElement {
 
 function parity(rows: Parity[]): HTMLElement {
   const card = h("div", { class: "card" }, h("h3", {}, "Parity with the trained model"));
-  if (!rows.length) card.append(h("p", { class: "quiet" }, "Not measured: run “pocketvlm parity” on this bundle."));
+  if (!rows.length) card.append(h("p", { class: "quiet" }, "The bundle brings no parity result."));
   for (const row of rows) {
     const lights = h("ul", { class: "lights", "aria-label": `Stages of ${row.precision}` });
     for (const [stage, status] of Object.entries(row.stages)) {
-      const what = `${stage}, ${STAGES[stage] ?? ""}: ${WORDS[status] ?? status}`;
-      lights.append(h("li", { title: what }, h("span", { class: `light ${status}`, "aria-hidden": "true" }), h("span", { class: "unseen" }, what), h("span", { "aria-hidden": "true" }, stage)));
+      const light = h("span", { class: `light ${status}`, "aria-hidden": "true" });
+      lights.append(h("li", {}, light, STAGES[stage] ?? stage, h("span", { class: "unseen" }, `: ${WORDS[status] ?? status}`)));
     }
     const cosines = [row.image && `pictures ${row.image.cosine_mean.toFixed(4)}`, row.text && `texts ${row.text.cosine_mean.toFixed(4)}`].filter(Boolean);
     card.append(
       h("div", { class: "parity" }, h("p", {}, h("b", {}, row.precision), ` ${WORDS[row.status] ?? row.status}`), lights, h("p", { class: "quiet" }, cosines.length ? `Mean cosine: ${cosines.join(", ")}.` : "")),
     );
+    if (row.status !== "pass") card.lastElementChild!.append(h("details", {}, h("summary", {}, "Why"), h("p", { class: "quiet" }, row.message)));
   }
   return card;
 }

@@ -235,7 +235,7 @@ export class ClassifyScreen {
 
   private drawCameraButton(): void {
     const on = this.camera.on;
-    this.cameraButton.replaceChildren(icon(on ? "stop" : "camera"), on ? "Stop camera" : "Use camera");
+    this.cameraButton.replaceChildren(icon(on ? "stop" : "camera"), on ? "Stop" : "Use camera");
     this.flipButton.hidden = !on;
   }
 }

@@ -74,7 +74,7 @@ describe("classify", () => {
     await page.click("#camera");
     expect(await guesses(page)).toHaveLength(5);
     await expect.poll(() => page.textContent("#stage-time")).toMatch(/ms a frame/);
-    expect(await page.textContent("#camera")).toBe("Stop camera");
+    expect(await page.textContent("#camera")).toBe("Stop");
     await page.click('nav a[href="#search"]');
     expect(await page.evaluate(() => document.querySelector("video")!.srcObject)).toBeNull();
     await close();
