@@ -65,20 +65,21 @@ def hamming_nearest(
     codes: NDArray[np.uint8], query: NDArray[np.uint8], mask: NDArray[np.bool_], count: int
 ) -> NDArray[np.int64]:
     """Numbers of the `count` rows of `codes` [N, W] nearest to `query` [W] where `mask` holds; equals by number."""
-    width = codes.shape[1]
+    width, all_pass = codes.shape[1], bool(mask.all())
     word = next(size for size in (8, 4, 2, 1) if width % size == 0)
     words = query.view(f"u{word}")
-    distances = np.empty(len(codes), np.uint16)
+    beyond = 8 * width + 1
+    distances, totals = np.empty(len(codes), np.uint16), np.zeros(beyond + 1, np.int64)
     for at in range(0, len(codes), _BLOCK):
         block = codes[at : at + _BLOCK].view(f"u{word}")
         some = distances[at : at + _BLOCK]
         some[:] = np.bitwise_count(block[:, 0] ^ words[0])
         for column in range(1, len(words)):
             some += np.bitwise_count(block[:, column] ^ words[column])
-    beyond = 8 * width + 1
-    distances[~mask] = beyond
-    totals = np.cumsum(np.bincount(distances, minlength=beyond + 1)[:beyond])
-    radius = int(np.searchsorted(totals, count))
+        if not all_pass:
+            some[~mask[at : at + _BLOCK]] = beyond
+        totals += np.bincount(some, minlength=beyond + 1)
+    radius = int(np.searchsorted(np.cumsum(totals[:beyond]), count))
     if radius == beyond:
         return np.flatnonzero(mask)
     inside = np.flatnonzero(distances < radius)
