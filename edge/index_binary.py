@@ -34,8 +34,17 @@ class Codes:
         self._codes = np.memmap(path, np.uint8, "r", offset=start, shape=shape)
 
     def pick(self, query: NDArray[np.float32], wanted: int, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """The `wanted` rows with the fewest other bits than the query where `mask` [rows] holds, equals by number."""
-        return hamming_nearest(self._codes, _bits(query[None], self._shift, self._turn)[0], mask, wanted)
+        """The `wanted` likeliest rows where `mask` [rows] holds: of eight times as many with the fewest other bits than
+        the query, those whose signs agree best with the query's numbers (asymmetric distances, Gordo et al. 2014).
+        """
+        turned = _turned(query[None], self._shift, self._turn)
+        found = hamming_nearest(self._codes, _pack(turned)[0], mask, 8 * wanted)
+        if len(found) <= wanted:
+            return found
+        signs = np.unpackbits(self._codes[found], axis=1, count=len(query))
+        # a sum over set bits orders as one over signs does
+        agreement = signs.astype(np.float32) @ turned[0]
+        return found[np.argpartition(-agreement, wanted)[:wanted]]
 
 
 def build_codes(store: Store, old: dict[str, Any] | None, progress: Progress | None) -> None:
@@ -55,7 +64,7 @@ def build_codes(store: Store, old: dict[str, Any] | None, progress: Progress | N
             shift, turn = _fit(store, state.rows)
             file.write(shift.tobytes() + turn.tobytes())
         for at, rows in store.blocks(first, state.rows):
-            file.write(_bits(rows, shift, turn).tobytes())
+            file.write(_pack(_turned(rows, shift, turn)).tobytes())
             if progress is not None:
                 progress(at + len(rows) - first, state.rows - first)
     publish(store, part, name, {"rows": state.rows, "fitted": fitted})
@@ -93,9 +102,13 @@ def _fit(store: Store, rows: int) -> tuple[NDArray[np.float32], NDArray[np.float
     return sample.mean(axis=0), turn.astype(np.float32)
 
 
-def _bits(rows: NDArray[np.float32], shift: NDArray[np.float32], turn: NDArray[np.float32]) -> NDArray[np.uint8]:
-    bits = np.packbits((rows - shift) @ turn > 0, axis=1)
-    return np.pad(bits, ((0, 0), (0, _width(len(shift)) - bits.shape[1])))
+def _turned(rows: NDArray[np.float32], shift: NDArray[np.float32], turn: NDArray[np.float32]) -> NDArray[np.float32]:
+    return (rows - shift) @ turn
+
+
+def _pack(turned: NDArray[np.float32]) -> NDArray[np.uint8]:
+    bits = np.packbits(turned > 0, axis=1)
+    return np.pad(bits, ((0, 0), (0, _width(turned.shape[1]) - bits.shape[1])))
 
 
 def _width(dim: int) -> int:
