@@ -99,7 +99,7 @@ def _fit(store: Store, rows: int) -> tuple[NDArray[np.float32], NDArray[np.float
     """The mean of evenly spread rows, and a rotation that is the same for every index of a width."""
     sample = store.rows_at(np.linspace(0, rows - 1, min(rows, _SAMPLE)).astype(np.int64))
     turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(store.dim, store.dim)))
-    return sample.mean(axis=0), turn.astype(np.float32)
+    return sample.mean(axis=0, dtype=np.float32), turn.astype(np.float32)
 
 
 def _turned(rows: NDArray[np.float32], shift: NDArray[np.float32], turn: NDArray[np.float32]) -> NDArray[np.float32]:
