@@ -103,7 +103,7 @@ def _fit(store: Store, rows: int) -> tuple[NDArray[np.float32], NDArray[np.float
 
 
 def _turned(rows: NDArray[np.float32], shift: NDArray[np.float32], turn: NDArray[np.float32]) -> NDArray[np.float32]:
-    return (rows - shift) @ turn
+    return np.asarray((rows - shift) @ turn, np.float32)
 
 
 def _pack(turned: NDArray[np.float32]) -> NDArray[np.uint8]:
