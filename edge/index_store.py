@@ -41,6 +41,7 @@ CREATE TABLE files (path TEXT PRIMARY KEY, size INTEGER, modified INTEGER, diges
 CREATE INDEX files_by_digest ON files (digest);
 {index_filter.TABLES}
 """
+_FACTS = {"schema", "space_id", "dim", "dtype", "generation", "rows", "part", "cache"}
 BLOCK = 16_384  # rows that are read together
 
 
@@ -141,6 +142,8 @@ class Store:
             self.db.execute("ROLLBACK")
         try:
             yield state
+        except sqlite3.DatabaseError as error:
+            raise _damaged(f"{DATABASE} cannot be read ({error})") from error
         finally:
             self.db.execute("ROLLBACK")
 
@@ -333,6 +336,8 @@ class Store:
             self.set_fact("rows", len(keep))
             self.set_fact("part", state.part + 1)
             self.set_fact("cache", None)
+        # what was removed stands in the journal too, until it is merged
+        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._sweep()
 
     def publish_cache(self, facts: dict[str, Any]) -> None:
@@ -357,9 +362,12 @@ class Store:
     def _meta(self) -> dict[str, Any]:
         try:
             found = self.db.execute("SELECT name, value FROM meta").fetchall()
-            return {name: json.loads(value) for name, value in found}
+            facts = {name: json.loads(value) for name, value in found}
         except (sqlite3.DatabaseError, ValueError) as error:
             raise _damaged(f"{DATABASE} cannot be read ({error})") from error
+        if missing := _FACTS - facts.keys():
+            raise _damaged(f"{DATABASE} lacks {', '.join(sorted(missing))}")
+        return facts
 
     def _path(self, part: int) -> Path:
         return self.folder / f"vectors-{part}.bin"
@@ -437,6 +445,7 @@ def _connect(folder: Path) -> sqlite3.Connection:
         if os.access(folder, os.W_OK):
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA secure_delete = ON")  # what was removed is not left in unused pages
     except sqlite3.DatabaseError as error:
         db.close()
         raise _damaged(f"{DATABASE} cannot be read ({error})") from error

@@ -327,12 +327,14 @@ def test_compacting_wipes_what_was_removed(tmp_path: Path) -> None:
     with EmbeddingIndex.create(tmp_path / "x", "s", 8, dtype="f32") as index:
         rows = clustered(50, dim=8)
         index.add([str(n) for n in range(50)], rows, [{"n": n} for n in range(50)], space="s")
-        index.remove([str(n) for n in range(0, 50, 10)])
+        index.add("a private key", rows[10], {"word": "a private word"}, space="s")
+        index.remove([*(str(n) for n in range(0, 50, 10)), "a private key"])
         secret = rows[10].tobytes()
         index.save()
         assert secret in b"".join(path.read_bytes() for path in index.path.glob("vectors-*"))
         index.save(compact=True)
         assert secret not in b"".join(path.read_bytes() for path in index.path.glob("vectors-*"))
+        assert b"a private" not in b"".join(path.read_bytes() for path in index.path.iterdir())
         index.verify()
         for n in (1, 11, 49):
             assert index.search(rows[n], 1, space="s", where={"n": n})[0][0].key == str(n)
@@ -543,6 +545,8 @@ def test_a_database_cut_short(closed: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(IntegrityError, match=r"index.sqlite (cannot be read|is inconsistent)"):
         EmbeddingIndex.load(closed, verify=True)
+    with pytest.raises(IntegrityError, match=r"index.sqlite cannot be read"), EmbeddingIndex.load(closed) as index:
+        index.search(clustered(400), 400, space="s")
 
 
 def test_an_index_of_a_later_release(closed: Path) -> None:
