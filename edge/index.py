@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from pocketvlm.edge.errors import UsageError, unknown_name
 from pocketvlm.edge.index_checks import Space, check_space, checked_names, space_id_of, unit_rows
 from pocketvlm.edge.index_filter import Metadata, Value, Where, where_sql
-from pocketvlm.edge.index_store import DATABASE, State, Store
+from pocketvlm.edge.index_store import BLOCK, DATABASE, State, Store
 
 if TYPE_CHECKING:
     from pocketvlm.edge.index_binary import Codes
@@ -40,7 +40,7 @@ Numbers = NDArray[np.int64]
 DTYPES = ("f32", "f16", "int8", "binary")
 CACHE_FROM = 10_000  # rows; fewer are compared one by one, also where a filter leaves fewer
 TAIL = 2_000  # rows newer than graph or codes for which `save` does not write these again
-_CANDIDATES, _BINARY_CANDIDATES = 128, 1_000
+_CANDIDATES, _BINARY_CANDIDATES = 256, 500
 _DEAD_SHARE = 0.2  # of the rows; above it `save` writes the others anew
 _QUERIES = 256  # compared with all rows at once
 
@@ -318,8 +318,8 @@ class EmbeddingIndex:
             where: a filter over metadata (`edge.index_filter`). As many as `k` are found wherever so many pass it.
             exact: compare with every row. Without it that is done below 10,000 rows; above, the graph (or, of dtype
                 "binary", signs) picks `candidates`, and those are compared.
-            candidates: at least `k`; more find more of the true neighbours and take longer. Default: 128, of dtype
-                "binary" 1,000.
+            candidates: at least `k`; more find more of the true neighbours and take longer. Default: 256, of dtype
+                "binary" 500.
 
         Returns:
             One list for each query.
@@ -346,21 +346,27 @@ class EmbeddingIndex:
         ]
 
     def _exact(self, queries: Rows, k: int, mask: NDArray[np.bool_], passing: int) -> list[tuple[Numbers, Rows]]:
-        if passing < CACHE_FROM:
-            numbers = np.flatnonzero(mask)
-            scores = queries @ self._store.rows_at(numbers).T
-            return [_top(numbers, row, k) for row in scores]
         found: list[tuple[Numbers, Rows]] = []
         for at in range(0, len(queries), _QUERIES):
             some = queries[at : at + _QUERIES]
             best: list[tuple[Numbers, Rows]] = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(some)
-            for first, rows in self._store.blocks():
-                live = np.flatnonzero(mask[first : first + len(rows)])
-                for place, row in enumerate(some @ rows.T):
-                    numbers, values = _top(live + first, row[live], k)
+            for part, rows in self._rows_of(mask, passing):
+                for place, scores in enumerate(some @ rows.T):
+                    numbers, values = _top(part, scores, k)
                     best[place] = _top(np.append(best[place][0], numbers), np.append(best[place][1], values), k)
             found += best
         return found
+
+    def _rows_of(self, mask: NDArray[np.bool_], passing: int) -> Iterator[tuple[Numbers, Rows]]:
+        """The rows where the mask holds, with their numbers, a few thousand at a time."""
+        if 8 * passing < len(mask):
+            numbers = np.flatnonzero(mask)
+            for at in range(0, passing, BLOCK):
+                yield numbers[at : at + BLOCK], self._store.rows_at(numbers[at : at + BLOCK])
+            return
+        for first, rows in self._store.blocks():
+            live = np.flatnonzero(mask[first : first + len(rows)])
+            yield live + first, rows if len(live) == len(rows) else rows[live]
 
     def _approximate(
         self,
@@ -441,10 +447,10 @@ class EmbeddingIndex:
 
     def _append(self, keys: Sequence[str], rows: Rows, metadata: Sequence[dict[str, Value]]) -> None:
         """Write and name normalised rows, inside a transaction."""
-        for at in range(0, len(rows), 16_384):
-            some = rows[at : at + 16_384]
+        for at in range(0, len(rows), BLOCK):
+            some = rows[at : at + BLOCK]
             first = self._store.append(some)
-            self._store.insert(first, keys[at : at + 16_384], metadata[at : at + 16_384])
+            self._store.insert(first, keys[at : at + BLOCK], metadata[at : at + BLOCK])
 
 
 def holds_index(folder: Path) -> bool:

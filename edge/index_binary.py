@@ -34,8 +34,17 @@ class Codes:
         self._codes = np.memmap(path, np.uint8, "r", offset=start, shape=shape)
 
     def pick(self, query: NDArray[np.float32], wanted: int, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """The `wanted` rows with the fewest other bits than the query where `mask` [rows] holds, equals by number."""
-        return hamming_nearest(self._codes, _bits(query[None], self._shift, self._turn)[0], mask, wanted)
+        """The `wanted` likeliest rows where `mask` [rows] holds: of eight times as many with the fewest other bits than
+        the query, those whose signs agree best with the query's numbers (asymmetric distances, Gordo et al. 2014).
+        """
+        turned = _turned(query[None], self._shift, self._turn)
+        found = hamming_nearest(self._codes, _pack(turned)[0], mask, 8 * wanted)
+        if len(found) <= wanted:
+            return found
+        signs = np.unpackbits(self._codes[found], axis=1, count=len(query))
+        # a sum over set bits orders as one over signs does
+        agreement = signs.astype(np.float32) @ turned[0]
+        return found[np.argpartition(-agreement, wanted)[:wanted]]
 
 
 def build_codes(store: Store, old: dict[str, Any] | None, progress: Progress | None) -> None:
@@ -55,7 +64,7 @@ def build_codes(store: Store, old: dict[str, Any] | None, progress: Progress | N
             shift, turn = _fit(store, state.rows)
             file.write(shift.tobytes() + turn.tobytes())
         for at, rows in store.blocks(first, state.rows):
-            file.write(_bits(rows, shift, turn).tobytes())
+            file.write(_pack(_turned(rows, shift, turn)).tobytes())
             if progress is not None:
                 progress(at + len(rows) - first, state.rows - first)
     publish(store, part, name, {"rows": state.rows, "fitted": fitted})
@@ -65,20 +74,21 @@ def hamming_nearest(
     codes: NDArray[np.uint8], query: NDArray[np.uint8], mask: NDArray[np.bool_], count: int
 ) -> NDArray[np.int64]:
     """Numbers of the `count` rows of `codes` [N, W] nearest to `query` [W] where `mask` holds; equals by number."""
-    width = codes.shape[1]
+    width, all_pass = codes.shape[1], bool(mask.all())
     word = next(size for size in (8, 4, 2, 1) if width % size == 0)
     words = query.view(f"u{word}")
-    distances = np.empty(len(codes), np.uint16)
+    beyond = 8 * width + 1
+    distances, totals = np.empty(len(codes), np.uint16), np.zeros(beyond + 1, np.int64)
     for at in range(0, len(codes), _BLOCK):
         block = codes[at : at + _BLOCK].view(f"u{word}")
         some = distances[at : at + _BLOCK]
         some[:] = np.bitwise_count(block[:, 0] ^ words[0])
         for column in range(1, len(words)):
             some += np.bitwise_count(block[:, column] ^ words[column])
-    beyond = 8 * width + 1
-    distances[~mask] = beyond
-    totals = np.cumsum(np.bincount(distances, minlength=beyond + 1)[:beyond])
-    radius = int(np.searchsorted(totals, count))
+        if not all_pass:
+            some[~mask[at : at + _BLOCK]] = beyond
+        totals += np.bincount(some, minlength=beyond + 1)
+    radius = int(np.searchsorted(np.cumsum(totals[:beyond]), count))
     if radius == beyond:
         return np.flatnonzero(mask)
     inside = np.flatnonzero(distances < radius)
@@ -89,12 +99,16 @@ def _fit(store: Store, rows: int) -> tuple[NDArray[np.float32], NDArray[np.float
     """The mean of evenly spread rows, and a rotation that is the same for every index of a width."""
     sample = store.rows_at(np.linspace(0, rows - 1, min(rows, _SAMPLE)).astype(np.int64))
     turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(store.dim, store.dim)))
-    return sample.mean(axis=0), turn.astype(np.float32)
+    return sample.mean(axis=0, dtype=np.float32), turn.astype(np.float32)
 
 
-def _bits(rows: NDArray[np.float32], shift: NDArray[np.float32], turn: NDArray[np.float32]) -> NDArray[np.uint8]:
-    bits = np.packbits((rows - shift) @ turn > 0, axis=1)
-    return np.pad(bits, ((0, 0), (0, _width(len(shift)) - bits.shape[1])))
+def _turned(rows: NDArray[np.float32], shift: NDArray[np.float32], turn: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray((rows - shift) @ turn, np.float32)
+
+
+def _pack(turned: NDArray[np.float32]) -> NDArray[np.uint8]:
+    bits = np.packbits(turned > 0, axis=1)
+    return np.pad(bits, ((0, 0), (0, _width(turned.shape[1]) - bits.shape[1])))
 
 
 def _width(dim: int) -> int:

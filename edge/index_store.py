@@ -3,7 +3,7 @@
     index.sqlite         the truth (WAL): which rows exist, their keys and metadata, what the other files hold
     vectors-N.bin        rows, appended; bytes past the last committed row mean nothing and are written over
     cache-G.*            the graph (`index_graph`) or binary codes (`index_binary`); lost or damaged, made again
-    writer.lock          held by the one process that writes
+    writer.lock          held by the one process that writes (`index_lock`)
 
 An add writes its rows behind the last committed one, syncs the file, and then commits their numbers, keys and metadata
 in one sqlite transaction. Readers take a snapshot of sqlite; rows are never changed in place, so theirs stay as they
@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 
 from pocketvlm.edge import index_filter
 from pocketvlm.edge.errors import IntegrityError, UsageError, VersionError
+from pocketvlm.edge.index_lock import not_writable, writer_lock
 
 SCHEMA = "1.0"
-DATABASE, LOCK = "index.sqlite", "writer.lock"
+DATABASE = "index.sqlite"
 APPLICATION = 0x50564C4D  # "PVLM"
 _TABLES = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -40,7 +41,8 @@ CREATE TABLE files (path TEXT PRIMARY KEY, size INTEGER, modified INTEGER, diges
 CREATE INDEX files_by_digest ON files (digest);
 {index_filter.TABLES}
 """
-_BLOCK = 16_384  # rows that are read together
+_FACTS = {"schema", "space_id", "dim", "dtype", "generation", "rows", "part", "cache"}
+BLOCK = 16_384  # rows that are read together
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Store:
             if self.dtype in ("int8", "binary")
             else np.dtype([("codes", {"f32": "<f4", "f16": "<f2"}[self.dtype], (self.dim,))])
         )
-        self._lock: sqlite3.Connection | None = None
+        self._writing = False
         self._state: State | None = None
         self._opened: tuple[int, int] | None = None
         self._map: NDArray[Any] = np.empty(0, self._layout)
@@ -112,8 +114,6 @@ class Store:
         self._map = np.empty(0, self._layout)
         if self._file is not None:
             self._file.close()
-        if self._lock is not None:
-            self._lock.close()
         self.db.close()
 
     # --- reading --------------------------------------------------------------------------------------------
@@ -132,14 +132,18 @@ class Store:
             self.db.execute("BEGIN")
             try:
                 state = self.state()
-                break
+                if not attempts_left or state.cache is None or (self.folder / state.cache["file"]).exists():
+                    break
             except IntegrityError:
-                self.db.execute("ROLLBACK")
-                # a `rewrite` between the snapshot and the opening of its files: the next snapshot names the new ones
                 if not attempts_left:
+                    self.db.execute("ROLLBACK")
                     raise
+            # a writer may have replaced the files since the snapshot: then the next one names the new ones
+            self.db.execute("ROLLBACK")
         try:
             yield state
+        except sqlite3.DatabaseError as error:
+            raise _damaged(f"{DATABASE} cannot be read ({error})") from error
         finally:
             self.db.execute("ROLLBACK")
 
@@ -175,13 +179,13 @@ class Store:
     def blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Rows `first` to `last` in order, with the number of each block's first row; dead ones too."""
         last = self.state().rows if last is None else last
-        for at in range(first, last, _BLOCK):
-            yield at, self._decode(self._slice(at, min(at + _BLOCK, last)))
+        for at in range(first, last, BLOCK):
+            yield at, self._decode(self._slice(at, min(at + BLOCK, last)))
 
     def int8_blocks(self, first: int, last: int) -> Iterator[tuple[int, NDArray[np.int8]]]:
         """As `blocks`, rounded to int8 with each row's own scale, which a cosine does not see."""
-        for at in range(first, last, _BLOCK):
-            some = self._slice(at, min(at + _BLOCK, last))
+        for at in range(first, last, BLOCK):
+            some = self._slice(at, min(at + BLOCK, last))
             yield at, (some["codes"] if "scale" in (some.dtype.names or ()) else to_int8(self._decode(some))[1])
 
     def keys_of(self, numbers: Sequence[int]) -> dict[int, tuple[str, str]]:
@@ -233,46 +237,32 @@ class Store:
         """Be the writer; may be nested. Files that a killed writer left are removed first.
 
         Raises:
-            UsageError: another process or another index object writes, or the folder cannot be written to.
+            NotWritableError: another process or another index object writes, or the folder cannot be written to.
         """
-        if self._lock is not None:
+        if self._writing:
             yield
             return
-        # sqlite's own file lock: it works on every system and falls with its process
-        lock = sqlite3.connect(self.folder / LOCK, timeout=0, isolation_level=None, check_same_thread=False)
-        try:
-            lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            lock.close()
-            if "locked" in str(error):
-                raise UsageError(
-                    f"index {str(self.folder)!r} is being written by another process or object, and one writer is "
-                    "allowed at a time; rows of two would overwrite each other, so try again when it has finished "
-                    "(searching works meanwhile)"
-                ) from error
-            raise UsageError(
-                f"index {str(self.folder)!r} cannot be written to ({error}) and adding, removing and saving need that; "
-                "it can still be searched, so change its permissions or use a copy"
-            ) from error
-        self._lock = lock
-        try:
-            self._sweep()
-            yield
-        finally:
-            self._lock = None
-            lock.close()
+        with writer_lock(self.folder):
+            self._writing = True
+            try:
+                self._sweep()
+                yield
+            finally:
+                self._writing = False
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Everything inside is committed together, as a new generation, or not at all. The writer's alone."""
-        self.db.execute("BEGIN IMMEDIATE")
         try:
+            self.db.execute("BEGIN IMMEDIATE")
             yield
             self.db.execute("UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE name = 'generation'")
             self.db.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError):
+                raise not_writable(self.folder, error) from error
             raise
         finally:
             self._state = None
@@ -323,8 +313,8 @@ class Store:
         state = self.state()
         keep = np.setdiff1d(np.arange(state.rows), state.dead, assume_unique=True)
         checksums = []
-        for at in range(0, len(keep), _BLOCK):
-            some = keep[at : at + _BLOCK]
+        for at in range(0, len(keep), BLOCK):
+            some = keep[at : at + BLOCK]
             # read in one go and picked from: those that live lie close together
             raw = self._slice(some[0], some[-1] + 1)[some - some[0]].tobytes()
             _write_at(self._path(state.part + 1), at * self._layout.itemsize, raw)
@@ -346,6 +336,8 @@ class Store:
             self.set_fact("rows", len(keep))
             self.set_fact("part", state.part + 1)
             self.set_fact("cache", None)
+        # what was removed stands in the journal too, until it is merged
+        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._sweep()
 
     def publish_cache(self, facts: dict[str, Any]) -> None:
@@ -370,9 +362,12 @@ class Store:
     def _meta(self) -> dict[str, Any]:
         try:
             found = self.db.execute("SELECT name, value FROM meta").fetchall()
-            return {name: json.loads(value) for name, value in found}
+            facts = {name: json.loads(value) for name, value in found}
         except (sqlite3.DatabaseError, ValueError) as error:
             raise _damaged(f"{DATABASE} cannot be read ({error})") from error
+        if missing := _FACTS - facts.keys():
+            raise _damaged(f"{DATABASE} lacks {', '.join(sorted(missing))}")
+        return facts
 
     def _path(self, part: int) -> Path:
         return self.folder / f"vectors-{part}.bin"
@@ -450,6 +445,7 @@ def _connect(folder: Path) -> sqlite3.Connection:
         if os.access(folder, os.W_OK):
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA secure_delete = ON")  # what was removed is not left in unused pages
     except sqlite3.DatabaseError as error:
         db.close()
         raise _damaged(f"{DATABASE} cannot be read ({error})") from error
@@ -475,11 +471,14 @@ def _damaged(detail: str) -> IntegrityError:
 
 
 def _write_at(path: Path, offset: int, raw: bytes) -> None:
+    new = not path.exists()
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
         file.seek(offset)
         file.write(raw)
         file.flush()
         os.fsync(file.fileno())
+    if new:
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -104,12 +104,16 @@ def search(
     if sheet is not None and sheet.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--sheet {sheet} does not end in .html, so no browser would show it; name it {sheet}.html")
     from pocketvlm.edge.index_filter import parse_where
+    from pocketvlm.edge.index_lock import NotWritableError
 
     conditions = parse_where(where)
     at = _place(folder, None)
     opened, loaded = _open(folder, at, model, backend, precision, None, "f16")
     with opened:
-        _sync(opened, loaded, folder)
+        try:
+            _sync(opened, loaded, folder)
+        except NotWritableError as error:
+            print(f"searching what was indexed before: {error}", file=sys.stderr)
         query = loaded.embed_text(text) if text is not None else loaded.embed_image(image or "")
         hits = opened.search(query, k, space=loaded, where=conditions)[0]
         rows = [_row(place, hit, opened.folder) for place, hit in enumerate(hits)]
@@ -180,6 +184,7 @@ def _open(
     opened = EmbeddingIndex.load(at) if holds_index(at) else None
     try:
         known = (opened.model if opened is not None else None) or {}
+        remembered = bundle is None
         if bundle is None:
             if not known:
                 raise UsageError(
@@ -205,7 +210,8 @@ def _open(
                 f"{loaded.contract.space_id!r}; they have no cosine, so make it anew with 'pocketvlm index "
                 "--overwrite' or a second one with --out"
             )
-        opened.remember_model({"bundle": str(bundle.absolute()), "backend": backend, "precision": precision})
+        if not remembered:
+            opened.remember_model({"bundle": str(bundle.absolute()), "backend": backend, "precision": precision})
     except BaseException:
         if opened is not None:
             opened.close()

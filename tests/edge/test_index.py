@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -326,12 +327,14 @@ def test_compacting_wipes_what_was_removed(tmp_path: Path) -> None:
     with EmbeddingIndex.create(tmp_path / "x", "s", 8, dtype="f32") as index:
         rows = clustered(50, dim=8)
         index.add([str(n) for n in range(50)], rows, [{"n": n} for n in range(50)], space="s")
-        index.remove([str(n) for n in range(0, 50, 10)])
+        index.add("a private key", rows[10], {"word": "a private word"}, space="s")
+        index.remove([*(str(n) for n in range(0, 50, 10)), "a private key"])
         secret = rows[10].tobytes()
         index.save()
         assert secret in b"".join(path.read_bytes() for path in index.path.glob("vectors-*"))
         index.save(compact=True)
         assert secret not in b"".join(path.read_bytes() for path in index.path.glob("vectors-*"))
+        assert b"a private" not in b"".join(path.read_bytes() for path in index.path.iterdir())
         index.verify()
         for n in (1, 11, 49):
             assert index.search(rows[n], 1, space="s", where={"n": n})[0][0].key == str(n)
@@ -542,6 +545,8 @@ def test_a_database_cut_short(closed: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(IntegrityError, match=r"index.sqlite (cannot be read|is inconsistent)"):
         EmbeddingIndex.load(closed, verify=True)
+    with pytest.raises(IntegrityError, match=r"index.sqlite cannot be read"), EmbeddingIndex.load(closed) as index:
+        index.search(clustered(400), 400, space="s")
 
 
 def test_an_index_of_a_later_release(closed: Path) -> None:
@@ -551,3 +556,45 @@ def test_an_index_of_a_later_release(closed: Path) -> None:
     db.close()
     with pytest.raises(VersionError, match=r"has schema 2.0 and this release reads 1.0"):
         EmbeddingIndex.load(closed)
+
+
+def test_a_folder_that_cannot_be_written_to_can_be_searched(closed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root everything can be written to, so the answer of the system is replaced; the lock is a folder."""
+    (closed / "writer.lock").unlink()
+    (closed / "writer.lock").mkdir()
+    monkeypatch.setattr("pocketvlm.edge.index_store.os.access", lambda path, mode: False)
+    before = sorted(path.name for path in closed.iterdir())
+    with EmbeddingIndex.load(closed, verify=True) as index:
+        assert index.search(clustered(400)[3], 1, space="s")[0][0].key == "3"
+        with pytest.raises(UsageError, match=r"cannot be written to .* can still be searched"):
+            index.add("new", clustered(1), space="s")
+        assert sorted(path.name for path in closed.iterdir()) == before
+
+
+def test_threads_share_one_object(tmp_path: Path, small_caches: None) -> None:
+    rows = clustered(600)
+    with EmbeddingIndex.create(tmp_path / "x", "s", DIM) as index, ThreadPoolExecutor(8) as pool:
+        index.add([str(n) for n in range(300)], rows[:300], space="s")
+        index.save(threads=1)
+
+        def work(n: int) -> bool:
+            if n % 30 == 0:
+                index.add(str(300 + n), rows[300 + n], space="s")
+                return True
+            return index.search(rows[n], 1, space="s")[0][0].key == str(n)
+
+        assert np.mean(list(pool.map(work, range(300)))) > 0.98
+        assert len(index) == 310
+
+
+def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
+    with EmbeddingIndex.create(tmp_path / "x", "s", 4) as index:
+        index.add("a", [1, 0, 0, 0], space="s")
+        pages = index._store.db.execute("PRAGMA page_count").fetchone()[0]
+        index._store.db.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(UsageError, match=r"cannot be written to \(database or disk is full\)"):
+            index.add([str(n) for n in range(5000)], np.ones((5000, 4)), space="s")
+        assert list(index.keys()) == ["a"]
+        index._store.db.execute("PRAGMA max_page_count = 1000000")
+        index.add("b", [0, 1, 0, 0], space="s")
+        index.verify()
