@@ -51,6 +51,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(batch, length, self.heads, self.head_width).transpose(1, 2)
         k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_width).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_width).transpose(1, 2)
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class Block(nn.Module):
         """`forward` over a cache [B, Hkv, C, D], into which the new keys and values are put at `places` [B, T]."""
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
         index = places[:, None, :, None].expand_as(k)
-        keys, values = keys.scatter(2, index, k), values.scatter(2, index, v)
+        keys, values = keys.scatter(2, index, k.to(keys.dtype)), values.scatter(2, index, v.to(values.dtype))
         x = x + self.self_attn.attend(q, keys, values, visible)
         return x + self.mlp(self.post_attention_layernorm(x)), keys, values
 
@@ -126,7 +127,7 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """x [B, T, W], positions int64 [B, T], visible bool [B or 1, 1, T, T] (query, key) to [B, T, W]."""
-        cos, sin = self._tables(positions, x)
+        cos, sin = self._tables(positions)
         for block in self.layers:
             x = block(x, cos, sin, visible)
         return self.norm(x)
@@ -142,7 +143,7 @@ class Decoder(nn.Module):
 
         Returns hidden states [B, T, W], and keys and values with the new ones in place.
         """
-        cos, sin = self._tables(positions, x)
+        cos, sin = self._tables(positions)
         reach = positions.clamp(min=prefix)[:, None, :, None]
         visible = torch.arange(keys.shape[3], device=x.device) <= reach
         new_keys, new_values = [], []
@@ -164,5 +165,5 @@ class Decoder(nn.Module):
         """[..., W] to [..., V]."""
         return F.linear(hidden, self.embed_tokens.weight)
 
-    def _tables(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cos[positions][:, None].to(x.dtype), self.sin[positions][:, None].to(x.dtype)
+    def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cos[positions][:, None], self.sin[positions][:, None]

@@ -211,10 +211,8 @@ def rows_of(conversations: Sequence[Sequence[tuple[list[int], list[int]]]], leng
     Raises:
         UsageError: a first conversation longer than a row.
     """
-    batch = len(conversations)
-    ids = torch.full((batch, length), PAD)
-    turns = torch.full((batch, length), -1)
-    positions = torch.zeros(batch, length, dtype=torch.int64)
+    # lists, because thousands of small tensors would cost more than the questions
+    ids, turns, positions = ([[filler] * length for _ in conversations] for filler in (PAD, -1, 0))
     places: list[int] = []
     targets: list[int] = []
     for row, talks in enumerate(conversations):
@@ -230,11 +228,11 @@ def rows_of(conversations: Sequence[Sequence[tuple[list[int], list[int]]]], leng
                         "could be learnt, so raise the length of rows or shorten the text"
                     )
                 continue
-            ids[row, start:end] = torch.tensor(said)
-            turns[row, start:end] = turn
-            positions[row, start:end] = torch.arange(len(said))
+            ids[row][start:end] = said
+            turns[row][start:end] = [turn] * len(said)
+            positions[row][start:end] = range(len(said))
             first = row * length + start + len(question) - 1
             places += range(first, first + len(answer))
             targets += answer
             start = end
-    return Rows(ids, turns, positions, torch.tensor(places), torch.tensor(targets))
+    return Rows(*(torch.tensor(values) for values in (ids, turns, positions, places, targets)))

@@ -124,6 +124,8 @@ def test_the_loss_reaches_every_part(model: Vlm) -> None:
     rows = rows_of([[_talk("What is this?", "bus")]], 12)
     torch.nn.functional.cross_entropy(model(_pictures(1), rows), rows.targets).backward()
     without = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+    # timm's MobileNet has layers after its pooling, which no place reaches
+    without = [name for name in without if "_head" not in name]
     model.zero_grad()
     assert without == []
 
