@@ -15,7 +15,7 @@ from pocketvlm.students.vlm.config import DecoderConfig
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32."""
+    """x / rms(x) * weight over the last dimension."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -23,9 +23,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -119,10 +117,12 @@ class Decoder(nn.Module):
         self._start()
 
     def _start(self) -> None:
+        # rows of length 1, so that the tied output can be sure of a token from the start
+        nn.init.normal_(self.embed_tokens.weight, std=self.embed_tokens.embedding_dim**-0.5)
         # every layer adds to the stream twice, and the sum of all should stay as large as one
         shrunk = 0.02 / (2 * len(self.layers)) ** 0.5
         for name, weight in self.named_parameters():
-            if weight.ndim == 2:
+            if weight.ndim == 2 and name != "embed_tokens.weight":
                 nn.init.normal_(weight, std=shrunk if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02)
 
     def forward(self, x: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
