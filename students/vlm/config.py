@@ -128,6 +128,6 @@ def parse_vlm_config(values: Mapping[str, Any], *, source: str) -> VlmConfig:
 
 
 def _keys() -> list[str]:
-    inner = {"vision": VisionConfig, "decoder": DecoderConfig}
+    inner: dict[str, type[BaseModel]] = {"vision": VisionConfig, "decoder": DecoderConfig}
     found = [name for name in VlmConfig.model_fields if name not in inner]
     return [*found, *(f"{name}.{key}" for name, model in inner.items() for key in model.model_fields)]

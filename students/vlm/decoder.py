@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from pocketvlm.students.vlm.config import DecoderConfig
 
+# hidden states, keys, values
+Cached = tuple[Tensor, Tensor, Tensor]
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension."""
@@ -132,7 +135,7 @@ class Decoder(nn.Module):
             x = block(x, cos, sin, visible)
         return self.norm(x)
 
-    def step(self, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor, prefix: int = 0) -> tuple[Tensor, ...]:
+    def step(self, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor, prefix: int = 0) -> Cached:
         """`forward` over a static cache: a whole prompt, or one token at a time.
 
         A query at position p sees what the cache holds at positions up to p, and all up to `prefix`, which therefore

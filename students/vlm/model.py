@@ -160,8 +160,8 @@ class Vlm(nn.Module):
         prefix = self.picture(pixels)
         x = torch.cat([prefix, self.decoder.embed_tokens(ids).to(prefix.dtype)], dim=1)
         positions = torch.arange(x.shape[1], device=device).expand(len(x), -1)
-        cache = tuple(part.to(x.dtype) for part in self.decoder.empty_cache(len(x)))
-        hidden, *cached = self.decoder.step(x, positions, *cache, prefix=self.prefix - 1)
+        keys, values = (part.to(x.dtype) for part in self.decoder.empty_cache(len(x)))
+        hidden, keys, values = self.decoder.step(x, positions, keys, values, self.prefix - 1)
         last = hidden[torch.arange(len(x), device=device), length - 1]
         said: list[Tensor] = []
         open_ = torch.ones(len(x), dtype=torch.bool, device=device)
@@ -174,7 +174,7 @@ class Vlm(nn.Module):
             if not open_.any():
                 break
             x = self.decoder.embed_tokens(token)[:, None].to(x.dtype)
-            hidden, *cached = self.decoder.step(x, (length + step)[:, None], cached[0], cached[1])
+            hidden, keys, values = self.decoder.step(x, (length + step)[:, None], keys, values)
             last = hidden[:, 0]
         answers = torch.stack(said, dim=1).tolist()
         return [self.tokenizer.decode(row[: row.index(EOS)] if EOS in row else row) for row in answers]

@@ -80,7 +80,9 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         *inner, last = self._maps(pixels)
-        joined = torch.cat([*(F.adaptive_avg_pool2d(level, last.shape[-2:]) for level in inner), last], dim=1)
+        joined = torch.cat(
+            [*(F.adaptive_avg_pool2d(level, (last.shape[2], last.shape[3])) for level in inner), last], dim=1
+        )
         return joined.flatten(2).transpose(1, 2)
 
     def _maps(self, pixels: Tensor) -> list[Tensor]:
