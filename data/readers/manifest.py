@@ -53,8 +53,8 @@ def read_manifest(path: Path, collector: Collector, columns: Columns | None = No
 
     Rows about the same picture become one sample with all their captions, unless they hold conversations or
     different uids. uid: the uid column, else the picture's path relative to the manifest. Bad rows are counted:
-    "invalid-json", "not-an-object", "no-image-field", "not-a-path", "bad-label", "bad-conversation", and the reasons of
-    `Collector`. In CSV and TSV an empty cell means "none".
+    "invalid-json", "not-an-object", "no-image-field", "not-a-path", "bad-label", "bad-conversation", "empty-answer",
+    and the reasons of `Collector`. In CSV and TSV an empty cell means "none".
 
     Args:
         path: its suffix (one of SUFFIXES) decides the format.
@@ -186,6 +186,9 @@ class _Reader:
             item = item if isinstance(item, Mapping) else {}
             role = _ROLES.get(str(item.get("from", item.get("role"))))
             text = item.get("value", item.get("content"))
+            if role == "assistant" and isinstance(text, str) and not text.strip():
+                self._report.add("empty-answer", where, "an answer is empty and would teach silence")
+                return None
             if role is None or not isinstance(text, str) or not text.strip():
                 self._report.add(
                     "bad-conversation",

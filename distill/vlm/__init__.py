@@ -1,0 +1,1 @@
+"""Training and scoring of generative models on scenes: batches, the loop, accuracy by type of question."""

@@ -1,0 +1,130 @@
+"""Training a generative model on scenes, for a number of steps or for a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pocketvlm.distill.vlm.batches import Composer, Drawn
+from pocketvlm.edge.errors import UsageError
+from pocketvlm.students.vlm.model import Rows, Vlm
+
+
+@dataclasses.dataclass(frozen=True)
+class VlmTraining:
+    """steps, seconds: where training ends, whichever comes first (0: no such end); both drive the cosine of the rate.
+
+    rate: AdamW's, after `warmup` steps. vision_rate, word_rate: factors of it for the vision trunk and the token
+    embedding; a trunk at 0 stands still and costs no gradients. Batch norms of a trunk with loaded weights always keep
+    their statistics. bfloat16: autocast.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    rate: float = 1e-3
+    vision_rate: float = 0.0
+    word_rate: float = 0.3
+    weight_decay: float = 0.05
+    warmup: int = 200
+    clip: float = 1.0
+    bfloat16: bool = False
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.steps <= 0 and self.seconds <= 0:
+            raise UsageError("training has neither steps nor seconds and would never end; give one of them")
+
+
+def train_vlm(
+    model: Vlm,
+    batches: Iterator[tuple[Drawn, Rows]],
+    composer: Composer,
+    training: VlmTraining,
+    say: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """Train in place; next-token cross-entropy, mean over the tokens of answers.
+
+    say: told every `log_every` steps: step, seconds, loss and accuracy of answer tokens (means since the last time,
+    each given its true predecessors), rate, scenes a second. Returns those rows.
+
+    Raises:
+        UsageError: the loss is no number any more.
+    """
+    trunk_moves = training.vision_rate > 0
+    model.train()
+    model.vision.requires_grad_(trunk_moves)
+    if model.config.vision.weights != "none" or not trunk_moves:
+        model.vision.eval()
+    optimizer = _optimizer(model, training)
+    base = [float(group["lr"]) for group in optimizer.param_groups]
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    device = weights[0].device
+    history: list[dict[str, Any]] = []
+    begun = since = time.monotonic()
+    sums, scenes, step = torch.zeros(3, device=device), 0, 0
+    while True:
+        ahead = max(
+            step / training.steps if training.steps else 0.0,
+            (time.monotonic() - begun) / training.seconds if training.seconds else 0.0,
+        )
+        if ahead >= 1:
+            break
+        drawn, rows = next(batches)
+        factor = min(1.0, (step + 1) / max(training.warmup, 1)) * 0.5 * (1 + math.cos(math.pi * ahead))
+        for group, rate in zip(optimizer.param_groups, base):
+            group["lr"] = rate * factor
+        pixels = composer(drawn)
+        with torch.autocast(device.type, torch.bfloat16, enabled=training.bfloat16):
+            logits = model(pixels, rows)
+        loss = F.cross_entropy(logits.float(), rows.targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, training.clip)
+        optimizer.step()
+        step, scenes = step + 1, scenes + len(pixels)
+        right = (logits.detach().argmax(-1) == rows.targets).float().mean()
+        sums += torch.stack([loss.detach(), right, torch.ones_like(right)])
+        if step % training.log_every == 0:
+            # the only place that waits for the device, which also keeps the clock honest
+            total, correct, count = sums.tolist()
+            now = time.monotonic()
+            row = {
+                "step": step,
+                "seconds": round(now - begun, 1),
+                "loss": round(total / count, 4),
+                "token_accuracy": round(correct / count, 4),
+                "rate": training.rate * factor,
+                "scenes_per_second": round(scenes / (now - since), 1),
+            }
+            if not math.isfinite(row["loss"]):
+                raise UsageError(f"the loss is {row['loss']} at step {step}, so nothing more is learnt; lower the rate")
+            history.append(row)
+            say(row)
+            sums, scenes, since = torch.zeros(3, device=device), 0, now
+    model.requires_grad_(True)
+    model.eval()
+    return history
+
+
+def _optimizer(model: Vlm, training: VlmTraining) -> torch.optim.AdamW:
+    """Matrices decay; norms, biases, places and the token embedding do not."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        words = name == "decoder.embed_tokens.weight"
+        factor = training.word_rate if words else training.vision_rate if name.startswith("vision.") else 1.0
+        plain = words or weight.ndim < 2 or name == "connector.places"
+        groups.setdefault((factor, 0.0 if plain else training.weight_decay), []).append(weight)
+    rows = [
+        {"params": weights, "lr": training.rate * factor, "weight_decay": decay}
+        for (factor, decay), weights in groups.items()
+    ]
+    return torch.optim.AdamW(rows, betas=(0.9, 0.98), fused=next(model.parameters()).device.type == "cuda")

@@ -1,0 +1,102 @@
+"""The vision tower of a generative student: uint8 pixels to one token for each place of the last map."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pocketvlm.edge.errors import UsageError, unknown_name
+from pocketvlm.students.vlm.config import VisionConfig
+
+
+class VisionTower(nn.Module):
+    """uint8 [B, S, S, 3] (RGB) to tokens [B, G * G, C], row by row.
+
+    A token holds the levels, averaged to its place, and the last map there. grid: G; width: C.
+    """
+
+    shift: Tensor
+    spread: Tensor
+
+    def __init__(self, config: VisionConfig, *, load_weights: bool = True) -> None:
+        """Random parts come from torch's current generator.
+
+        Raises:
+            UnknownNameError: timm has no model of that name.
+            UsageError: it refuses its arguments, does not run at this size, or its map is not square.
+        """
+        super().__init__()
+        if not timm.is_model(config.backbone):
+            raise unknown_name("timm model", config.backbone, timm.list_models())
+        known = timm.models.get_pretrained_cfg(config.backbone)
+        cfg: Any = known if known is not None else timm.models.PretrainedCfg()
+        arguments: dict[str, Any] = {"num_classes": 0, **config.backbone_args}
+        if cfg.fixed_input_size:
+            arguments.setdefault("img_size", config.size)
+        try:
+            self.trunk = timm.create_model(config.backbone, pretrained=False, **arguments)
+        except TypeError as error:
+            raise UsageError(
+                f"timm model {config.backbone!r} does not take vision.backbone_args {config.backbone_args} ({error}); "
+                "remove what it does not know"
+            ) from error
+        if load_weights and config.weights != "none":
+            from pocketvlm.students.pretrained import load_backbone_weights
+
+            load_backbone_weights(self.trunk, config.backbone, config.weights)
+        self.levels = tuple(sorted(config.levels))
+        mean, std = config.mean or cfg.mean, config.std or cfg.std
+        # in units of 0..255, because (x - 255 mean) / (255 std) is one subtraction and one division
+        self.register_buffer("shift", torch.tensor(mean).mul(255).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("spread", torch.tensor(std).mul(255).reshape(3, 1, 1), persistent=False)
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                blank = torch.zeros(1, config.size, config.size, 3, dtype=torch.uint8, device=self.shift.device)
+                maps = self._maps(blank)
+        except (RuntimeError, AssertionError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise UsageError(
+                f"timm model {config.backbone!r} gives no maps for {config.size} x {config.size} pixels with levels "
+                f"{list(config.levels)} ({type(error).__name__}: {(str(error).splitlines() or ['?'])[0]}); choose "
+                "another vision.size (often a multiple of 32) or other levels"
+            ) from error
+        self.train(training)
+        self.grid = maps[-1].shape[-1]
+        self.width = sum(found.shape[1] for found in maps)
+        if maps[-1].shape[-2] != self.grid:
+            raise UsageError(
+                f"timm model {config.backbone!r} gives a map of {maps[-1].shape[-2]} x {self.grid} places for a square "
+                "picture, so places would be mistaken; choose another backbone"
+            )
+
+    @property
+    def tokens(self) -> int:
+        return self.grid**2
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        *inner, last = self._maps(pixels)
+        joined = torch.cat(
+            [*(F.adaptive_avg_pool2d(level, (last.shape[2], last.shape[3])) for level in inner), last], dim=1
+        )
+        return joined.flatten(2).transpose(1, 2)
+
+    def _maps(self, pixels: Tensor) -> list[Tensor]:
+        """The levels and the last map, [B, C_k, H_k, W_k] each."""
+        x = (pixels.permute(0, 3, 1, 2).to(self.shift.dtype) - self.shift) / self.spread
+        trunk = cast(Any, self.trunk)
+        if not self.levels:
+            last, inner = trunk.forward_features(x), []
+        else:
+            last, inner = trunk.forward_intermediates(x, indices=list(self.levels))
+        if last.ndim == 3:
+            last = last[:, getattr(trunk, "num_prefix_tokens", 0) :]
+            side = round(last.shape[1] ** 0.5)
+            last = last.transpose(1, 2).unflatten(2, (side, side))
+        elif getattr(trunk, "output_fmt", None) == "NHWC":
+            last = last.permute(0, 3, 1, 2)
+        return [*inner, last]
