@@ -31,7 +31,9 @@ struct ModelView: View {
                         Text(report.verdict).bold()
                         ForEach(report.stages) { stage in
                             Text("\(light(of: stage)) \(stage.name), \(stage.cases) cases")
-                            ForEach(Array(stage.failures.prefix(3)) + stage.notes, id: \.self) { Text($0).font(.footnote) }
+                            ForEach(Array(stage.failures.prefix(3)) + stage.notes, id: \.self) { line in
+                                Text(line).font(.footnote)
+                            }
                         }
                     }
                 }

@@ -87,7 +87,7 @@ public final class ModelBundle {
     public init(_ folder: URL) throws {
         let manifest = folder.appendingPathComponent("bundle.json")
         guard let data = try? Data(contentsOf: manifest) else {
-            throw PocketVLMError("there is no bundle in \(folder.path); run: pocketvlm mobile prepare ios BUNDLE")
+            throw PocketVLMError("there is no bundle in \(folder.path); run: pocketvlm mobile prepare ios")
         }
         raw = try Fields(data, what: "bundle.json")
         try checkVersion(try raw.string("schema_version"), minor: 0, what: "bundle")

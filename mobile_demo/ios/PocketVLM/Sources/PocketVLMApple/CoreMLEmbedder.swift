@@ -13,7 +13,7 @@ public final class CoreMLEmbedder: Embedder {
         guard let variant = bundle.variants.first(where: { $0.target == "coreml" }),
             let imageFile = variant.files["image"], let textFile = variant.files["text"]
         else {
-            throw PocketVLMError("the bundle lacks a Core ML package of a tower; run: pocketvlm mobile prepare ios BUNDLE")
+            throw PocketVLMError("the bundle lacks a Core ML package of a tower; run: pocketvlm mobile prepare ios")
         }
         let folder = cache.appendingPathComponent("\(bundle.contract.modelId)-\(variant.precision)")
         try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)

@@ -76,7 +76,9 @@ class Bundle private constructor(val folder: File, val raw: Fields) {
     private fun verify() {
         val files = raw.fields("files")
         for (name in files.keys()) {
-            if (name.startsWith("/") || ".." in name.split("/")) throw PocketvlmException("bundle file $name lies outside")
+            if (name.startsWith("/") || ".." in name.split("/")) {
+                throw PocketvlmException("bundle file $name lies outside the bundle")
+            }
             val file = File(folder, name)
             if (!file.isFile || sha256(file.readBytes()) != files.fields(name).string("sha256")) {
                 throw PocketvlmException(
@@ -90,7 +92,7 @@ class Bundle private constructor(val folder: File, val raw: Fields) {
         fun open(folder: File): Bundle {
             val manifest = File(folder, "bundle.json")
             if (!manifest.isFile) {
-                throw PocketvlmException("there is no bundle in $folder; run: pocketvlm mobile prepare android BUNDLE")
+                throw PocketvlmException("there is no bundle in $folder; run: pocketvlm mobile prepare android")
             }
             val raw = Fields.parse(manifest.readText(), "bundle.json")
             checkVersion(raw.string("schema_version"), minor = 0, what = "bundle")
@@ -101,7 +103,7 @@ class Bundle private constructor(val folder: File, val raw: Fields) {
         private fun checkVersion(found: String, minor: Int, what: String) {
             val parts = found.split(".").map { it.toIntOrNull() ?: -1 }
             if (parts.size != 2 || parts[0] != 1 || parts[1] !in 0..minor) {
-                throw PocketvlmException("the $what has schema $found and this app reads 1.0 to 1.$minor; update the app")
+                throw PocketvlmException("the $what has schema $found, this app reads 1.0 to 1.$minor; update the app")
             }
         }
     }

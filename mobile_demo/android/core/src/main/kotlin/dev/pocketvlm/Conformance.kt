@@ -5,7 +5,7 @@ import kotlin.math.abs
 import kotlin.math.max
 import kotlin.math.sqrt
 
-/** Encoded bytes to an upright RGB picture over `background`; throws PocketvlmException for what is no whole picture. */
+/** Encoded bytes to an upright RGB picture over `background`; PocketvlmException for what is no whole picture. */
 fun interface Decoder {
     fun decode(bytes: ByteArray, background: IntArray): Pixels
 }
@@ -147,8 +147,10 @@ class Conformance(
     private fun decode(case: Fields, image: ImageSpec) {
         val own = decoder.decode(bytes(case.string("bytes_file")), image.background)
         val stated = case.fields("decoded")
-        if (own.height != stated.int("height") || own.width != stated.int("width")) {
-            throw Failure("${own.width} x ${own.height} pixels, recorded ${stated.int("width")} x ${stated.int("height")}")
+        val height = stated.int("height")
+        val width = stated.int("width")
+        if (own.height != height || own.width != width) {
+            throw Failure("${own.width} x ${own.height} pixels, recorded $width x $height")
         }
         if (sha256(own.rgb) == stated.string("sha256")) return
         if (!case.bool("lossy")) throw Failure("other pixels than recorded, and the format is lossless")

@@ -163,7 +163,7 @@ object Png {
     }
 
     private fun damaged(what: String): Nothing =
-        throw PocketvlmException("the PNG is damaged or cut short ($what), and part of it would be made up; take another")
+        throw PocketvlmException("the PNG is damaged or cut ($what), so part of it would be made up; take another")
 
     private const val MOST_PIXELS = 100_000_000L
     private val DEPTHS = mapOf(0 to setOf(1, 2, 4, 8, 16), 2 to setOf(8, 16), 3 to setOf(1, 2, 4, 8), 4 to setOf(8, 16),

@@ -40,25 +40,28 @@ class Tokenizer(json: String, private val spec: TextSpec) {
     init {
         val file = Fields.parse(json, "tokenizer.json")
         val model = file.fields("model")
-        val kinds = listOf("model" to "WordPiece", "normalizer" to "BertNormalizer", "pre_tokenizer" to "BertPreTokenizer",
-            "post_processor" to "TemplateProcessing")
-        for ((part, kind) in kinds) {
+        for ((part, kind) in KINDS) {
             val found = file.fieldsOrNull(part)?.string("type")
             if (found != kind) {
-                throw PocketvlmException("the tokenizer's $part is $found and this app knows $kind; use a tokenizer library")
+                throw PocketvlmException(
+                    "the tokenizer's $part is $found and this app knows $kind; use a tokenizer library",
+                )
             }
         }
         val pieces = model.fields("vocab")
         vocabulary = pieces.keys().associateWith { pieces.int(it) }
-        unknown = vocabulary[model.string("unk_token")] ?: throw PocketvlmException("the tokenizer has no unknown token")
+        unknown = vocabulary[model.string("unk_token")]
+            ?: throw PocketvlmException("the tokenizer has no unknown token")
         prefix = model.string("continuing_subword_prefix")
         longestWord = model.int("max_input_chars_per_word")
         // the longest first, so that one token is not cut out of another
-        added = file.objects("added_tokens").onEach { token ->
+        added = file.objects("added_tokens").map { token ->
+            val content = token.string("content")
             if (listOf("lstrip", "rstrip", "single_word", "normalized").any { token.bool(it) }) {
-                throw PocketvlmException("the added token ${token.string("content")} has rules that this app does not know")
+                throw PocketvlmException("the added token $content has rules that this app does not know")
             }
-        }.map { it.string("content") to it.int("id") }.sortedByDescending { it.first.length }
+            content to token.int("id")
+        }.sortedByDescending { it.first.length }
         val normalizer = file.fields("normalizer")
         cleanText = normalizer.bool("clean_text")
         chinese = normalizer.bool("handle_chinese_chars")
@@ -76,7 +79,9 @@ class Tokenizer(json: String, private val spec: TextSpec) {
     /** Exactly `context_length` ids: cut on the right so that the closing token stays, padded on the right. */
     fun encode(text: String): IntArray {
         // Python counts the separators too
-        if (text.all { isSpace(it.code) || it.code in 0x1c..0x1f }) throw PocketvlmException("the text is empty; write a word or two")
+        if (text.all { isSpace(it.code) || it.code in 0x1c..0x1f }) {
+            throw PocketvlmException("the text is empty; write a word or two")
+        }
         val room = spec.contextLength - before.size - after.size
         val ids = before + ordinary(text, room).toIntArray() + after
         return IntArray(spec.contextLength) { if (it < ids.size) ids[it] else spec.padId }
@@ -175,5 +180,11 @@ class Tokenizer(json: String, private val spec: TextSpec) {
 
     private companion object {
         const val SPACE = 0x20
+        val KINDS = listOf(
+            "model" to "WordPiece",
+            "normalizer" to "BertNormalizer",
+            "pre_tokenizer" to "BertPreTokenizer",
+            "post_processor" to "TemplateProcessing",
+        )
     }
 }

@@ -23,8 +23,8 @@ class CoreTest {
     fun fiveSamplesBecomeTwo() {
         val line = intArrayOf(0, 50, 100, 200, 250).flatMap { value -> List(3) { value.toByte() } }.toByteArray()
         for ((filter, expected) in listOf("bilinear" to listOf(52, 186), "bicubic" to listOf(43, 195))) {
-            val spec = """{"size": 2, "resize": "squash", "filter": "$filter", "crop_fraction": 1, "background": [0, 0, 0],
-                "decode": "v1"}"""
+            val spec = """{"size": 2, "resize": "squash", "filter": "$filter", "crop_fraction": 1,
+                "background": [0, 0, 0], "decode": "v1"}"""
             val tall = ByteArray(5 * line.size) { line[it % line.size] }
             val out = resize(Pixels(5, 5, tall), ImageSpec(Fields.parse(spec, "spec")))
             assertEquals(expected, listOf(out.rgb[0], out.rgb[3]).map { it.toInt() and 0xff })

@@ -18,7 +18,9 @@ class JvmDecoder(private val decoded: File? = null) : Decoder {
             val raw = elsewhere.readBytes()
             return Pixels(int32(raw, 0), int32(raw, 4), raw.copyOfRange(8, raw.size))
         }
-        if (bytes.size > 12 && String(bytes, 8, 4, Charsets.ISO_8859_1) == "WEBP") throw UnsupportedFormatException("WebP")
+        if (bytes.size > 12 && String(bytes, 8, 4, Charsets.ISO_8859_1) == "WEBP") {
+            throw UnsupportedFormatException("WebP")
+        }
         val input = ImageIO.createImageInputStream(ByteArrayInputStream(bytes))
         val reader = ImageIO.getImageReaders(input).asSequence().firstOrNull()
             ?: throw PocketvlmException("${bytes.size} bytes are no picture in a known format")

@@ -53,7 +53,7 @@ fun CameraScreen(state: AppState) {
             }
             LinearProgressIndicator(progress = { probability.toFloat() }, modifier = Modifier.fillMaxWidth())
         }
-        if (state.frameMillis > 0) Text("${state.frameMillis} ms per frame, resizing included", Modifier.padding(top = 8.dp))
+        if (state.frameMillis > 0) Text("${state.frameMillis} ms per frame, resizing included")
     }
 }
 
@@ -89,7 +89,10 @@ private fun ImageProxy.toPixels(): Pixels {
     for (y in 0 until height) {
         plane.buffer.position(y * plane.rowStride)
         plane.buffer.get(row, 0, minOf(row.size, plane.buffer.remaining()))
-        for (x in 0 until width) row.copyInto(rgb, (y * width + x) * 3, x * plane.pixelStride, x * plane.pixelStride + 3)
+        for (x in 0 until width) {
+            val from = x * plane.pixelStride
+            row.copyInto(rgb, (y * width + x) * 3, from, from + 3)
+        }
     }
     return Pixels(height, width, rgb).upright(mapOf(90 to 6, 180 to 3, 270 to 8)[imageInfo.rotationDegrees] ?: 1)
 }

@@ -66,7 +66,9 @@ fun PhotosScreen(state: AppState) {
 @Composable
 private fun Thumbnail(uri: Uri) {
     val context = LocalContext.current
-    val image by produceState<ImageBitmap?>(null, uri) { value = withContext(Dispatchers.IO) { thumbnail(context, uri) } }
+    val image by produceState<ImageBitmap?>(null, uri) {
+        value = withContext(Dispatchers.IO) { thumbnail(context, uri) }
+    }
     image?.let {
         Image(it, contentDescription = null, Modifier.fillMaxWidth().aspectRatio(1f), contentScale = ContentScale.Crop)
     }

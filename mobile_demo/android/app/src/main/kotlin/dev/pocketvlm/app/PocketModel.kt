@@ -31,7 +31,7 @@ class PocketModel(context: Context) : Encoder, Decoder {
 
     init {
         val variant = bundle.variants.firstOrNull { it.target == "executorch" }
-            ?: throw PocketvlmException("the bundle has no ExecuTorch file; run: pocketvlm mobile prepare android BUNDLE")
+            ?: throw PocketvlmException("the bundle has no ExecuTorch file; run: pocketvlm mobile prepare android")
         spec = bundle.contract.image ?: throw PocketvlmException("the model has no image tower")
         tokenizer = bundle.tokenizer()
         precision = variant.precision
@@ -69,7 +69,8 @@ class PocketModel(context: Context) : Encoder, Decoder {
         } catch (error: IOException) {
             throw PocketvlmException("this is no picture, or only part of one (${error.message}); take another")
         }
-        val bitmap = if (decoded.config == Bitmap.Config.ARGB_8888) decoded else decoded.copy(Bitmap.Config.ARGB_8888, false)
+        val plain = decoded.config == Bitmap.Config.ARGB_8888
+        val bitmap = if (plain) decoded else decoded.copy(Bitmap.Config.ARGB_8888, false)
         val rgba = ByteBuffer.allocate(bitmap.byteCount)
         bitmap.copyPixelsToBuffer(rgba)
         return Pixels.ofRgba(bitmap.height, bitmap.width, rgba.array(), background)
@@ -85,7 +86,7 @@ class PocketModel(context: Context) : Encoder, Decoder {
             val manifest = try {
                 context.assets.open("bundle/bundle.json").use { it.readBytes() }
             } catch (error: IOException) {
-                throw PocketvlmException("the app was built without a bundle; run: pocketvlm mobile prepare android BUNDLE")
+                throw PocketvlmException("the app was built without a bundle; run: pocketvlm mobile prepare android")
             }
             val folder = File(context.filesDir, "bundle")
             val copied = File(folder, "bundle.json")
