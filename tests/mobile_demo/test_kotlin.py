@@ -244,6 +244,32 @@ def test_an_interlaced_picture_is_the_same_picture(kotlin: Any, exported: Path, 
     assert verdict(kotlin, bundle) == (0, "pass")
 
 
+def test_a_damaged_picture_is_refused_and_no_crash(kotlin: Any, exported: Path, edge_toys: Any, tmp_path: Path) -> None:
+    whole = _encode("PNG")
+    deep = np.random.default_rng(2).integers(0, 65536, (5, 6, 3), np.uint16)
+    wide = edge_toys.chunk(b"IHDR", struct.pack(">IIBBBBB", 1 << 30, 37, 8, 2, 0, 0, 0))
+    broken = {
+        "cut in its pixels": whole[: len(whole) // 2],
+        "cut in its header": whole[:20],
+        "without an end": whole[:-12],
+        "one byte changed": whole[:300] + bytes([whole[300] ^ 1]) + whole[301:],
+        "too many pixels": whole[:8] + wide + whole[33:],
+        "half a transparent colour": edge_toys.png(deep, 16, 2, edge_toys.chunk(b"tRNS", b"\0\1")),
+        "a GIF of three bytes": b"GIF",
+    }
+    bundle = tmp_path / "bundle"
+    shutil.copytree(exported, bundle)
+    vectors = json.loads((bundle / "conformance/vectors.json").read_text())
+    vectors["refused_images"] = []
+    for index, (name, data) in enumerate(broken.items()):
+        (bundle / f"conformance/broken-{index}").write_bytes(data)
+        case = {"name": name, "note": name, "bytes_file": f"conformance/broken-{index}", "reason": "truncated-image"}
+        vectors["refused_images"].append(case)
+    (bundle / "conformance/vectors.json").write_text(json.dumps(vectors))
+    _sign(bundle)
+    assert verdict(kotlin, bundle) == (0, "pass")
+
+
 # --- ids ------------------------------------------------------------------------------------------------------------
 
 

@@ -17,8 +17,8 @@ public struct AppleDecoder: PictureDecoder {
         let properties = CGImageSourceCopyPropertiesAtIndex(source, 0, nil) as? [CFString: Any] ?? [:]
         let width = properties[kCGImagePropertyPixelWidth] as? Int ?? 0
         let height = properties[kCGImagePropertyPixelHeight] as? Int ?? 0
-        if width > 0 && height > 100_000_000 / width {
-            throw PocketVLMError("the picture has more than 100 million pixels; scale it down")
+        if width > 0 && height > 50_000_000 / width {
+            throw PocketVLMError("the picture has more than 50 million pixels; scale it down")
         }
         guard let image = CGImageSourceCreateImageAtIndex(source, 0, nil),
             CGImageSourceGetStatusAtIndex(source, 0) == .statusComplete

@@ -1,6 +1,7 @@
 package dev.pocketvlm
 
 import java.io.ByteArrayOutputStream
+import java.util.zip.CRC32
 import java.util.zip.DataFormatException
 import java.util.zip.Inflater
 
@@ -30,6 +31,7 @@ object Png {
         val samples = samples(data, height, width, depth * channels, interlaced = header[12].toInt() == 1)
         val reader = Samples(samples, width * channels, depth)
         val key = chunks["tRNS"]
+        if (key != null && color in setOf(0, 2) && key.size < 2 * channels) damaged("its transparent colour")
         val rgba = ByteArray(height * width * 4)
         val v = IntArray(channels)
         for (y in 0 until height) {
@@ -67,6 +69,8 @@ object Png {
             val length = int32(bytes, at)
             val type = String(bytes, at + 4, 4, Charsets.ISO_8859_1)
             if (length < 0 || length > bytes.size - at - 12) break
+            val crc = CRC32().apply { update(bytes, at + 4, length + 4) }
+            if (crc.value.toInt() != int32(bytes, at + 8 + length)) damaged("chunk $type was changed")
             if (type == "IEND") return found.mapValues { it.value.toByteArray() }
             if (type == "IDAT" || type !in found) {
                 found.getOrPut(type) { ByteArrayOutputStream() }.write(bytes, at + 8, length)
@@ -165,7 +169,7 @@ object Png {
     private fun damaged(what: String): Nothing =
         throw PocketvlmException("the PNG is damaged or cut ($what), so part of it would be made up; take another")
 
-    private const val MOST_PIXELS = 100_000_000L
+    private const val MOST_PIXELS = 50_000_000L
     private val DEPTHS = mapOf(0 to setOf(1, 2, 4, 8, 16), 2 to setOf(8, 16), 3 to setOf(1, 2, 4, 8), 4 to setOf(8, 16),
         6 to setOf(8, 16))
     private val WHOLE = listOf(listOf(0, 0, 1, 1))

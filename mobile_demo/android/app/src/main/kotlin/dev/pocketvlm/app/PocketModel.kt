@@ -61,7 +61,7 @@ class PocketModel(context: Context) : Encoder, Decoder {
         val decoded = try {
             ImageDecoder.decodeBitmap(ImageDecoder.createSource(ByteBuffer.wrap(bytes))) { decoder, info, _ ->
                 if (info.size.width.toLong() * info.size.height > MOST_PIXELS) {
-                    throw PocketvlmException("the picture has more than 100 million pixels; scale it down")
+                    throw PocketvlmException("the picture has more than 50 million pixels; scale it down")
                 }
                 decoder.allocator = ImageDecoder.ALLOCATOR_SOFTWARE
                 decoder.isUnpremultipliedRequired = true
@@ -79,7 +79,7 @@ class PocketModel(context: Context) : Encoder, Decoder {
     fun conformance(): Report = Conformance(bundle, precision, this, this).run()
 
     private companion object {
-        const val MOST_PIXELS = 100_000_000L
+        const val MOST_PIXELS = 50_000_000L
 
         /** ExecuTorch maps a file, and assets are none: they are copied once for each bundle. */
         fun copyAssets(context: Context): File {
