@@ -40,7 +40,7 @@ Numbers = NDArray[np.int64]
 DTYPES = ("f32", "f16", "int8", "binary")
 CACHE_FROM = 10_000  # rows; fewer are compared one by one, also where a filter leaves fewer
 TAIL = 2_000  # rows newer than graph or codes for which `save` does not write these again
-_CANDIDATES, _BINARY_CANDIDATES = 256, 500
+_CANDIDATES, _BINARY_CANDIDATES = 160, 500
 _DEAD_SHARE = 0.2  # of the rows; above it `save` writes the others anew
 _QUERIES = 256  # compared with all rows at once
 
@@ -318,7 +318,7 @@ class EmbeddingIndex:
             where: a filter over metadata (`edge.index_filter`). As many as `k` are found wherever so many pass it.
             exact: compare with every row. Without it that is done below 10,000 rows; above, the graph (or, of dtype
                 "binary", signs) picks `candidates`, and those are compared.
-            candidates: at least `k`; more find more of the true neighbours and take longer. Default: 256, of dtype
+            candidates: at least `k`; more find more of the true neighbours and take longer. Default: 160, of dtype
                 "binary" 500.
 
         Returns:
