@@ -94,6 +94,9 @@ def parity(
         Path | None, arg(metavar="FILE", help="What the bundle's conformance/coreml_predict.py wrote on a Mac.")
     ] = None,
     junit: Annotated[Path | None, arg(metavar="FILE", help="Write JUnit XML too, for CI.")] = None,
+    into_bundle: Annotated[
+        bool, arg(help="Write the verdict into bundle.json too, where a model card finds it; a folder, every variant.")
+    ] = False,
     strict: Annotated[bool, arg(help="Exit with 1 also where too few queries leave a task result undecided.")] = False,
     overwrite: Annotated[bool, arg(help="Replace an earlier report in --out.")] = False,
     as_json: Json = False,
@@ -104,13 +107,18 @@ def parity(
     task result that too few queries leave undecided is no failure unless --strict says so; see docs/parity.md.
     """
     from pocketvlm.export.compare import finite
-    from pocketvlm.export.parity import check_parity
+    from pocketvlm.export.parity import check_parity, write_parity_summary
     from pocketvlm.export.parity_again import rethreshold as judge_again
     from pocketvlm.export.parity_junit import write_junit
     from pocketvlm.export.parity_report import print_report
 
     if out is not None and (out / "parity.json").exists() and not overwrite:
         raise UsageError(f"{out} holds a parity report, which would be lost; name another folder or pass --overwrite")
+    if into_bundle and (rethreshold is not None or bisect is not None or targets is not None):
+        raise UsageError(
+            "--into-bundle writes the verdict on every variant and cannot be given with --rethreshold, --bisect or "
+            "--targets, which do not check them all; leave one of the two out"
+        )
     if rethreshold is not None:
         if any(given is not None for given in (bundle, reference, targets, bisect, coreml_results)):
             raise UsageError(
@@ -139,6 +147,8 @@ def parity(
         report = check_parity(
             bundle, reference, out=out, targets=targets, budgets=budgets, coreml_results=coreml_results
         )
+    if into_bundle and bundle is not None and report.variants:
+        write_parity_summary(bundle, report)
     if junit is not None:
         write_junit(report, junit, strict=strict)
     if as_json:

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import yaml
 
+from pocketvlm.edge.bundle import Bundle
+
 Cli = Callable[..., Any]
 
 COMMANDS = {
@@ -373,10 +375,14 @@ def test_reference_is_recorded_once_and_shown(
 
 def test_parity_passes_and_one_changed_byte_fails(cli: Cli, exported: Path, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    done = cli("parity", exported, "--reference", reference, "--out", out)
+    own = Path(shutil.copytree(exported, tmp_path / "own"))
+    done = cli("parity", own, "--reference", reference, "--out", out, "--into-bundle")
     assert done.code == 0, done.out
     assert json.loads((out / "parity.json").read_text())["variants"][0]["status"] in ("pass", "undecided")
     assert (out / "parity.html").is_file()
+    assert {(entry["target"], entry["precision"]) for entry in Bundle.load(own).parity} == {
+        (variant.target, variant.precision) for variant in Bundle.load(own).variants
+    }
     assert "--overwrite" in cli("parity", exported, "--reference", reference, "--out", out).sentence()
     bad = Path(shutil.copytree(exported, tmp_path / "bad"))
     file = next(bad.rglob("*image*.onnx"))

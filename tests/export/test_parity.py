@@ -552,6 +552,7 @@ def test_two_recordings_side_by_side(reference: Path) -> None:
         (["parity", "BUNDLE", "--reference", "nowhere"], "'nowhere' does not exist"),
         (["parity", "BUNDLE", "--rethreshold", "parity.json"], "runs nothing"),
         (["parity", "BUNDLE", "--reference", "BUNDLE", "--bisect", "onnx:int8", "--out", "x"], "writes no report"),
+        (["parity", "BUNDLE", "--reference", "BUNDLE", "--targets", "onnx", "--into-bundle"], "do not check them all"),
         (["reference", "diff", "nowhere", "nowhere"], "no manifest.json"),
     ],
 )
