@@ -78,8 +78,6 @@ def relation_distance(*, student: Tensor, teacher: Tensor) -> Tensor:
             "same grid"
         )
     wide = torch.promote_types(student.dtype, torch.float32)
-    relations = []
-    for tokens in (student, teacher.detach()):
-        tokens = tokens.to(wide)
-        relations.append((tokens @ tokens.transpose(1, 2)).flatten(1))
-    return (1 - F.cosine_similarity(*relations, dim=1)).mean()
+    own, wanted = student.to(wide), teacher.detach().to(wide)
+    own_relations, wanted_relations = (own @ own.transpose(1, 2)).flatten(1), (wanted @ wanted.transpose(1, 2)).flatten(1)
+    return (1 - F.cosine_similarity(own_relations, wanted_relations, dim=1)).mean()
