@@ -79,5 +79,5 @@ def relation_distance(*, student: Tensor, teacher: Tensor) -> Tensor:
         )
     wide = torch.promote_types(student.dtype, torch.float32)
     own, wanted = student.to(wide), teacher.detach().to(wide)
-    own_relations, wanted_relations = (own @ own.transpose(1, 2)).flatten(1), (wanted @ wanted.transpose(1, 2)).flatten(1)
-    return (1 - F.cosine_similarity(own_relations, wanted_relations, dim=1)).mean()
+    relations = (own @ own.transpose(1, 2)).flatten(1)
+    return (1 - F.cosine_similarity(relations, (wanted @ wanted.transpose(1, 2)).flatten(1), dim=1)).mean()
