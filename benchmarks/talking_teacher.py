@@ -25,11 +25,12 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from pocketvlm.data.openmoji import licences as data_licences
 from pocketvlm.data.scene_questions import ask_about
 from pocketvlm.data.scene_words import ENGLISH, KIND_WORDS, OTHER_LANGUAGES, PLACES
 from pocketvlm.data.scenes import SceneTable, picture_set
 from pocketvlm.data.splits import POOLS
-from pocketvlm.data.wordlist import word_list
+from pocketvlm.data.wordlist import word_list, word_list_licences
 from pocketvlm.distill.vlm.batches import Composer, SceneStream, batches
 from pocketvlm.distill.vlm.evaluate import evaluate_vlm, table
 from pocketvlm.distill.vlm.train import VlmTraining, train_vlm
@@ -38,12 +39,14 @@ from pocketvlm.edge.errors import UsageError
 from pocketvlm.students.vlm import build_vlm, load_vlm, load_vlm_config, save_vlm, train_vlm_tokenizer
 from pocketvlm.students.vlm.tokenizer import VlmTokenizer
 from pocketvlm.teachers.device import describe_device, pick_device
+from pocketvlm.teachers.lit import weights_licences
 
 STUDENT = "vlm-29m"
 # with the picture's 37 places a multiple of 8, which attention kernels want
 ROW_LENGTH = 123
 QUESTIONS = 8
 VARIANTS = 6
+WORD_LISTS = ("imagenet-classes", "wordfreq-en")
 TOKENIZER, VECTORS = "tokenizer.json", "words.safetensors"
 # file sizes that small transfers take; eight files hold everything that is written
 _FILE_BYTES = 16_500_000
@@ -67,7 +70,7 @@ def tokenizer_of(fold: int) -> bytes:
     foreign = [text for row in OTHER_LANGUAGES.values() for text in row]
     foreign += [name for picture in pictures.pictures for name in picture.names.values()]
     own = dict.fromkeys(_words(*plain, *(picture.name for picture in pictures.pictures)))
-    general = dict.fromkeys(_words(*word_list("imagenet-classes", 1), *word_list("wordfreq-en", 20_000)))
+    general = dict.fromkeys(_words(*(word for name in WORD_LISTS for word in word_list(name, 20_000))))
     size = load_vlm_config(STUDENT).decoder.vocab_size
     return train_vlm_tokenizer([*plain, *foreign], size, words=list(own | general))
 
@@ -105,6 +108,8 @@ def train(
     begun = time.monotonic()
     limit = 60 if toy else None
     config = load_vlm_config(STUDENT, _TOY if toy else None)
+    licences = (*weights_licences(), *data_licences(), *word_list_licences("+".join(WORD_LISTS)))
+    config = config.model_copy(update={"licences": licences})
     model = build_vlm(config, (words / TOKENIZER).read_bytes(), seed=seed)
     known = start_from_words(model, load_word_vectors(words / VECTORS), seed=seed)
     model.to(device)

@@ -95,8 +95,14 @@ class Vlm(nn.Module):
         """Hidden states [B, 1 + K + T, W] of picture and texts.
 
         Raises:
-            UsageError: a text that is longer than the decoder's context.
+            UsageError: rows that are longer than the decoder's context.
         """
+        room = self.config.decoder.context_length - self.prefix
+        if rows.ids.shape[1] > room:
+            raise UsageError(
+                f"rows of {rows.ids.shape[1]} tokens were given, but beside the picture the decoder has places for "
+                f"{room}; later ones would have no position, so make shorter rows or raise decoder.context_length"
+            )
         prefix, text = self.picture(pixels), self.decoder.embed_tokens(rows.ids)
         x = torch.cat([prefix, text.to(prefix.dtype)], dim=1)
         ahead = torch.arange(self.prefix, device=x.device).expand(len(x), -1)

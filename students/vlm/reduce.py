@@ -135,6 +135,22 @@ def merge_similar(
     return kept(total, places) / sizes[:, :, None], sizes, places
 
 
+def pool_grid(tokens: Tensor, side: int) -> Tensor:
+    """Means over the cells of a coarser square grid, M3's scales (arXiv:2405.17430): [B, G * G, C] to [B, side^2, C].
+
+    Raises:
+        UsageError: no square grid, or a side that does not divide it.
+    """
+    grid = round(tokens.shape[1] ** 0.5)
+    if grid**2 != tokens.shape[1] or not 1 <= side <= grid or grid % side:
+        raise UsageError(
+            f"{tokens.shape[1]} tokens were to be pooled to {side} x {side} places, whose cells would differ in size; "
+            "give a square grid and a side that divides it"
+        )
+    cell = grid // side
+    return tokens.unflatten(1, (side, cell, side, cell)).mean(dim=(2, 4)).flatten(1, 2)
+
+
 def _check(number: int, most: int, what: str) -> None:
     if not 1 <= number <= most:
         raise UsageError(

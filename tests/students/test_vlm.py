@@ -101,7 +101,7 @@ def test_packed_conversations_are_as_conversations_alone(model: Vlm) -> None:
         assert (model(_pictures(2, seed=9), rows_of(talks, 24)) - packed).abs().max() > 1e-3
 
 
-def test_rows_hold_what_the_template_says() -> None:
+def test_rows_hold_what_the_template_says(model: Vlm) -> None:
     (question, answer), second = _talk("What is this?", "bus"), _talk("taxi?", "is")
     rows = rows_of([[(question, answer), second], [second]], 20)
     assert (question[0], question[-1], answer[-1]) == (USER, ASSISTANT, EOS)
@@ -120,6 +120,8 @@ def test_rows_hold_what_the_template_says() -> None:
             assert rows.ids.flatten()[place + 1] == target
     # what does not fit is left out, but not the first
     assert rows_of([[(question, answer), second]], len(question) + len(answer) - 1).targets.tolist() == answer
+    with pytest.raises(UsageError, match="the decoder has places for 35"):
+        model.hidden(_pictures(2), rows_of([[second], [second]], 36))
     with pytest.raises(UsageError, match="a row holds 3"):
         rows_of([[(question, answer)]], 3)
 

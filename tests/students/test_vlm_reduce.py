@@ -18,6 +18,7 @@ from pocketvlm.students.vlm.reduce import (
     kept,
     layer_scores,
     merge_similar,
+    pool_grid,
 )
 
 
@@ -132,6 +133,24 @@ def test_tokens_of_which_there_are_many_are_merged_and_single_ones_protected() -
     for remove in (0, 3):
         with pytest.raises(UsageError, match="tokens to merge"):
             merge_similar(features, features, remove)
+
+
+def test_pooling_takes_the_mean_of_each_cell() -> None:
+    tokens = _random(2, 36, 3)
+    for side in (1, 2, 3, 6):
+        found, cell = pool_grid(tokens, side), 6 // side
+        assert found.shape == (2, side**2, 3)
+        for place in range(side**2):
+            row, column = divmod(place, side)
+            inside = [
+                6 * r + c
+                for r in range(row * cell, (row + 1) * cell)
+                for c in range(column * cell, (column + 1) * cell)
+            ]
+            torch.testing.assert_close(found[:, place], sum(tokens[:, i] for i in inside) / cell**2)
+    for wrong, side in ((tokens, 4), (tokens, 0), (tokens[:, :30], 5)):
+        with pytest.raises(UsageError, match="would differ in size"):
+            pool_grid(wrong, side)
 
 
 class _Reduce(nn.Module):
