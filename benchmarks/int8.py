@@ -39,7 +39,8 @@ from pocketvlm.export.workers import Worker
 # exported one by one, so that one that fails does not take the others with it
 VARIANTS = ("onnx:fp32", "onnx:int8", "onnx:w4", "executorch:fp32", "executorch:int8", "executorch:w4")
 RESULT = RESULTS / "int8"
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "quantization.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, README = ROOT / "docs" / "quantization.md", ROOT / "README.md"
 _ROUNDS, _RUNS = 5, 10
 _DECIDING = (
     *("prepare", "depthwise", "stems", "static", "equalize", "observers", "ranges"),
@@ -49,7 +50,7 @@ _DECIDING = (
 
 def quantizer_code() -> str:
     """Digest of what decides the bytes of a quantized file."""
-    room = Path(__file__).resolve().parents[1] / "export"
+    room = ROOT / "export"
     paths = [*room.glob("targets/*.py"), *(room / f"{name}.py" for name in _DECIDING)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:8]
 
@@ -205,6 +206,23 @@ def markdown(table: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def short_markdown(table: dict[str, Any]) -> str:
+    """int8 on onnxruntime alone, for the README."""
+    lines = [
+        "| student | MB | of fp32 | faster, picture / text | lost R@5, points (95 % bound) | queries |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for student, entry in table.items():
+        row = entry["variants"]["onnx:int8"]
+        quicker, pooled = row["times_fp32"], row["pooled"]
+        lines.append(
+            f"| `{student}` | {row['megabytes']:.1f} | {row['of_fp32']:.3f} | {quicker['image']:.1f} x / "
+            f"{quicker['text']:.1f} x | {pooled['loss_points']:+.2f} ({pooled['bound_points']:+.2f}) "
+            f"| {pooled['queries']:,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def _read(student: str, fold: int) -> dict[str, Any] | None:
     path = RESULT / f"{student}-f{fold}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -239,6 +257,7 @@ def main(
     table = summary(ORDER, FOLDS)
     print(write("int8.json", {"students": table, "machine": machine()}))
     write_between(PAGE, "int8", markdown(table))
+    write_between(README, "students", short_markdown(table))
 
 
 if __name__ == "__main__":
