@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pocketvlm.edge.errors import require
 from pocketvlm.export import observers
@@ -310,5 +310,21 @@ def _convert(graph: Any, quantizer: Any, fit: NDArray[Any]) -> nn.Module:
     prepared = prepare_pt2e(graph, quantizer)
     for index in range(0, len(fit), 16):
         prepared(torch.from_numpy(np.ascontiguousarray(fit[index : index + 16])))
-    converted: nn.Module = convert_pt2e(prepared)
-    return converted
+    return _unshare_dequantized(convert_pt2e(prepared))
+
+
+def _unshare_dequantized(graph: fx.GraphModule) -> nn.Module:
+    """The graph, changed in place: every operator reads a dequantize of its own, as XNNPACK's partitioner expects.
+
+    It drops the dequantize before an operator that it computes in int8 (here the mean of squeeze-and-excitation). Any
+    other that reads the same one, as the product with the gate, is handed int8 beside float, which does not load.
+    """
+    fixed = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    for node in list(graph.graph.nodes):
+        if node.target is not fixed:
+            continue
+        for reader in list(node.users)[1:]:
+            with graph.graph.inserting_before(reader):
+                reader.replace_input_with(node, graph.graph.node_copy(node))
+    graph.recompile()
+    return graph
