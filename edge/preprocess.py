@@ -6,7 +6,7 @@ executable form and equals Pillow's resampling (horizontal pass, then vertical p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -30,6 +30,7 @@ _FILTERS = {"bilinear": (Image.Resampling.BILINEAR, 1.0), "bicubic": (Image.Resa
 _PRECISION_BITS = 22
 # above this many intermediate pixels (a 1xN strip, say) only the part that survives the crop is computed
 _WINDOWED_ABOVE = 1 << 24
+_STRIP_PIXELS = 1 << 18
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -220,8 +221,9 @@ def _deep_png(data: bytes, rawmode: str, what: str) -> NDArray[np.uint8]:
         values = values[..., [0, 0, 0, 1]]
         transparent = None
     else:
-        high, low = (_png_as(data, rawmode[:-1] + end, what) for end in ("B", "L"))
-        values = (high.astype(np.uint16) << 8) | low
+        values = _png_as(data, rawmode[:-1] + "B", what).astype(np.uint16)
+        values <<= 8
+        values |= _png_as(data, rawmode[:-1] + "L", what)
         transparent = _open(data, what).info.get("transparency") if rawmode == "RGB;16B" else None
     if isinstance(transparent, tuple):
         keyed = (values == np.array(transparent, np.uint16)).all(axis=-1, keepdims=True)
@@ -238,7 +240,16 @@ def _png_as(data: bytes, rawmode: str, what: str) -> NDArray[np.uint8]:
 
 
 def _to_8bit(values: NDArray[Any]) -> NDArray[np.uint8]:
-    return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    rounded = np.empty(values.shape, np.uint8)
+    for rows in _strips(values):
+        rounded[rows] = (values[rows].astype(np.uint32) * 255 + 32767) // 65535
+    return rounded
+
+
+def _strips(pixels: NDArray[Any]) -> Iterator[slice]:
+    """Rows to compute at a time: wider integers for a whole picture of 50 megapixels would take gigabytes."""
+    rows = max(1, _STRIP_PIXELS // max(1, pixels.shape[1]))
+    return (slice(top, top + rows) for top in range(0, len(pixels), rows))
 
 
 def _from_pil(image: Image.Image, background: tuple[int, int, int], what: str) -> Pixels | Image.Image:
@@ -281,8 +292,12 @@ def _channels(image: Image.Image, what: str) -> NDArray[np.uint8] | Image.Image:
 def _composite(pixels: NDArray[np.uint8], background: tuple[int, int, int]) -> Pixels:
     if pixels.shape[-1] == 3:
         return np.array(pixels)
-    color, alpha = pixels[..., :3].astype(np.uint32), pixels[..., 3:].astype(np.uint32)
-    return ((color * alpha + np.array(background, np.uint32) * (255 - alpha) + 127) // 255).astype(np.uint8)
+    behind, flat = np.array(background, np.uint16), np.empty((*pixels.shape[:2], 3), np.uint8)
+    for rows in _strips(pixels):
+        part = pixels[rows].astype(np.uint16)  # 255 * 255 + 127 still fits
+        color, alpha = part[..., :3], part[..., 3:]
+        flat[rows] = (color * alpha + behind * (255 - alpha) + 127) // 255
+    return flat
 
 
 def _orientation(image: Image.Image) -> int:

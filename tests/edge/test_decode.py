@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -269,3 +270,27 @@ def test_stack() -> None:
         stack([])
     with pytest.raises(UsageError, match=r"\(1, 2, 3\) and \(2, 2, 3\)"):
         stack([a, a[:1]])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16"])
+def test_wide_integers_stand_for_a_few_rows_only(mode: str) -> None:
+    # a picture of 50 megapixels once took gigabytes on its way to 8 bits: serve computes two of them at a time
+    rng = np.random.default_rng(0)
+    bands, dtype = (4, np.uint8) if mode == "RGBA" else (1, np.uint16)
+    values = rng.integers(0, np.iinfo(dtype).max + 1, (900, 1000, bands), dtype).squeeze()
+    image, background = Image.fromarray(values), (7, 200, 255)
+    assert image.mode == mode
+    tracemalloc.start()
+    try:
+        pixels = decode_image(image, background=background)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    wide = values.astype(np.uint32)
+    if mode == "RGBA":
+        alpha = wide[..., 3:]
+        expected = (wide[..., :3] * alpha + np.array(background, np.uint32) * (255 - alpha) + 127) // 255
+    else:
+        expected = np.repeat(((wide * 255 + 32767) // 65535)[..., None], 3, axis=-1)
+    assert (pixels == expected).all()
+    assert peak < 18 * 900 * 1000
