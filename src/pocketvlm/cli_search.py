@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from pocketvlm.edge.errors import UsageError, counted
-from pocketvlm.table import emit, emit_record
+from pocketvlm.table import emit, emit_record, printable
 
 if TYPE_CHECKING:
     from pocketvlm.edge.index import EmbeddingIndex, Hit
@@ -65,7 +65,7 @@ def index(
     """Embed the pictures under a folder, or what has changed there since, so that 'search' finds them."""
     at = _place(folder, out)
     if overwrite:
-        _forget(at)
+        folder, model, backend, precision = _anew(at, folder, model, backend, precision)
     opened, loaded = _open(folder, at, model, backend, precision, dim, dtype)
     with opened:
         report = _sync(opened, loaded, folder)
@@ -103,6 +103,8 @@ def search(
         )
     if sheet is not None and sheet.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--sheet {sheet} does not end in .html, so no browser would show it; name it {sheet}.html")
+    if k < 1:
+        raise UsageError(f"-k {k} was given and at least 1 is expected; nothing could be found")
     from pocketvlm.edge.index_filter import parse_where
     from pocketvlm.edge.index_lock import NotWritableError
 
@@ -110,11 +112,12 @@ def search(
     at = _place(folder, None)
     opened, loaded = _open(folder, at, model, backend, precision, None, "f16")
     with opened:
+        # first, as indexing may take an hour
+        query = loaded.embed_text(text) if text is not None else loaded.embed_image(image or "")
         try:
             _sync(opened, loaded, folder)
         except NotWritableError as error:
             print(f"searching what was indexed before: {error}", file=sys.stderr)
-        query = loaded.embed_text(text) if text is not None else loaded.embed_image(image or "")
         hits = opened.search(query, k, space=loaded, where=conditions)[0]
         rows = [_row(place, hit, opened.folder) for place, hit in enumerate(hits)]
         emit(rows, as_json, title=f"{counted(len(hits), 'picture')} of {len(opened):,}")
@@ -165,13 +168,44 @@ def _place(folder: Path, out: Path | None) -> Path:
     return cache_dir() / "indexes" / f"{whole.name or 'root'}-{hashlib.sha256(str(whole).encode()).hexdigest()[:12]}"
 
 
-def _forget(at: Path) -> None:
+def _anew(
+    at: Path, folder: Path, bundle: Path | None, backend: str, precision: str
+) -> tuple[Path, Path | None, Any, str]:
+    """Remove the index at `at`; the folder of pictures and the model that it had, where none other is named."""
+    from pocketvlm.edge.bundle import Bundle
     from pocketvlm.edge.index import EmbeddingIndex, holds_index
 
-    if holds_index(at):
-        with EmbeddingIndex.load(at) as old, old._store.writing():  # nobody else writes there
-            pass
-        shutil.rmtree(at)
+    if not holds_index(at):
+        return folder, bundle, backend, precision
+    with EmbeddingIndex.load(at) as old, old._store.writing():  # nobody else writes there
+        known, pictures = old.model or {}, old.folder
+    others = sorted(path.name for path in at.iterdir() if not _of_index(path))
+    if others:
+        raise UsageError(
+            f"the index {str(at)!r} lies with {others[0]!r}, which is none of its files and would be deleted with it; "
+            "move that away first"
+        )
+    if bundle is None and known:
+        bundle = Path(known["bundle"])
+        backend = backend if backend != "auto" else known["backend"]
+        precision = precision if precision != "auto" else known["precision"]
+    if bundle is None:
+        raise UsageError(f"the index {str(at)!r} remembers no model and none was given; give --model BUNDLE")
+    if holds_index(folder):
+        if pictures is None:
+            raise UsageError(f"index {str(at)!r} holds rows of no folder, so it cannot be made anew from pictures")
+        folder = pictures
+    if not folder.is_dir():
+        raise UsageError(f"{str(folder)!r} is no folder and one with pictures is expected; the index was left as it is")
+    Bundle.load(bundle)  # one that cannot be used is found while the old index is still there
+    shutil.rmtree(at)
+    return folder, bundle, backend, precision
+
+
+def _of_index(path: Path) -> bool:
+    """Whether it is a file that an index, or `search --open`, writes."""
+    own = ("index.sqlite*", "vectors-*.bin", "cache-*", "writer.lock*", "search.html")
+    return path.is_file() and any(path.match(pattern) for pattern in own)
 
 
 def _open(
@@ -237,7 +271,8 @@ def _sync(opened: EmbeddingIndex, loaded: EdgeModel, folder: Path) -> SyncReport
     with _bar() as progress:
         report = opened.sync_folder(root, loaded, progress=progress)
     if report.unreadable:
-        first = "; ".join(f"{path}: {problem.split(';')[0]}" for path, problem in list(report.unreadable.items())[:3])
+        some = list(report.unreadable.items())[:3]
+        first = printable("; ".join(f"{path}: {problem.split(';')[0]}" for path, problem in some))
         print(
             f"{counted(len(report.unreadable), 'path')} could not be read and will not be found (all: pocketvlm "
             f"index --json): {first}",

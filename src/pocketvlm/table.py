@@ -96,4 +96,9 @@ def _told(value: Any) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, int) and value >= 100_000:
         return f"{value / 1e6:,.1f} M"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else printable(str(value))
+
+
+def printable(text: str) -> str:
+    """Without control characters: a file's name may hold some, which a terminal would obey."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)

@@ -74,6 +74,30 @@ def test_index_says_what_it_did(cli: Cli, bundle: Path, photos: Path, tmp_path: 
         cli("index", photos, "--out", tmp_path / "mine.index", "--model", bundle, "--overwrite", "--json").out
     )
     assert again["added"] == 3
+    # made anew by its own name: the folder and the model are what it remembers
+    assert json.loads(cli("index", tmp_path / "mine.index", "--overwrite", "--json").out)["added"] == 3
+
+
+def test_overwrite_deletes_an_index_and_nothing_else(cli: Cli, bundle: Path, photos: Path, tmp_path: Path) -> None:
+    place = tmp_path / "mine.index"
+    assert cli("index", photos, "--model", bundle, "--out", place).code == 0
+    (place / "notes.txt").write_text("mine")
+    told = cli("index", photos, "--out", place, "--overwrite").sentence()
+    assert "'notes.txt', which is none of its files" in told
+    assert (place / "notes.txt").read_text() == "mine"
+    (place / "notes.txt").unlink()
+    # a bundle that cannot be used is found before anything is removed
+    assert "has no bundle.json" in cli("index", photos, "--out", place, "--model", tmp_path, "--overwrite").sentence()
+    assert names(cli("search", place, "red", "-k", 1, "--json").out) == ["red.png"]
+
+
+def test_a_question_that_cannot_be_asked_is_refused_before_indexing(
+    cli: Cli, bundle: Path, photos: Path, cache: Path, edge_toys: Any
+) -> None:
+    assert "does not exist" in cli("search", photos, "--image", "gone.png", "--model", bundle).sentence()
+    assert "at least 1" in cli("search", photos, "red", "-k", 0, "--model", bundle).sentence()
+    # both before the folder was looked at
+    assert json.loads(cli("index", photos, "--model", bundle, "--json").out)["added"] == 3
 
 
 def test_mistakes(cli: Cli, bundle: Path, photos: Path, tmp_path: Path, edge_toys: Any) -> None:

@@ -89,3 +89,12 @@ def test_one_of_a_thing_has_no_s() -> None:
         "2 threads",
         "1,024 threads",
     ]
+
+
+def test_names_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b[31mred\x07\x9b.png"
+    emit([{"path": name}], False, title="x")
+    emit_record({"path": name, "several": [name]}, title="x")
+    out = capsys.readouterr().out
+    assert out.count("a\ufffd[31mred\ufffd\ufffd.png") == 3
+    assert not set(out) & set("\x1b\x07\x9b")
