@@ -42,9 +42,20 @@ final class AppState {
         busy = false
     }
 
-    func add(_ photo: Data) async {
-        guard let engine else { return }
-        await attempt { self.indexed = try await engine.add(photo) }
+    /// What is wrong with a photo that cannot be used; nil where it can be searched now.
+    func add(_ photo: Data?) async -> String? {
+        guard let engine else { return nil }
+        guard let photo else { return "it could not be loaded" }
+        do {
+            indexed = try await engine.add(photo)
+            return nil
+        } catch {
+            return error.localizedDescription
+        }
+    }
+
+    func tell(refused: [String]) {
+        error = refused.isEmpty ? nil : "\(refused.count) of the photos cannot be used; the first: \(refused[0])"
     }
 
     func find(_ text: String) async {

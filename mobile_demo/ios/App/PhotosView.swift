@@ -26,11 +26,15 @@ struct PhotosView: View {
             .onSubmit(of: .search) { Task { await state.find(query) } }
             .toolbar { PhotosPicker("Add photos", selection: $picked, matching: .images) }
             .onChange(of: picked) { _, items in
+                if items.isEmpty { return }
                 Task {
                     picked = []
+                    var refused: [String] = []
                     for item in items {
-                        if let data = try? await item.loadTransferable(type: Data.self) { await state.add(data) }
+                        let data = try? await item.loadTransferable(type: Data.self)
+                        if let problem = await state.add(data) { refused.append(problem) }
                     }
+                    state.tell(refused: refused)
                 }
             }
         }

@@ -8,14 +8,16 @@ public final class CoreMLEmbedder: Embedder {
     private let image: MLModel
     private let text: MLModel
 
-    /// Compiles the packages on first use and keeps the result in `cache`, under the model's id.
+    /// Compiles the packages on first use and keeps the result in `cache`, under the hash of bundle.json, which lists
+    /// the packages' own: another export of the same model is compiled again.
     public init(_ bundle: ModelBundle, cache: URL) throws {
         guard let variant = bundle.variants.first(where: { $0.target == "coreml" }),
             let imageFile = variant.files["image"], let textFile = variant.files["text"]
         else {
             throw PocketVLMError("the bundle lacks a Core ML package of a tower; run: pocketvlm mobile prepare ios")
         }
-        let folder = cache.appendingPathComponent("\(bundle.contract.modelId)-\(variant.precision)")
+        let manifest = try Data(contentsOf: bundle.folder.appendingPathComponent("bundle.json"))
+        let folder = cache.appendingPathComponent("coreml-\(sha256(manifest).prefix(16))")
         try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
         image = try CoreMLEmbedder.load(try bundle.file(imageFile), folder.appendingPathComponent("image.mlmodelc"))
         text = try CoreMLEmbedder.load(try bundle.file(textFile), folder.appendingPathComponent("text.mlmodelc"))

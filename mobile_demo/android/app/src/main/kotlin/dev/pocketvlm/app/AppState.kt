@@ -79,15 +79,29 @@ class AppState(application: Application) : AndroidViewModel(application) {
         }
     }
 
+    /** A photo that cannot be used is passed over; how many were, and why the first, is told at the end. */
     fun index(uris: List<Uri>) = onModelThread {
         val loaded = model ?: return@onModelThread
+        val refused = mutableListOf<String>()
         for (uri in uris) {
             if (photos.any { it.uri == uri }) continue
-            val stream = getApplication<Application>().contentResolver.openInputStream(uri) ?: continue
-            val bytes = stream.use { it.readBytes() }
-            photos.add(Photo(uri, loaded.embedPicture(bytes)))
-            withMain { indexed = photos.size }
+            try {
+                photos.add(Photo(uri, loaded.embedPicture(read(uri))))
+                withMain { indexed = photos.size }
+            } catch (problem: PocketvlmException) {
+                refused.add(problem.message.orEmpty())
+            } catch (problem: IOException) {
+                refused.add(problem.message.orEmpty())
+            }
         }
+        if (refused.isNotEmpty()) {
+            throw PocketvlmException("${refused.size} of the photos cannot be used; the first: ${refused[0]}")
+        }
+    }
+
+    private fun read(uri: Uri): ByteArray {
+        val stream = getApplication<Application>().contentResolver.openInputStream(uri)
+        return (stream ?: throw IOException("it cannot be opened")).use { it.readBytes() }
     }
 
     fun search(text: String) = onModelThread {
