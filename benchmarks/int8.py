@@ -46,12 +46,14 @@ _DECIDING = (
     *("prepare", "depthwise", "stems", "static", "equalize", "observers", "ranges"),
     *("rounding", "token_tables", "fidelity", "calibration"),
 )
+_OWN = {"onnx": ("onnx*",), "executorch": ("executorch", "executorch_writer", "xnnpack_quantizer")}
 
 
-def quantizer_code() -> str:
-    """Digest of what decides the bytes of a quantized file."""
-    room = ROOT / "export"
-    paths = [*room.glob("targets/*.py"), *(room / f"{name}.py" for name in _DECIDING)]
+def quantizer_code(target: str, root: Path = ROOT) -> str:
+    """Digest of what decides the bytes of a target's quantized files."""
+    room = root / "export"
+    own = [path for pattern in ("__init__", "base", *_OWN[target]) for path in room.glob(f"targets/{pattern}.py")]
+    paths = [*own, *(room / f"{name}.py" for name in _DECIDING)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:8]
 
 
@@ -239,9 +241,11 @@ def main(
     work = work.resolve()
     for fold in () if summarize else folds:
         for student in students:
-            stamp = f"{recipe_digest('openmoji', recipe_of(student, fold))} {quantizer_code()}"
+            recipe = recipe_digest("openmoji", recipe_of(student, fold))
+            stamps = {name: f"{recipe} {quantizer_code(name.split(':')[0])}" for name in variants}
             known = _read(student, fold)
-            there = known["variants"] if known is not None and known["stamp"] == stamp else {}
+            rows = known["variants"] if known is not None else {}
+            there = {name: row for name, row in rows.items() if row["stamp"] == stamps.get(name, row["stamp"])}
             if missing := lacking(variants, there):
                 run = train(student, fold, work)
                 weights = hashlib.sha256((run / "student" / "weights.safetensors").read_bytes()).hexdigest()[:16]
@@ -249,8 +253,9 @@ def main(
                 if there and known is not None and known["weights"] != weights:
                     there, missing = {}, variants
                 result = measure(run, fold, missing, work)
-                result["variants"] = there | result["variants"]
-                facts = {"stamp": stamp, "student": student, "fold": fold, "weights": weights, **result}
+                measured = {name: {"stamp": stamps[name], **row} for name, row in result["variants"].items()}
+                result["variants"] = there | measured
+                facts = {"student": student, "fold": fold, "weights": weights, **result}
                 facts["machine"] = machine()
                 write(f"{student}-f{fold}.json", facts, RESULT)
                 print(f"{student}, fold {fold}: measured", flush=True)
