@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from pocketvlm.edge.errors import UsageError, counted
+from pocketvlm.edge.errors import IntegrityError, UsageError, VersionError, counted
 from pocketvlm.table import emit, emit_record, printable
 
 if TYPE_CHECKING:
@@ -177,8 +177,14 @@ def _anew(
 
     if not holds_index(at):
         return folder, bundle, backend, precision
-    with EmbeddingIndex.load(at) as old, old._store.writing():  # nobody else writes there
-        known, pictures = old.model or {}, old.folder
+    known: Mapping[str, Any] = {}
+    pictures = None
+    try:
+        with EmbeddingIndex.load(at) as old, old._store.writing():  # nobody else writes there
+            known, pictures = old.model or {}, old.folder
+    except (IntegrityError, VersionError) as error:
+        # what cannot be read may be made again, and remembers nothing
+        print(f"made anew: {error}", file=sys.stderr)
     others = sorted(path.name for path in at.iterdir() if not _of_index(path))
     if others:
         raise UsageError(
@@ -193,7 +199,10 @@ def _anew(
         raise UsageError(f"the index {str(at)!r} remembers no model and none was given; give --model BUNDLE")
     if holds_index(folder):
         if pictures is None:
-            raise UsageError(f"index {str(at)!r} holds rows of no folder, so it cannot be made anew from pictures")
+            raise UsageError(
+                f"index {str(at)!r} names no folder of pictures that it could be made anew from; give that folder, and "
+                "--out with the index"
+            )
         folder = pictures
     if not folder.is_dir():
         raise UsageError(f"{str(folder)!r} is no folder and one with pictures is expected; the index was left as it is")

@@ -89,6 +89,14 @@ def test_overwrite_deletes_an_index_and_nothing_else(cli: Cli, bundle: Path, pho
     # a bundle that cannot be used is found before anything is removed
     assert "has no bundle.json" in cli("index", photos, "--out", place, "--model", tmp_path, "--overwrite").sentence()
     assert names(cli("search", place, "red", "-k", 1, "--json").out) == ["red.png"]
+    # one that is damaged cannot be searched, and can be made again
+    (place / "vectors-0.bin").write_bytes(b"")
+    assert "cut short" in cli("search", place, "red").sentence()
+    assert "remembers no model" in cli("index", photos, "--out", place, "--overwrite").err
+    assert "names no folder" in cli("index", place, "--model", bundle, "--overwrite").err
+    done = cli("index", photos, "--out", place, "--model", bundle, "--overwrite", "--json")
+    assert "cut short" in done.err
+    assert json.loads(done.out)["added"] == 3
 
 
 def test_a_question_that_cannot_be_asked_is_refused_before_indexing(
