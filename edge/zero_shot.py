@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketvlm.edge.contract import ModelContract
-from pocketvlm.edge.errors import IntegrityError, UsageError, VersionError, unknown_name
+from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError, VersionError, unknown_name
 from pocketvlm.edge.model import Classification
 from pocketvlm.edge.preprocess import ImageSource
 
@@ -27,6 +28,7 @@ _WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 # how fast an example's say falls with its distance (Tip-Adapter's beta)
 _SHARPNESS = (1.0, 3.0, 10.0, 30.0)
 _FOLDS = 5
+_LARGEST = 1 << 30  # bytes of a classifier file, unpacked
 
 
 class Embeds(Protocol):
@@ -255,13 +257,14 @@ class ZeroShotClassifier:
             raise UsageError(f"{str(path)!r} is no file, so there is no classifier to load; give one that save() wrote")
         try:
             with ZipFile(path) as file:
+                _check_size(file)
                 facts = json.loads(file.read("classifier.json"))
                 arrays = {
                     name: np.load(BytesIO(file.read(f"{name}.npy")), allow_pickle=False)
                     for name in (("rows", "targets") if "head" in facts else ())
                 }
             major = int(str(facts["schema"]).split(".")[0])
-        except (BadZipFile, KeyError, ValueError, OSError) as error:
+        except (BadZipFile, KeyError, TypeError, ValueError, OSError, EOFError, RuntimeError, zlib.error) as error:
             raise IntegrityError(
                 f"classifier file {path.name!r} cannot be read ({error}); it was cut short or changed, so make it again"
             ) from error
@@ -270,6 +273,20 @@ class ZeroShotClassifier:
                 f"classifier file {path.name!r} has schema {facts['schema']} and this release reads {SCHEMA}; its "
                 "fields could be misread, so use the release that wrote it"
             )
+        try:
+            return cls._restored(model, path, facts, arrays)
+        except PocketvlmError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise IntegrityError(
+                f"classifier file {path.name!r} lacks or garbles a field ({type(error).__name__}: {error}); it was "
+                "changed, so make it again"
+            ) from error
+
+    @classmethod
+    def _restored(
+        cls, model: Embeds, path: Path, facts: dict[str, Any], arrays: dict[str, NDArray[Any]]
+    ) -> ZeroShotClassifier:
         ours = (model.contract.space_id, model.dim)
         if (facts["space_id"], facts["dim"]) != ours:
             raise UsageError(
@@ -280,13 +297,17 @@ class ZeroShotClassifier:
         found = cls(model, facts["labels"], facts["templates"], threshold=facts["threshold"])
         found.temperature = float(facts["temperature"])
         if "head" in facts:
-            head = facts["head"]
+            head, rows, targets = facts["head"], arrays["rows"], arrays["targets"]
+            if rows.shape != (len(targets), model.dim) or targets.ndim != 1 or head["method"] not in _SCORES:
+                raise ValueError(f"examples of shape {rows.shape} for targets of {targets.shape}, {head['method']!r}")
+            if targets.dtype.kind != "i" or not ((targets >= 0) & (targets < len(found.labels))).all():
+                raise ValueError("a target that is no label")
             found._head = _Head(
                 cast("Method", head["method"]),
-                head["weight"],
-                head["sharpness"],
-                arrays["rows"].astype(np.float64),
-                arrays["targets"],
+                float(head["weight"]),
+                float(head["sharpness"]),
+                rows.astype(np.float64),
+                targets,
             )
         return found
 
@@ -322,6 +343,12 @@ class ZeroShotClassifier:
                 "another model, so embed the pictures with this one"
             )
         return rows.astype(np.float64)
+
+
+def _check_size(file: ZipFile) -> None:
+    size = sum(member.file_size for member in file.infolist())
+    if size > _LARGEST:
+        raise ValueError(f"it would unpack to {size:,} bytes and at most {_LARGEST:,} are read")
 
 
 def _checked_threshold(threshold: float) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
@@ -131,6 +133,17 @@ def test_examples_that_do_not_help_change_nothing() -> None:
     assert classifier._head is None
 
 
+def changed(path: Path, out: Path, change: dict[str, Any] | str) -> Path:
+    """The file with other facts in it."""
+    with ZipFile(path) as file, ZipFile(out, "w") as other:
+        for name in file.namelist():
+            data = file.read(name)
+            if name == "classifier.json":
+                data = (change if isinstance(change, str) else json.dumps(json.loads(data) | change)).encode()
+            other.writestr(name, data)
+    return out
+
+
 def test_it_is_kept_and_read_back_for_its_own_space_only(tmp_path: Path) -> None:
     rows, labels = examples(60, 0.6, shift=1.0)
     classifier = ZeroShotClassifier(Toy(), LABELS, threshold=0.4)
@@ -143,9 +156,26 @@ def test_it_is_kept_and_read_back_for_its_own_space_only(tmp_path: Path) -> None
     assert (back.threshold, back.temperature) == (classifier.threshold, classifier.temperature)
     with pytest.raises(UsageError, match="its examples mean nothing there"):
         ZeroShotClassifier.load(Toy(space="other"), path)
-    path.write_bytes(path.read_bytes()[:-200])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-200])
     with pytest.raises(IntegrityError, match="cut short or changed"):
         ZeroShotClassifier.load(Toy(), path)
+    path.write_bytes(whole)
+    for change, told in (
+        ({"labels": None}, "lacks or garbles a field"),
+        ({"head": {"method": "none", "weight": 1, "sharpness": 1}}, "lacks or garbles a field"),
+        ({"head": None}, "lacks or garbles a field"),
+        ({"temperature": "warm"}, "lacks or garbles a field"),
+        ({"labels": LABELS[:2]}, "a target that is no label"),
+        ("[]", "cut short or changed"),
+    ):
+        with pytest.raises(IntegrityError, match=told):
+            ZeroShotClassifier.load(Toy(), changed(path, tmp_path / "changed.classifier", change))
+    with ZipFile(tmp_path / "bomb.classifier", "w", ZIP_DEFLATED) as bomb, bomb.open("rows.npy", "w") as sink:
+        for _ in range(1025):
+            sink.write(bytes(1 << 20))
+    with pytest.raises(IntegrityError, match="would unpack to"):
+        ZeroShotClassifier.load(Toy(), tmp_path / "bomb.classifier")
     with pytest.raises(UsageError, match="is no file"):
         ZeroShotClassifier.load(Toy(), tmp_path / "nowhere")
 
