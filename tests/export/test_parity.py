@@ -295,20 +295,20 @@ def test_every_precision_is_judged_by_its_own_row(bundle: Path, reference: Path,
 
 
 def test_a_fault_in_edge_model_alone_is_s4(bundle: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pocketvlm.edge import model
+    from pocketvlm.edge import reading
 
-    honest = model.load_image
-    monkeypatch.setattr(model, "load_image", lambda source, spec: honest(source, spec)[..., ::-1].copy())
+    honest = reading.load_image
+    monkeypatch.setattr(reading, "load_image", lambda source, spec: honest(source, spec)[..., ::-1].copy())
     assert "S4 (end to end): image" in _failed(bundle, reference, "S4").message
 
 
 def test_an_edge_model_that_accepts_broken_pictures_is_s4(
     bundle: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pocketvlm.edge import model
+    from pocketvlm.edge import reading
     from pocketvlm.edge.errors import BadSampleError
 
-    honest = model.load_image
+    honest = reading.load_image
 
     def lenient(source: Any, spec: Any) -> Any:
         try:
@@ -316,7 +316,7 @@ def test_an_edge_model_that_accepts_broken_pictures_is_s4(
         except BadSampleError:
             return np.zeros((spec.size, spec.size, 3), np.uint8)
 
-    monkeypatch.setattr(model, "load_image", lenient)
+    monkeypatch.setattr(reading, "load_image", lenient)
     assert "must be refused as 'truncated-image' and was embedded" in _failed(bundle, reference, "S4").message
 
 

@@ -88,16 +88,16 @@ def resize_without_antialias(scene: Scene) -> None:
 def channels_as_bgr(scene: Scene) -> None:
     from pocketvlm.edge import preprocess
 
-    honest = preprocess.decode_image
+    honest = preprocess._decode
     scene.patch.setattr(
-        preprocess, "decode_image", lambda source, **kw: np.ascontiguousarray(honest(source, **kw)[..., ::-1])
+        preprocess, "_decode", lambda *given: np.ascontiguousarray(np.asarray(honest(*given))[..., ::-1])
     )
 
 
 def exif_rotation_ignored(scene: Scene) -> None:
     from pocketvlm.edge import preprocess
 
-    scene.patch.setattr(preprocess, "_orient", lambda pixels, image: pixels)
+    scene.patch.setattr(preprocess, "_orientation", lambda image: 1)
 
 
 # --- S1 -------------------------------------------------------------------------------------------------------------
@@ -314,13 +314,13 @@ def int8_rows_out_of_order(scene: Scene) -> None:
 def runtime_that_mixes_up_a_batch(scene: Scene) -> None:
     from pocketvlm.edge.model import EdgeModel
 
-    honest = EdgeModel._embed
+    honest = EdgeModel._checked
 
-    def mixed(self: Any, inputs: Any, run: Any, batch_size: int) -> Any:
-        found = honest(self, inputs, run, batch_size)
+    def mixed(self: Any, embeddings: Any, count: int) -> Any:
+        found = honest(self, embeddings, count)
         return np.roll(found, 1, axis=0) if len(found) > 1 else found
 
-    scene.patch.setattr(EdgeModel, "_embed", mixed)
+    scene.patch.setattr(EdgeModel, "_checked", mixed)
 
 
 def logits_without_exp(scene: Scene) -> None:
