@@ -67,7 +67,7 @@ def load_student(folder: str | Path) -> Student:
         IntegrityError: a file, the weights or the contract is not what the manifest says.
     """
     folder, manifest = _found(Path(folder))
-    files = {name: _verified(folder, name, manifest) for name in (WEIGHTS, TOKENIZER)}
+    files = {name: verified_bytes(folder, name, manifest["files"][name]["sha256"]) for name in (WEIGHTS, TOKENIZER)}
     config = parse_config(manifest["config"], source=f"saved student {str(folder)!r}")
     stored, task = manifest["contract"], manifest.get("task")
     student = assemble(
@@ -132,8 +132,12 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _verified(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
-    expected = manifest["files"][name]["sha256"]
+def verified_bytes(folder: Path, name: str, expected: str) -> bytes:
+    """A file of a saved student, of the sha256 that its manifest promises.
+
+    Raises:
+        IntegrityError: it is missing or another one.
+    """
     try:
         data = (folder / name).read_bytes()
     except FileNotFoundError as error:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pocketvlm
 from pocketvlm.edge.errors import IntegrityError, UsageError, VersionError
+from pocketvlm.students.io import verified_bytes
 from pocketvlm.students.vlm.config import parse_vlm_config
 from pocketvlm.students.vlm.model import Vlm, build_vlm
 
@@ -95,7 +96,7 @@ def load_vlm(folder: str | Path) -> Vlm:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = str(manifest["schema_version"])
-        files = {name: _verified(folder, name, row["sha256"]) for name, row in manifest["files"].items()}
+        files = {name: verified_bytes(folder, name, row["sha256"]) for name, row in manifest["files"].items()}
         values: dict[str, Any] = manifest["config"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, IntegrityError):
@@ -120,21 +121,6 @@ def load_vlm(folder: str | Path) -> Vlm:
         )
     model.load_state_dict({name: value.to(own[name].dtype) for name, value in state.items()})
     return model.eval()
-
-
-def _verified(folder: Path, name: str, expected: str) -> bytes:
-    try:
-        data = (folder / name).read_bytes()
-    except FileNotFoundError as error:
-        raise IntegrityError(
-            f"student folder {str(folder)!r} lacks {name}, which its manifest lists; copy the whole folder again"
-        ) from error
-    if _sha256(data) != expected:
-        raise IntegrityError(
-            f"{name} in {str(folder)!r} has sha256 {_sha256(data)[:16]}… but its manifest says {expected[:16]}…; the "
-            "file was changed or cut off, so copy the folder again or save the student anew"
-        )
-    return data
 
 
 def _sha256(data: bytes) -> str:

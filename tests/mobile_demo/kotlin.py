@@ -18,10 +18,8 @@ ENCODER = Path(__file__).with_name("kotlin_encoder.py")
 
 
 def _lacking(what: str) -> None:
-    """In CI a missing compiler is a failure: green would mean that nothing was compiled."""
-    if os.environ.get("CI"):
-        pytest.fail(f"{what}, so the Kotlin core cannot be checked")
-    pytest.skip(f"{what}; the Kotlin core is checked in CI")
+    """A missing compiler is a failure: green would mean that nothing was compiled. `-m "not kotlin"` leaves it out."""
+    pytest.fail(f"{what}, so the Kotlin core cannot be checked")
 
 
 def jars() -> list[Path]:
