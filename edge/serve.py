@@ -215,6 +215,8 @@ class _Service:
         if len(labels) * len(templates) > self.limits.prompts:
             asked = f"{counted(len(labels), 'label')} in {counted(len(templates), 'template')}"
             raise _Refused(413, f"{asked} are more than the {self.limits.prompts} prompts that are taken")
+        if not labels and self.model.contract.kind != "classifier":
+            raise _Refused(400, "no label was given, so there is nothing to tell apart; add ?label=NAME for each")
         data = await self._body(request, self.limits.body_bytes)
         return await self._run(partial(self._classify_picture, data, labels, templates))
 

@@ -164,7 +164,7 @@ JPEG = b"\xff\xd8\xff\xe0 and no more"
         ("/embed/text", b'{"texts": ["\\ud800"]}', 400, "unpaired surrogate"),
         ("/embed/text", b"\xff\xfe{}", 400, "no JSON object"),
         ("/embed/text", b"[" * 100_000, 400, "no JSON object"),
-        ("/classify", png((1, 2, 3)), 400, "cannot be classified"),
+        ("/classify", png((1, 2, 3)), 400, "no label was given"),
         ("/classify?label=red&label=red", png((1, 2, 3)), 400, "more than once"),
         ("/classify?label=red&template=x", png((1, 2, 3)), 400, "where the label goes"),
         ("/classify?" + "label=a&" * 1100, png((1, 2, 3)), 413, "1,100 labels"),

@@ -10,6 +10,7 @@ export class Bundle {
   private constructor(
     private readonly base: string,
     readonly manifest: Manifest,
+    private readonly json: string,
   ) {}
 
   /** Read bundle.json from the network, or the copy kept from last time. */
@@ -33,11 +34,23 @@ export class Bundle {
       }
       text = await kept.text();
     }
-    const manifest = readManifest(text);
-    await cache?.put(key, new Response(text, { headers: { "content-type": "application/json" } })).catch(() => undefined);
-    const bundle = new Bundle(base, manifest);
-    await bundle.forgetOthers();
+    const bundle = new Bundle(base, readManifest(text), text);
+    // what was kept for another bundle serves on without a network until all of this one is here
+    if (!(await cache?.match(key))) await bundle.settle();
     return bundle;
+  }
+
+  /** From now on this is the bundle that is used without a network; files that it does not list are dropped. */
+  async settle(): Promise<void> {
+    const cache = await openCache();
+    if (!cache) return;
+    const kept = new Response(this.json, { headers: { "content-type": "application/json" } });
+    await cache.put(new URL("bundle.json", this.base).href, kept).catch(() => undefined);
+    const listed = new Set(Object.values(this.manifest.files).map((f) => f.sha256));
+    for (const request of await cache.keys()) {
+      const hash = /by-sha256\/([0-9a-f]{64})$/.exec(request.url)?.[1];
+      if (hash && !listed.has(hash)) await cache.delete(request);
+    }
   }
 
   /** The bytes of a listed file, verified. */
@@ -69,17 +82,6 @@ export class Bundle {
 
   async text(name: string): Promise<string> {
     return new TextDecoder().decode(await this.file(name));
-  }
-
-  /** Drop kept files that this bundle no longer lists. */
-  private async forgetOthers(): Promise<void> {
-    const cache = await openCache();
-    if (!cache) return;
-    const listed = new Set(Object.values(this.manifest.files).map((f) => f.sha256));
-    for (const request of await cache.keys()) {
-      const hash = /by-sha256\/([0-9a-f]{64})$/.exec(request.url)?.[1];
-      if (hash && !listed.has(hash)) await cache.delete(request);
-    }
   }
 }
 

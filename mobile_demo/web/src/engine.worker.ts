@@ -88,7 +88,11 @@ const calls: EngineCalls = {
     }
   },
 
-  loadText: () => current().load("text"),
+  async loadText() {
+    const used = current();
+    await used.load("text");
+    await used.bundle.settle();
+  },
   embedLabels: ({ labels, templates }) => current().embedLabels(labels, templates),
   embedText: ({ text }) => current().embedText(text),
   readFile: async ({ name }) => new Blob([await current().bundle.file(name)]),

@@ -1,7 +1,7 @@
 /** Files that were tampered with, and browsers that lack something. */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
-import type { Browser } from "playwright-core";
+import type { Browser, Page } from "playwright-core";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { BUNDLE, check, guesses, launch, open, pictures, untilReady, visitor } from "./harness";
 
@@ -66,6 +66,40 @@ describe("what is not what bundle.json vouches for is refused", () => {
     await untilReady(page);
     const { verdict } = await check(page);
     expect(verdict).toBe("Every stage gives the recorded numbers.");
+    await close();
+  });
+});
+
+describe("another bundle at the same address", () => {
+  const renamed = (body: Buffer) => {
+    const raw = JSON.parse(body.toString()) as { files: Record<string, { sha256: string }> };
+    raw.files[model["text"]!]!.sha256 = "0".repeat(64);
+    return Buffer.from(JSON.stringify(raw));
+  };
+  const keptText = (page: Page) =>
+    page.evaluate(async (wanted) => {
+      const cache = await caches.open("pocketvlm-bundle");
+      const manifest = (await (await cache.match(new URL("bundle/bundle.json", location.href).href))!.json()) as {
+        files: Record<string, { sha256: string }>;
+      };
+      return manifest.files[wanted]!.sha256;
+    }, model["text"]!);
+
+  test("the one before serves offline until all of the new one is here", async () => {
+    const { page, context, served, close } = await open(browser);
+    await page.waitForSelector("html[data-complete]");
+    await page.evaluate(() => navigator.serviceWorker.ready);
+    const before = await keptText(page);
+    served.faults.set("bundle/bundle.json", renamed);
+    served.faults.set(`bundle/${model["text"]}`, () => null);
+    await page.reload();
+    await untilReady(page);
+    expect(await keptText(page)).toBe(before);
+    await context.setOffline(true);
+    await page.reload();
+    await untilReady(page);
+    await page.setInputFiles("#picture-file", pictures().good[0]!);
+    expect(await guesses(page)).toHaveLength(5);
     await close();
   });
 });

@@ -17,9 +17,13 @@ import dev.pocketvlm.search as nearest
 import java.io.IOException
 import java.util.concurrent.Executors
 import kotlinx.coroutines.Dispatchers
+import kotlinx.coroutines.Job
 import kotlinx.coroutines.asCoroutineDispatcher
+import kotlinx.coroutines.delay
 import kotlinx.coroutines.launch
 import kotlinx.coroutines.withContext
+
+private const val TYPING_PAUSE_MS = 400L
 
 class Photo(val uri: Uri, val embedding: FloatArray)
 
@@ -30,6 +34,7 @@ class AppState(application: Application) : AndroidViewModel(application) {
     private val worker = Executors.newSingleThreadExecutor()
     private val dispatcher = worker.asCoroutineDispatcher()
     private var labels: List<Pair<String, FloatArray>> = emptyList()
+    private var labelling: Job? = null
     private val photos = mutableListOf<Photo>()
 
     var model by mutableStateOf<PocketModel?>(null)
@@ -51,14 +56,19 @@ class AppState(application: Application) : AndroidViewModel(application) {
     init {
         onModelThread {
             val loaded = PocketModel(getApplication())
-            withMain { model = loaded }
-            setLabels(words)
+            withMain {
+                model = loaded
+                setLabels(words)
+            }
         }
     }
 
+    /** Embedded once typing pauses, since every letter makes another label. */
     fun setLabels(text: String) {
         words = text
-        onModelThread {
+        labelling?.cancel()
+        labelling = onModelThread {
+            delay(TYPING_PAUSE_MS)
             val loaded = model ?: return@onModelThread
             val names = text.split(',', '\n').map { it.trim() }.filter { it.isNotEmpty() }.distinct()
             labels = names.map { it to labelEmbedding(listOf(loaded.embedText(it))) }
@@ -122,16 +132,14 @@ class AppState(application: Application) : AndroidViewModel(application) {
 
     override fun onCleared() = worker.shutdown()
 
-    private fun onModelThread(work: suspend () -> Unit) {
-        viewModelScope.launch {
-            try {
-                withContext(dispatcher) { work() }
-                error = null
-            } catch (problem: PocketvlmException) {
-                error = problem.message
-            } catch (problem: IOException) {
-                error = problem.message
-            }
+    private fun onModelThread(work: suspend () -> Unit): Job = viewModelScope.launch {
+        try {
+            withContext(dispatcher) { work() }
+            error = null
+        } catch (problem: PocketvlmException) {
+            error = problem.message
+        } catch (problem: IOException) {
+            error = problem.message
         }
     }
 
