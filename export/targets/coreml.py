@@ -1,5 +1,5 @@
-"""Core ML packages (`.mlpackage`, ML program) for iOS 17, macOS 14 and later: float32, float16, and float16 with
-weights of 8 bits or from a table; batch 1."""
+"""Core ML packages (`.mlpackage`, ML program) for iOS 17, macOS 14 and later: float32, float16, float16 with weights of
+8 bits or from a table, and int8; batch 1."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import pocketvlm
 from pocketvlm.edge.contract import ModelContract
 from pocketvlm.edge.errors import IntegrityError, require
+from pocketvlm.export.fidelity import fidelity
 from pocketvlm.export.half import half_graph
+from pocketvlm.export.mil.program import NAME, MilBackend
 from pocketvlm.export.mixed import Plan, kept
+from pocketvlm.export.prepare import Prepared
 from pocketvlm.export.targets.base import Calibration, Precision, Towers, Variant, check_precision
+from pocketvlm.export.targets.coreml_activations import ROWS, quantize_activations
 from pocketvlm.export.targets.coreml_compress import compressed_graph, store_compressed, traceable
 from pocketvlm.export.targets.onnx import (
     INPUTS,
@@ -46,20 +51,23 @@ class CoreMLTarget:
 
     fp16: weights are rounded so that kernels keep their sums (`export.half`).
     w8: weights and token tables in int8 with a scale per output channel (row). palette8, palette6, palette4: each
-    weight or table holds 256, 64 or 16 different values. mixed: w8 with the blocks of a plan in float16. All compute in
-    float16; constants below 2,048 elements stay float16.
+    weight or table holds 256, 64 or 16 different values. mixed: w8 with the blocks of a plan in float16. w8a8-static:
+    w8 with int8 inputs of convolutions and linear layers, in ranges that this kit's evaluator measures
+    (`coreml_activations`). All else is computed in float16; constants below 2,048 elements stay float16.
 
     Conversion and saving work on any system, prediction needs macOS. Every package is read back from disk and its
     interface compared with the contract before the export counts as done.
     """
 
     name: ClassVar[str] = "coreml"
-    precisions: ClassVar[tuple[str, ...]] = ("fp16", "fp32", "w8", "mixed", "palette8", "palette6", "palette4")
+    precisions: ClassVar[tuple[str, ...]] = (
+        *("fp16", "fp32", "w8", "mixed", "w8a8-static", "palette8", "palette6", "palette4"),
+    )
     defaults: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
     refused: ClassVar[dict[str, str]] = {
         "w4": "blocks of 32 need iOS 18 and these packages are for iOS 17: palette4 is its 4-bit format",
         "w8a8-dynamic": "Core ML sets no range when an input arrives",
-        **dict.fromkeys(("w8a8-static", "int8"), "coremltools sets ranges of activations on macOS only"),
+        "int8": "the mix of schemes is made for the other runtimes' kernels, and what Core ML has of it is w8a8-static",
     }
 
     def __init__(self) -> None:
@@ -93,6 +101,7 @@ class CoreMLTarget:
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             with quiet():
                 facts: dict[str, object] = {}
+                ready = None
                 if precision != "fp32":
                     ready = prepared_tower(module, calibration, tower) if calibration else None
                     rows = example_rows(towers, tower)
@@ -102,7 +111,10 @@ class CoreMLTarget:
                         blocks = kept(plan, tower) if precision == "mixed" else ()
                         graph, facts = compressed_graph(module, ready, rows, precision, blocks)
                     module = traceable(graph)
-                _convert(module, towers, tower, precision, folder / relative)
+                active = ready.fit[:ROWS] if ready and precision == "w8a8-static" else None
+                _convert(module, towers, tower, precision, folder / relative, active)
+                if ready and active is not None:
+                    facts |= _evaluated(folder / relative, tower, ready, precision)
                 notes[tower] = facts | check_package(folder / relative, towers.contract, tower)
             files[tower] = relative
         return Variant(self.name, precision, files, "fixed-1", towers.contract.embed_dim, notes)
@@ -119,7 +131,18 @@ class _FromPlanes(nn.Module):
         return self.tower(planes.permute(0, 2, 3, 1))
 
 
-def _convert(module: nn.Module, towers: Towers, tower: Tower, precision: str, path: Path) -> None:
+def _evaluated(path: Path, tower: Tower, ready: Prepared, precision: str) -> dict[str, object]:
+    """Notes on how far the saved package is from float on held-out inputs, by this kit's evaluator."""
+    backend = MilBackend({tower: path})
+    found = (backend.run_image if tower == "image" else backend.run_text)(ready.held)
+    facts: dict[str, object] = {"scheme": "weights-per-channel, inputs-per-tensor", "held_out_by": NAME}
+    return facts | fidelity(found, ready.expected).notes(precision)
+
+
+def _convert(
+    module: nn.Module, towers: Towers, tower: Tower, precision: str, path: Path, active: NDArray[Any] | None = None
+) -> None:
+    """active: rows that set the ranges of int8 inputs."""
     import coremltools as ct
 
     example = torch.from_numpy(example_rows(towers, tower)[:1])
@@ -145,6 +168,8 @@ def _convert(module: nn.Module, towers: Towers, tower: Tower, precision: str, pa
         compute_precision=ct.precision.FLOAT32 if precision == "fp32" else ct.precision.FLOAT16,
         skip_model_load=True,
     )
+    if active is not None:
+        model = quantize_activations(model, active)
     if precision not in ("fp16", "fp32"):
         model = store_compressed(model, precision)
     model.short_description = f"{towers.contract.name}: {tower} tower, {precision}"

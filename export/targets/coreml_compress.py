@@ -33,6 +33,7 @@ from pocketvlm.export.rounding import round_weight
 # coremltools leaves constants of fewer elements as they are
 SMALLEST = 2048
 PALETTE_BITS = {"palette8": 8, "palette6": 6, "palette4": 4}
+_PER_CHANNEL = ("w8", "mixed", "w8a8-static")
 _LLOYD_STEPS = 60
 _BINS = 512
 
@@ -97,7 +98,7 @@ def compressed_graph(
     prune(graph)
     notes: dict[str, object] = {
         "scheme": "weights-per-channel"
-        if precision in ("w8", "mixed")
+        if precision in _PER_CHANNEL
         else f"{2 ** PALETTE_BITS[precision]}-values-per-tensor",
         "biases": "corrected" if ready else "as they were, for want of calibration data",
     }
@@ -121,7 +122,7 @@ def store_compressed(model: Any, precision: str) -> Any:
     """Let coremltools store the rounded weights of a converted model in as many bits as they need."""
     import coremltools.optimize.coreml as cto
 
-    if precision in ("w8", "mixed"):
+    if precision in _PER_CHANNEL:
         linear = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", granularity="per_channel")
         kept = dict.fromkeys(n for n in cto.get_weights_metadata(model, weight_threshold=1) if FLOAT_WEIGHT in n)
         return cto.linear_quantize_weights(model, cto.OptimizationConfig(global_config=linear, op_name_configs=kept))

@@ -21,7 +21,7 @@ from pocketvlm.edge.errors import UnknownNameError, UsageError
 from pocketvlm.export import prepare, rounding, token_tables
 from pocketvlm.export.budgets import load_budgets
 from pocketvlm.export.fidelity import fidelity, run_module
-from pocketvlm.export.mil.program import load_package
+from pocketvlm.export.mil.program import MilProgram, as_input, load_package
 from pocketvlm.export.parity_coreml import _constants
 from pocketvlm.export.precision import CALIBRATED, PRECISIONS, floor_of
 from pocketvlm.export.targets import get_target, list_targets
@@ -37,7 +37,7 @@ _spec.loader.exec_module(toy)
 
 ONNX = ("fp16", "w8", "w8a8-dynamic", "w8a8-static", "w4")
 EXECUTORCH = ("w8a8-dynamic", "w8a8-static", "w4")
-COREML = ("w8", "palette8", "palette6", "palette4")
+COREML = ("w8", "palette8", "palette6", "palette4", "w8a8-static")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -358,9 +358,44 @@ def test_coreml_stores_exactly_the_weights_that_were_judged(lowered: Lowered, to
                 assert len(np.unique(value)) <= 2 ** PALETTE_BITS[precision]
         notes: Any = variant.notes[tower]
         assert notes["meets_floor"] is True
-        assert notes["held_out_by"] == "the rounded weights in eager float32"
+        assert notes["held_out_by"] == (
+            "coreml-mil" if precision == "w8a8-static" else "the rounded weights in eager float32"
+        )
         assert ("constexpr_lut_to_dense" in notes["kinds"]) == (precision in PALETTE_BITS)
-        assert ("constexpr_affine_dequantize" in notes["kinds"]) == (precision == "w8")
+        assert ("constexpr_affine_dequantize" in notes["kinds"]) == (precision in ("w8", "w8a8-static"))
+        assert ("quantize" in notes["kinds"]) == (precision == "w8a8-static")
+
+
+def test_coreml_takes_the_ranges_of_activations_from_the_calibration_inputs(lowered: Lowered, towers: Towers) -> None:
+    """Each `quantize` before a layer spans what the evaluator of the same package, its activations in float16, saw."""
+    folder, variant = lowered["coreml", "w8a8-static"]
+    calibration = toy.toy_calibration()
+    for tower, rows in (("image", calibration.pixels), ("text", calibration.ids)):
+        spec, plain = load_package(folder / lowered["coreml", "w8"][1].files[tower])
+        (entry,) = spec.description.input
+        fit = prepare.Prepared(module_of(towers, tower), rows).fit
+        seen = _ranges(MilProgram(plain.functions["main"]), entry, fit)
+        _, quantized = load_package(folder / variant.files[tower])
+        found = [op for op in quantized.functions["main"].operations if op.op_type == "quantize"]
+        layers = [op for op in quantized.functions["main"].operations if op.op_type in ("conv", "linear")]
+        assert layers
+        assert all(layer.inputs["x"].op.op_type == "dequantize" for layer in layers)
+        for op in found:
+            low, high = seen.get(op.inputs["input"].name, [0.0, 255.0])
+            assert float(op.inputs["scale"].val) == pytest.approx((high - low) / 255, rel=0.02), op.inputs["input"].name
+
+
+def _ranges(program: MilProgram, entry: Any, rows: Any) -> dict[str, list[float]]:
+    seen: dict[str, list[float]] = {}
+
+    def see(_: str, name: str, value: Any) -> None:
+        if value.is_floating_point():
+            low, high = seen.get(name, [0.0, 0.0])
+            seen[name] = [min(low, float(value.min())), max(high, float(value.max()))]
+
+    for start in range(len(rows)):
+        program.run({entry.name: as_input(entry, rows[start : start + 1])}, see)
+    return seen
 
 
 def test_coreml_packs_palettes_tightly(lowered: Lowered) -> None:
