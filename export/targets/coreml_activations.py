@@ -6,7 +6,6 @@ program take ranges from anywhere, and `export.mil.program` computes every inter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pocketvlm.export.mil.program import MilProgram, as_input
+from pocketvlm.export.prepare import STEM_LAYERS
 
 # what Core ML computes on integers; sums of branches and means stay float16
 _KINDS = ("conv", "linear")
@@ -44,9 +44,9 @@ def measure_ranges(model: Any, rows: NDArray[Any]) -> dict[str, dict[str, np.flo
     return {name: {"rmin": np.float32(low), "rmax": np.float32(high)} for name, (low, high) in found.items()}
 
 
-def quantize_activations(model: Any, rows: NDArray[Any], kinds: Sequence[str] = _KINDS) -> Any:
-    """The model with int8 inputs of its convolutions and linear layers: one scale and zero point for each tensor, from
-    the least to the largest value that `rows` give it. Weights stay as they are.
+def quantize_activations(model: Any, rows: NDArray[Any]) -> Any:
+    """The model with int8 inputs of linear layers, and of convolutions but the first `STEM_LAYERS`: one scale and zero
+    point for each tensor, from the least to the largest value that `rows` give it. Weights stay as they are.
     """
     import coremltools.optimize.coreml as cto
     from coremltools.converters.mil.frontend.milproto import load as milproto
@@ -55,12 +55,19 @@ def quantize_activations(model: Any, rows: NDArray[Any], kinds: Sequence[str] = 
     from coremltools.models import utils
     from coremltools.optimize.coreml.experimental import OpActivationLinearQuantizerConfig
 
+    operations = model._mil_program.functions["main"].operations
+    stem = [op.name for op in operations if op.op_type == "conv"][:STEM_LAYERS]
     # with a zero point: outputs of ReLU and GELU would leave half of a symmetric range empty
     config = OpActivationLinearQuantizerConfig(mode="linear", dtype=np.int8)
     insert = PASS_REGISTRY["compression::insert_prefix_quantize_dequantize_pair"]
     insert.set_options(
         [
-            PassOption("config", cto.OptimizationConfig(op_type_configs=dict.fromkeys(kinds, config))),
+            PassOption(
+                "config",
+                cto.OptimizationConfig(
+                    op_type_configs=dict.fromkeys(_KINDS, config), op_name_configs=dict.fromkeys(stem)
+                ),
+            ),
             PassOption("activation_stats", measure_ranges(model, rows)),
         ]
     )

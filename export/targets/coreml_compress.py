@@ -22,6 +22,7 @@ from pocketvlm.export.prepare import (
     FLOAT_WEIGHT,
     Prepared,
     Rounding,
+    balance_linears,
     capture,
     correct_bias,
     fold_batchnorm,
@@ -86,8 +87,11 @@ def compressed_graph(
     graph = capture(rounded, ready.fit if ready else rows)
     mark_float(graph, blocks)
     fold_batchnorm(graph)
-    rounding = Rounding(values, "none", values, SMALLEST)
+    active = precision == "w8a8-static"
+    rounding = Rounding(values, "fixed" if active else "none", values, SMALLEST)
     if ready:
+        if active:
+            balance_linears(graph, ready.fit)
         exact = capture(module, ready.fit)
         fold_batchnorm(exact)
         correct_bias(graph, ready.fit, 0, rounding, mean_outputs(exact, ready.fit))
