@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 from pocketvlm.edge.contract import ModelContract
 from pocketvlm.edge.errors import IntegrityError, PocketvlmError, UsageError, VersionError, unknown_name
@@ -66,30 +66,25 @@ class Licence:
     url: str = ""
 
 
-class Bundle:
-    """A verified bundle folder. Make one with `Bundle.load`.
+class BundleFolder:
+    """Files of a folder that its bundle.json vouches for, whatever model they hold: what `Bundle` and
+    `edge.vlm_bundle.VlmBundle` share.
 
     folder: where the files are (a private temporary folder for a zip; it lives as long as this object).
-    contract: what the model expects and promises. variants: in the order of bundle.json.
-    raw: bundle.json as parsed. parity: one summary per checked variant. licences: see `Licence`.
-    provenance: how the bundle was made.
+    variants: in the order of bundle.json. raw: bundle.json as parsed. parity: one summary per checked variant.
+    licences: see `Licence`. provenance: how the bundle was made.
     """
 
-    def __init__(self, folder: Path, raw: dict[str, Any], contract: ModelContract) -> None:
+    def __init__(self, folder: Path, raw: dict[str, Any]) -> None:
         self.folder = folder
         self.raw = raw
-        self.contract = contract
         self.variants = tuple(_variant(entry) for entry in raw["variants"])
         self.parity: list[dict[str, Any]] = list(raw.get("parity", []))
         self.licences = tuple(_licence(row) for row in raw.get("licences", []))
         self.provenance: dict[str, Any] = dict(raw.get("provenance", {}))
 
-    def __repr__(self) -> str:
-        kinds = ", ".join(f"{v.target} {v.precision}" for v in self.variants)
-        return f"Bundle({str(self.folder)!r}, {self.contract.name}: {kinds})"
-
     @classmethod
-    def load(cls, bundle: str | Path, verify: bool = True) -> Bundle:
+    def load(cls, bundle: str | Path, verify: bool = True) -> Self:
         """Open a bundle folder or a zip of one.
 
         Args:
@@ -98,7 +93,7 @@ class Bundle:
                 checked in any case.
 
         Raises:
-            UsageError: there is no bundle at this path.
+            UsageError: there is no bundle at this path, or one of another kind of model.
             VersionError: written under a newer schema (or another major one).
             IntegrityError: a file is missing, changed or unlisted; bundle.json is malformed; a zip member
                 would land outside the folder.
@@ -122,18 +117,21 @@ class Bundle:
         return cls._read(path, verify)
 
     @classmethod
-    def _read(cls, folder: Path, verify: bool) -> Bundle:
+    def _made(cls, folder: Path, raw: dict[str, Any]) -> Self:
+        """The object for a parsed bundle.json; what its contract says is checked here."""
+        raise NotImplementedError
+
+    @classmethod
+    def _read(cls, folder: Path, verify: bool) -> Self:
         try:
             raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise _malformed(f"bundle.json is not JSON ({error})") from error
+            raise malformed(f"bundle.json is not JSON ({error})") from error
         if not isinstance(raw, dict):
-            raise _malformed("bundle.json is not an object")
+            raise malformed("bundle.json is not an object")
         check_schema_version(raw.get("schema_version"), "bundle")
         try:
-            loaded = cls(folder, raw, ModelContract.from_dict(raw["contract"]))
-            if raw.get("contract_sha256") not in (None, loaded.contract.digest()):
-                raise _malformed("the contract in bundle.json is not the one that it was exported with")
+            loaded = cls._made(folder, raw)
             for relative, entry in raw["files"].items():
                 _check_relative(relative)
                 if not isinstance(entry["sha256"], str):
@@ -141,35 +139,11 @@ class Bundle:
         except PocketvlmError:
             raise
         except (KeyError, TypeError, AttributeError) as error:
-            raise _malformed(f"bundle.json lacks or garbles a field ({type(error).__name__}: {error})") from error
+            raise malformed(f"bundle.json lacks or garbles a field ({type(error).__name__}: {error})") from error
         loaded._check_presence()
         if verify:
             loaded.verify()
         return loaded
-
-    def variant(self, target: str, precision: str = "auto", dim: int | None = None) -> BundleVariant:
-        """The variant for this target and precision; "auto" takes the most faithful (`PRECISION_ORDER`).
-
-        Raises:
-            UnknownNameError: no variant has this target, or none of that target this precision or width.
-        """
-        of_target = [v for v in self.variants if v.target == target]
-        if not of_target:
-            raise unknown_name("target of this bundle", target, {v.target for v in self.variants})
-        of_dim = [v for v in of_target if dim is None or (v.dim or self.contract.embed_dim) == dim]
-        if not of_dim:
-            widths = {str(v.dim or self.contract.embed_dim) for v in of_target}
-            raise unknown_name(f"embedding width of this bundle's {target} variants", str(dim), widths)
-        if dim is None:  # the full width unless another is asked for
-            of_dim = sorted(of_dim, key=lambda v: -(v.dim or self.contract.embed_dim))
-        wanted = PRECISION_ORDER if precision == "auto" else (precision,)
-        for name in wanted:
-            for variant in of_dim:
-                if variant.precision == name:
-                    return variant
-        if precision == "auto":
-            return of_dim[0]
-        raise unknown_name(f"precision of this bundle's {target} variants", precision, {v.precision for v in of_dim})
 
     def path(self, relative: str) -> Path:
         """A listed file, or a folder of listed files, of this bundle.
@@ -184,22 +158,6 @@ class Bundle:
                 "it stays unread: export the bundle again"
             )
         return self.folder / relative
-
-    def conformance(self) -> dict[str, Any]:
-        """The language-neutral test vectors, as parsed from `conformance/vectors.json`.
-
-        Raises:
-            IntegrityError: the bundle has none, or the file is not JSON.
-        """
-        relative = self.raw.get("conformance")
-        if not relative:
-            raise IntegrityError(
-                "the bundle has no conformance vectors, so a runtime cannot be checked against it; export it again"
-            )
-        try:
-            return json.loads(self.path(relative).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise _malformed(f"{relative} is not JSON ({error})") from error
 
     def verify(self) -> None:
         """Hash every listed file and look for unlisted ones.
@@ -234,6 +192,73 @@ class Bundle:
                     f"bundle file {relative!r} is listed in bundle.json and missing from {str(self.folder)!r}; "
                     "the bundle is incomplete, so copy or export it again"
                 )
+
+
+class Bundle(BundleFolder):
+    """A verified bundle folder of embeddings or a classifier. Make one with `Bundle.load`.
+
+    contract: what the model expects and promises.
+    """
+
+    def __init__(self, folder: Path, raw: dict[str, Any], contract: ModelContract) -> None:
+        super().__init__(folder, raw)
+        self.contract = contract
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{v.target} {v.precision}" for v in self.variants)
+        return f"Bundle({str(self.folder)!r}, {self.contract.name}: {kinds})"
+
+    @classmethod
+    def _made(cls, folder: Path, raw: dict[str, Any]) -> Self:
+        if raw["contract"].get("kind") == "vlm":
+            raise UsageError(
+                f"bundle {str(folder)!r} holds a model that answers in words and one that embeds is expected; it has "
+                "no embeddings, so open it with pocketvlm.edge.vlm.EdgeVLM or 'pocketvlm vlm ask'"
+            )
+        loaded = cls(folder, raw, ModelContract.from_dict(raw["contract"]))
+        if raw.get("contract_sha256") not in (None, loaded.contract.digest()):
+            raise malformed("the contract in bundle.json is not the one that it was exported with")
+        return loaded
+
+    def variant(self, target: str, precision: str = "auto", dim: int | None = None) -> BundleVariant:
+        """The variant for this target and precision; "auto" takes the most faithful (`PRECISION_ORDER`).
+
+        Raises:
+            UnknownNameError: no variant has this target, or none of that target this precision or width.
+        """
+        of_target = [v for v in self.variants if v.target == target]
+        if not of_target:
+            raise unknown_name("target of this bundle", target, {v.target for v in self.variants})
+        of_dim = [v for v in of_target if dim is None or (v.dim or self.contract.embed_dim) == dim]
+        if not of_dim:
+            widths = {str(v.dim or self.contract.embed_dim) for v in of_target}
+            raise unknown_name(f"embedding width of this bundle's {target} variants", str(dim), widths)
+        if dim is None:  # the full width unless another is asked for
+            of_dim = sorted(of_dim, key=lambda v: -(v.dim or self.contract.embed_dim))
+        wanted = PRECISION_ORDER if precision == "auto" else (precision,)
+        for name in wanted:
+            for variant in of_dim:
+                if variant.precision == name:
+                    return variant
+        if precision == "auto":
+            return of_dim[0]
+        raise unknown_name(f"precision of this bundle's {target} variants", precision, {v.precision for v in of_dim})
+
+    def conformance(self) -> dict[str, Any]:
+        """The language-neutral test vectors, as parsed from `conformance/vectors.json`.
+
+        Raises:
+            IntegrityError: the bundle has none, or the file is not JSON.
+        """
+        relative = self.raw.get("conformance")
+        if not relative:
+            raise IntegrityError(
+                "the bundle has no conformance vectors, so a runtime cannot be checked against it; export it again"
+            )
+        try:
+            return json.loads(self.path(relative).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise malformed(f"{relative} is not JSON ({error})") from error
 
 
 def sha256_file(path: str | Path) -> str:
@@ -304,7 +329,8 @@ def _licence(row: dict[str, Any]) -> Licence:
     return Licence(row["what"], row["licence"], row.get("attribution") or "", row.get("url") or "")
 
 
-def _malformed(detail: str) -> IntegrityError:
+def malformed(detail: str) -> IntegrityError:
+    """The error for a bundle.json that cannot be read."""
     return IntegrityError(f"{detail}; the bundle cannot be read, so copy or export it again")
 
 

@@ -33,6 +33,16 @@ class Asked:
         return exact_match(self.answer, self.question.answer)
 
 
+def drawn_questions(pictures: PictureSet, *, scenes: int, questions: int = 4) -> list[tuple[Scene, list[Question]]]:
+    """The first `scenes` scenes of the test stream, the same for every model, with up to `questions` about each."""
+    return [ask_about(pictures, _SEED, index, questions) for index in range(scenes)]
+
+
+def longest_answer(question: Question) -> int:
+    """Tokens that an answer may have."""
+    return _CAPTION_TOKENS if question.type in CAPTIONS else _TOKENS
+
+
 def answer_scenes(
     model: Vlm, pictures: PictureSet, table: SceneTable, *, scenes: int, questions: int = 4, batch: int = 256
 ) -> tuple[list[Scene], list[Asked]]:
@@ -42,7 +52,7 @@ def answer_scenes(
     """
     device = model.decoder.embed_tokens.weight.device
     composer = Composer(table, device)
-    drawn = [ask_about(pictures, _SEED, index, questions) for index in range(scenes)]
+    drawn = drawn_questions(pictures, scenes=scenes, questions=questions)
     asked = [(index, question) for index, (_, found) in enumerate(drawn) for question in found]
     # alike lengths together, and the order of composed scenes
     order = sorted(
@@ -52,7 +62,7 @@ def answer_scenes(
     for start in range(0, len(order), batch):
         part = sorted(order[start : start + batch], key=lambda i: (drawn[asked[i][0]][0].grid, i))
         pixels = composer(drawn_scenes([drawn[asked[i][0]][0] for i in part], len(pictures), 1, None).to(device))
-        longest = _CAPTION_TOKENS if any(asked[i][1].type in CAPTIONS for i in part) else _TOKENS
+        longest = max(longest_answer(asked[i][1]) for i in part)
         answers = model.generate(pixels, [asked[i][1].text for i in part], max_new_tokens=longest)
         said |= dict(zip(part, answers))
     return [scene for scene, _ in drawn], [Asked(*asked[i], said[i]) for i in range(len(asked))]

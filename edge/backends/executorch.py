@@ -37,7 +37,7 @@ class ExecuTorchBackend:
             self._torch = require("torch", _EXTRA)
             runtime = require("executorch.runtime", _EXTRA)
             library = require("executorch.extension.pybindings.portable_lib", _EXTRA)
-        self.threads = _settle_threads(library, threads)
+        self.threads = settle_threads(library, threads)
         # methods of one program share their planned memory, so calls take turns
         self._lock = threading.Lock()
         self._programs: dict[Path, Any] = {}
@@ -45,7 +45,7 @@ class ExecuTorchBackend:
         self._chunks: dict[str, int] = {}
         for tower, path in files.items():
             if path not in self._programs:
-                self._programs[path] = _load_program(runtime, path)
+                self._programs[path] = load_program(runtime, path)
             self._methods[tower], largest = _load_method(self._programs[path], tower, path)
             self._chunks[tower] = 1 if batch == "fixed-1" else max(1, largest)
 
@@ -69,7 +69,8 @@ class ExecuTorchBackend:
         return run_in_chunks(call, inputs, self._chunks[tower])
 
 
-def _settle_threads(library: Any, threads: int | None) -> int:
+def settle_threads(library: Any, threads: int | None) -> int:
+    """How many threads the process's pool has from now on: as many as its first model asked for."""
     global _pool_threads
     with _pool_lock:
         if _pool_threads is None:
@@ -86,11 +87,13 @@ def _settle_threads(library: Any, threads: int | None) -> int:
         return _pool_threads
 
 
-def _load_program(runtime: Any, path: Path) -> Any:
+def load_program(runtime: Any, path: Path) -> Any:
+    """Raises:
+    IntegrityError: the file is no program."""
     try:
         return runtime.Runtime.get().load_program(path, verification=runtime.Verification.InternalConsistency)
     except Exception as error:  # the binding raises bare RuntimeError with a code
-        raise _unloadable(path, error) from error
+        raise unloadable(path, error) from error
 
 
 def _load_method(program: Any, tower: str, path: Path) -> tuple[Any, int]:
@@ -112,10 +115,11 @@ def _load_method(program: Any, tower: str, path: Path) -> tuple[Any, int]:
     try:
         return program.load_method(name), int(info.sizes()[0])
     except Exception as error:
-        raise _unloadable(path, error) from error
+        raise unloadable(path, error) from error
 
 
-def _unloadable(path: Path, error: Exception) -> IntegrityError:
+def unloadable(path: Path, error: Exception) -> IntegrityError:
+    """The error for a program or method that the runtime refuses."""
     return IntegrityError(
         f"ExecuTorch cannot load {path.name} ({error}); nothing can run, so export it again or upgrade executorch"
     )

@@ -196,11 +196,11 @@ def test_executorch_threads_are_set_before_the_first_method_and_never_again(monk
     resets: list[int] = []
     library = types.SimpleNamespace(_threadpool_get_thread_count=lambda: 9, _unsafe_reset_threadpool=resets.append)
     monkeypatch.setattr(executorch_backend, "_pool_threads", None)
-    assert executorch_backend._settle_threads(library, 3) == 3
-    assert executorch_backend._settle_threads(library, 3) == 3
-    assert executorch_backend._settle_threads(library, None) == 3
+    assert executorch_backend.settle_threads(library, 3) == 3
+    assert executorch_backend.settle_threads(library, 3) == 3
+    assert executorch_backend.settle_threads(library, None) == 3
     with pytest.warns(RuntimeWarning, match="cannot change to 1"):
-        assert executorch_backend._settle_threads(library, 1) == 3
+        assert executorch_backend.settle_threads(library, 1) == 3
     assert resets == [3]
 
 

@@ -1,0 +1,164 @@
+"""The two graphs of a generative student, on static shapes: the picture, and one step over the key-value cache.
+
+The step is `Decoder.step` for one conversation, arranged for speed: one matrix for queries, keys and values and one for
+both halves of the MLP, rotary positions of queries and keys together, keys and values never repeated for the queries
+that share them. It is checked against the decoder itself before anything is written.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pocketvlm.edge.errors import UsageError
+from pocketvlm.students.vlm.decoder import Block, Decoder, RMSNorm
+from pocketvlm.students.vlm.model import Vlm
+from pocketvlm.students.vlm.tokenizer import BOS
+
+# of a place that may not be seen; its share is exactly 0 after softmax in every precision, and float16 holds it
+_UNSEEN = -3e4
+# the largest difference of hidden states that the order of sums in float64 explains
+_ALLOWED = 1e-9
+
+
+class Picture(nn.Module):
+    """uint8 [1, S, S, 3] to the embeddings [1, P, W] of the places before the text."""
+
+    def __init__(self, model: Vlm) -> None:
+        super().__init__()
+        # the same model with a decoder that knows `<BOS>` alone: no file of a picture needs the whole table
+        self.model = copy.copy(model)
+        self.model._modules = dict(model._modules)
+        self.model.decoder = _Begin(model.decoder.embed_tokens.weight)  # type: ignore[assignment]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model.picture(pixels)
+
+
+class _Begin(nn.Module):
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding.from_pretrained(table[: BOS + 1].detach().clone())
+
+
+class Step(nn.Module):
+    """Embeddings [1, T, W], positions int32 [T] and 2 * L caches [1, Hkv, C, D] (keys and values of each layer in turn)
+    to the last hidden state [1, W] and the caches with the new keys and values in place.
+
+    A query at position p sees what the caches hold up to p and all before the text; what lies behind is never seen
+    before it is overwritten, so that a prompt needs no padding mask and a cache no clearing.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    places: Tensor
+
+    def __init__(self, decoder: Decoder, prefix: int) -> None:
+        super().__init__()
+        self.last_of_prefix = prefix - 1
+        self.layers = nn.ModuleList(_Layer(block) for block in decoder.layers)  # type: ignore[arg-type]
+        self.norm = _Norm(decoder.norm)
+        self.register_buffer("cos", decoder.cos.detach().clone())
+        self.register_buffer("sin", decoder.sin.detach().clone())
+        self.register_buffer("places", torch.arange(decoder.config.context_length, dtype=torch.int32))
+
+    def forward(self, x: Tensor, positions: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        cos = self.cos.index_select(0, positions)[:, None]
+        sin = self.sin.index_select(0, positions)[:, None]
+        reach = positions.clamp(min=self.last_of_prefix)[:, None]
+        unseen = (self.places > reach).to(x.dtype) * _UNSEEN
+        index = positions.long()[None, None, :, None].expand(1, caches[0].shape[1], -1, caches[0].shape[3])
+        written: list[Tensor] = []
+        for number, layer in enumerate(self.layers):
+            keys, values = caches[2 * number : 2 * number + 2]
+            x, keys, values = layer(x, cos, sin, unseen, index, keys, values)
+            written += [keys, values]
+        return self.norm(x[:, -1]), *written
+
+
+class _Norm(nn.Module):
+    """A root-mean-square norm as the operators that runtimes know as one."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class _Layer(nn.Module):
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        attention, mlp = block.self_attn, block.mlp
+        self.heads, self.kv_heads, self.head_width = attention.heads, attention.kv_heads, attention.head_width
+        self.before_attention = _Norm(block.input_layernorm)
+        self.qkv = _stacked(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = attention.o_proj
+        self.before_mlp = _Norm(block.post_attention_layernorm)
+        self.gate_up = _stacked(mlp.gate_proj, mlp.up_proj)
+        self.down = mlp.down_proj
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, unseen: Tensor, index: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        length, each = x.shape[1], self.heads // self.kv_heads
+        heads = self.qkv(self.before_attention(x)).view(length, self.heads + 2 * self.kv_heads, self.head_width)
+        turned, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        first, second = turned.chunk(2, dim=-1)
+        turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+        q, k = turned.split([self.heads, self.kv_heads], dim=1)
+        keys = keys.scatter(2, index, k.transpose(0, 1)[None])
+        values = values.scatter(2, index, v.transpose(0, 1)[None])
+        # queries that share keys as rows of one product: [1, Hkv, each * T, D]
+        q = q.view(length, self.kv_heads, each, self.head_width).permute(1, 2, 0, 3)
+        q = q.reshape(1, self.kv_heads, each * length, self.head_width)
+        scores = (q @ keys.transpose(2, 3)) * self.head_width**-0.5
+        scores = scores.view(self.kv_heads, each, length, -1) + unseen
+        shares = torch.softmax(scores, dim=-1).view(1, self.kv_heads, each * length, -1)
+        mixed = (shares @ values).view(self.kv_heads, each, length, self.head_width)
+        x = x + self.out(mixed.permute(2, 0, 1, 3).reshape(1, length, self.heads * self.head_width))
+        gate, up = self.gate_up(self.before_mlp(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up), keys, values
+
+
+def _stacked(*layers: nn.Linear) -> nn.Linear:
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    return made
+
+
+def empty_caches(decoder: Decoder) -> list[Tensor]:
+    """2 * L zeros [1, Hkv, C, D], in the decoder's type."""
+    config = decoder.config
+    shape = (1, config.kv_heads, config.context_length, config.width // config.heads)
+    return [torch.zeros(shape, dtype=decoder.embed_tokens.weight.dtype) for _ in range(2 * config.layers)]
+
+
+@torch.no_grad()
+def checked_step(model: Vlm) -> Step:
+    """The model's `Step`, after it was compared in float64 with `Decoder.step` on a prompt and two tokens more.
+
+    Raises:
+        UsageError: they differ, which means that the decoder is of a kind that this export does not know.
+    """
+    decoder, prefix = copy.deepcopy(model.decoder).double().eval(), model.prefix
+    step = Step(decoder, prefix).eval()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, prefix + 5, decoder.config.width, generator=generator, dtype=torch.float64)
+    caches, (keys, values) = empty_caches(decoder), decoder.empty_cache(1)
+    for start, end in ((0, prefix + 3), (prefix + 3, prefix + 4), (prefix + 4, prefix + 5)):
+        positions = torch.arange(start, end)
+        expected, keys, values = decoder.step(x[:, start:end], positions[None], keys, values, prefix - 1)
+        found, *caches = step(x[:, start:end], positions.int(), *caches)
+        gap = float((found - expected[:, -1]).abs().max() / expected.abs().max().clamp(min=1))
+        if not gap <= _ALLOWED:
+            raise UsageError(
+                f"the decoder of {model.config.name!r} computes otherwise than its exported step (by {gap:.1g}); the "
+                "bundle would say other things, so export a student with the decoder of students.vlm"
+            )
+    return Step(model.decoder, prefix).eval()
