@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 from tyro.conf import Positional, arg
 
-from pocketvlm import cli_edge, cli_engine, cli_measure, cli_mobile, cli_parity, cli_search
+from pocketvlm import cli_edge, cli_engine, cli_measure, cli_mobile, cli_parity, cli_search, cli_vlm_distill
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
 from pocketvlm.table import emit
 
@@ -27,6 +27,9 @@ teacher_app = tyro.extras.SubcommandApp()
 reference_app = tyro.extras.SubcommandApp()
 app.command(teacher_app, name="teacher", help="Look at a teacher before you train on it.")
 app.command(reference_app, name="reference", help="Record and show reference runs.")
+vlm_app = tyro.extras.SubcommandApp()
+app.command(vlm_app, name="vlm", help="Generative students: distil, score.")
+cli_vlm_distill.register(vlm_app)
 cli_engine.register(app)
 cli_measure.register(app)
 cli_mobile.register(app)
