@@ -61,8 +61,8 @@ class Plan:
     steps: int = 1500
     batch: int = 16
     rate: float = 3e-3
-    taught: int = 2000
-    labelled: int = 2000
+    taught: int = 1600
+    labelled: int = 1200
     questions: int = 8
     test_scenes: int = 500
     share: float = 0.25
@@ -352,11 +352,12 @@ def main(
     """Prepare, run what is missing, and write the result."""
     torch.set_num_threads(1)
     made = prepare(plan, teacher, words, work, trial)
+    folder = work / "trial" if trial else work
     jobs = [(arm, seed) for seed in seeds for arm in arms] + [(arm, seeds[0]) for arm in extra]
     runs: list[dict[str, Any]] = []
     result: dict[str, Any] = {"arms": {}}
     for arm, seed in jobs:
-        runs.append(run_one(arm, seed, plan, made, words, work))
+        runs.append(run_one(arm, seed, plan, made, words, folder))
         result = {
             "plan": dataclasses.asdict(plan),
             "fold": FOLD,
@@ -374,7 +375,7 @@ def main(
             "machine": machine(),
         }
         if trial:
-            write_text(work / name, json.dumps(result, indent=1) + "\n")
+            write_text(folder / name, json.dumps(result, indent=1) + "\n")
         else:
             write(name, result)
     for arm, row in result["arms"].items():

@@ -25,7 +25,7 @@ from benchmarks.results_folder import machine, write, write_text
 from pocketvlm.distill.vlm.features import trunk_features, without_trunk
 from pocketvlm.distill.vlm.list_answers import list_answers
 from pocketvlm.distill.vlm.mpa import holds, parity_gaps
-from pocketvlm.distill.vlm.pseudo import labelled_numbers, pseudo_labelled, subset
+from pocketvlm.distill.vlm.pseudo import labelled_numbers, picture_answers, pseudo_labelled, subset
 from pocketvlm.distill.vlm.recipe import VlmRecipe
 from pocketvlm.distill.vlm.scene_list import SceneList, composer_of
 from pocketvlm.distill.vlm.stages import Source, StageRun
@@ -67,7 +67,9 @@ def run_share(
     )
     with without_trunk(model):
         StageRun(model, half_of(plan, seed), Source(true, kept), None, folder / "first", say=say).run(resume=True)
-    said = pseudo_labelled(teacher, pictures, known)
+    unlabelled = sorted(set(range(len(pictures))) - set(known))
+    answered = picture_answers(teacher, pictures, unlabelled, kept=work, bfloat16=plan.bfloat16)
+    said = pseudo_labelled(pictures, known, answered)
     asked = SceneList.draw(said, tokens, scenes=scenes, seed=_ASKED, **shared)
     composer = composer_of(pictures, side, variants=3)
     own, theirs = (

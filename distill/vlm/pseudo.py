@@ -6,7 +6,9 @@ is read: names, kind, colour and concept of a picture that lacks its labels are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -15,9 +17,12 @@ from pocketvlm.data.main_colour import COLOURS
 from pocketvlm.data.scene_words import ENGLISH, KIND_WORDS, OTHER_LANGUAGES
 from pocketvlm.data.scenes import Picture, PictureSet, Scene
 from pocketvlm.data.splits import has_caption
+from pocketvlm.distill.vlm.answer_cache import model_digest
 from pocketvlm.distill.vlm.batches import drawn_scenes
+from pocketvlm.distill.vlm.features import without_trunk
 from pocketvlm.distill.vlm.scene_list import composer_of
 from pocketvlm.students.vlm.model import Vlm
+from pocketvlm.teachers.files import write_atomic
 
 _BATCH = 64
 _TOKENS = 16
@@ -32,33 +37,58 @@ def subset(pictures: PictureSet, numbers: Sequence[int]) -> PictureSet:
     return PictureSet([pictures.pictures[n] for n in numbers], [pictures.pixels[n] for n in numbers])
 
 
-def pseudo_labelled(teacher: Vlm, pictures: PictureSet, labelled: Sequence[int]) -> PictureSet:
-    """The same pictures in the same order; all but `labelled` have the teacher's answers in place of their facts.
+def picture_answers(
+    teacher: Vlm, pictures: PictureSet, numbers: Sequence[int], *, kept: Path | None = None, bfloat16: bool = False
+) -> dict[str, dict[str, str]]:
+    """By uid what the teacher says of these pictures, each shown alone: its name by language, "kind" and "colour".
+
+    kept: folder of a file that is read and added to, named after the teacher. bfloat16: autocast of its forward.
+    """
+    path = None if kept is None else kept / f"said-{model_digest(teacher)[:16]}-{'bf16' if bfloat16 else 'fp32'}.json"
+    found: dict[str, dict[str, str]] = {}
+    if path is not None and path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    asked = [number for number in numbers if pictures.pictures[number].uid not in found]
+    if not asked:
+        return found
+    prompts = {"en": ENGLISH["name"][0]} | {language: row[0] for language, row in OTHER_LANGUAGES.items()}
+    prompts |= {"kind": ENGLISH["kind"][0], "colour": ENGLISH["colour"][0]}
+    composer = composer_of(subset(pictures, asked), teacher.config.vision.size)
+    device = teacher.decoder.embed_tokens.weight.device
+    for start in range(0, len(asked), _BATCH):
+        part = asked[start : start + _BATCH]
+        scenes = [Scene(1, (place,)) for place in range(start, start + len(part))]
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            seen = teacher.vision(composer(drawn_scenes(scenes, len(asked), 1, None)).to(device))
+            with without_trunk(teacher):
+                said = {
+                    key: teacher.generate(seen, [prompt] * len(part), max_new_tokens=_TOKENS)
+                    for key, prompt in prompts.items()
+                }
+        for place, number in enumerate(part):
+            found[pictures.pictures[number].uid] = {key: answers[place] for key, answers in said.items()}
+        if path is not None:
+            write_atomic(path, json.dumps(found, ensure_ascii=False).encode())
+    return found
+
+
+def pseudo_labelled(pictures: PictureSet, labelled: Sequence[int], said: Mapping[str, Mapping[str, str]]) -> PictureSet:
+    """The same pictures in the same order; all but `labelled` have what was said (`picture_answers`) for their facts.
 
     An answer that is no kind or no colour that there is gives None; pictures of the same given name are one concept.
     """
     kept = set(labelled)
-    asked = [number for number in range(len(pictures)) if number not in kept]
-    composer = composer_of(pictures, teacher.config.vision.size)
-    prompts = {"en": ENGLISH["name"][0]} | {language: row[0] for language, row in OTHER_LANGUAGES.items()}
-    prompts |= {"kind": ENGLISH["kind"][0], "colour": ENGLISH["colour"][0]}
-    device = teacher.decoder.embed_tokens.weight.device
-    said: dict[str, list[str]] = {key: [] for key in prompts}
-    for start in range(0, len(asked), _BATCH):
-        scenes = [Scene(1, (number,)) for number in asked[start : start + _BATCH]]
-        with torch.no_grad():
-            pixels = composer(drawn_scenes(scenes, len(pictures), 1, None)).to(device)
-            for key, prompt in prompts.items():
-                said[key] += teacher.generate(pixels, [prompt] * len(scenes), max_new_tokens=_TOKENS)
     found = list(pictures.pictures)
-    for place, number in enumerate(asked):
-        names = {key: said[key][place] or "unknown" for key in prompts if key not in ("kind", "colour")}
-        kind, colour = said["kind"][place], said["colour"][place]
+    for number, picture in enumerate(pictures.pictures):
+        if number in kept:
+            continue
+        answers = said[picture.uid]
+        names = {key: answer or "unknown" for key, answer in answers.items() if key not in ("kind", "colour")}
         found[number] = Picture(
-            uid=found[number].uid,
+            uid=picture.uid,
             names=names,
-            kind=kind if kind in KIND_WORDS else None,
-            colour=colour if colour in COLOURS else None,
+            kind=answers["kind"] if answers["kind"] in KIND_WORDS else None,
+            colour=answers["colour"] if answers["colour"] in COLOURS else None,
             group=f"said:{normalise_answer(names['en'])}",
         )
     return PictureSet(found, pictures.pixels)

@@ -14,7 +14,7 @@ from pocketvlm.distill.checkpoint import write_text_atomically
 from pocketvlm.distill.vlm.answer_cache import check_vocabulary, kept_answers
 from pocketvlm.distill.vlm.evaluate import evaluate_vlm
 from pocketvlm.distill.vlm.features import trunk_features, without_trunk
-from pocketvlm.distill.vlm.pseudo import agreement, labelled_numbers, pseudo_labelled, subset
+from pocketvlm.distill.vlm.pseudo import agreement, labelled_numbers, picture_answers, pseudo_labelled, subset
 from pocketvlm.distill.vlm.recipe import VlmRecipe
 from pocketvlm.distill.vlm.scene_list import SceneList, composer_of
 from pocketvlm.distill.vlm.stages import Live, Source, StageRun
@@ -64,8 +64,10 @@ def sources_of(
             f"none of {len(pictures)} pictures keeps its labels at data.captions {data.captions:g}, so nothing true is "
             "known of any; raise that share"
         )
-    said = pseudo_labelled(teacher, pictures, known)
     unlabelled = sorted(set(range(len(pictures))) - set(known))
+    answered = picture_answers(teacher, pictures, unlabelled, kept=work, bfloat16=recipe.optim.bfloat16)
+    said = pseudo_labelled(pictures, known, answered)
+    say(f"the teacher named {len(unlabelled)} pictures")
     few, side, tokens = subset(pictures, known), student.config.vision.size, student.tokenizer.json
     shared = {"questions": data.questions, "length": data.length, "variants": data.variants}
     true = SceneList.draw(few, tokens, scenes=data.labelled_scenes, seed=data.seed + _LABELLED, **shared)

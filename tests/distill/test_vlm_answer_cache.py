@@ -23,7 +23,7 @@ from pocketvlm.distill.vlm.answer_cache import (
 )
 from pocketvlm.distill.vlm.features import KeptTrunk, trunk_features, without_trunk
 from pocketvlm.distill.vlm.losses import DIRECTIONS, kept_divergence, relation_distance, token_divergence
-from pocketvlm.distill.vlm.pseudo import agreement, labelled_numbers, pseudo_labelled, subset
+from pocketvlm.distill.vlm.pseudo import agreement, labelled_numbers, picture_answers, pseudo_labelled, subset
 from pocketvlm.distill.vlm.scene_list import SceneList, composer_of
 from pocketvlm.edge.errors import IntegrityError, UnknownNameError, UsageError
 from pocketvlm.students.vlm.model import Vlm
@@ -231,7 +231,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
         _made(tmp_path, made_list(), stranger)
 
 
-def test_facts_of_unlabelled_pictures_are_the_teachers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_of_unlabelled_pictures_are_the_teachers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny(3)
     answers = {"What kind": "animal", "What is the main": "plaid"}
 
@@ -239,7 +239,9 @@ def test_facts_of_unlabelled_pictures_are_the_teachers_alone(monkeypatch: pytest
         return [next((a for q, a in answers.items() if prompt.startswith(q)), "thing b") for prompt in prompts]
 
     monkeypatch.setattr(teacher, "generate", say)
-    said = pseudo_labelled(teacher, PICTURES, [0, 5])
+    unlabelled = [number for number in range(len(PICTURES)) if number not in (0, 5)]
+    answered = picture_answers(teacher, PICTURES, unlabelled, kept=tmp_path)
+    said = pseudo_labelled(PICTURES, [0, 5], answered)
     for number, (own, true) in enumerate(zip(said.pictures, PICTURES.pictures)):
         if number in (0, 5):
             assert own == true
@@ -247,9 +249,12 @@ def test_facts_of_unlabelled_pictures_are_the_teachers_alone(monkeypatch: pytest
             assert (own.uid, own.name, own.kind, own.colour) == (true.uid, "thing b", "animal", None)
             assert own.group == "said:thing b"
     assert agreement(said, PICTURES, [1, 4]) == {"name": 0.5, "kind": 0.5, "colour": 0.0}
-    # what the teacher is told does not depend on labels
+    # what is said does not depend on labels
     bare = PictureSet([p if n in (0, 5) else _blank(p) for n, p in enumerate(PICTURES.pictures)], PICTURES.pixels)
-    assert pseudo_labelled(teacher, bare, [0, 5]).pictures == said.pictures
+    assert pseudo_labelled(bare, [0, 5], picture_answers(teacher, bare, unlabelled)).pictures == said.pictures
+    # asked once
+    monkeypatch.setattr(teacher, "generate", lambda *_, **__: pytest.fail("asked again"))
+    assert picture_answers(teacher, PICTURES, unlabelled, kept=tmp_path) == answered
     few = labelled_numbers(PICTURES, 0.3)
     assert 0 < len(few) < len(PICTURES)
     assert [p.uid for p in subset(PICTURES, few).pictures] == [PICTURES.pictures[n].uid for n in few]
