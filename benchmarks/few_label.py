@@ -172,6 +172,8 @@ def prepare(plan: Plan, teacher_folder: Path, words: Path, work: Path, trial: bo
         print(f"{time.monotonic() - begun:7.0f} s  {line}", flush=True)
 
     teacher = load_vlm(teacher_folder)
+    if plan.bfloat16:
+        teacher.to(torch.bfloat16)
     start = student_of(plan, words, teacher.tokenizer.json, 0)
     pictures, shown = pools(trial)
     sources = sources_of(recipe_of("distilled", 0, plan), teacher, start, pictures, work, say)

@@ -54,6 +54,8 @@ def run_share(
 
     folder.mkdir(parents=True, exist_ok=True)
     teacher = load_vlm(teacher_folder)
+    if plan.bfloat16:
+        teacher.to(torch.bfloat16)
     tokens = teacher.tokenizer.json
     model = student_of(plan, words, tokens, seed)
     side = model.config.vision.size
@@ -68,7 +70,7 @@ def run_share(
     with without_trunk(model):
         StageRun(model, half_of(plan, seed), Source(true, kept), None, folder / "first", say=say).run(resume=True)
     unlabelled = sorted(set(range(len(pictures))) - set(known))
-    answered = picture_answers(teacher, pictures, unlabelled, kept=work, bfloat16=plan.bfloat16)
+    answered = picture_answers(teacher, pictures, unlabelled, kept=work)
     said = pseudo_labelled(pictures, known, answered)
     asked = SceneList.draw(said, tokens, scenes=scenes, seed=_ASKED, **shared)
     composer = composer_of(pictures, side, variants=3)

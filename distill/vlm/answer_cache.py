@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
@@ -44,8 +45,9 @@ class Taught(NamedTuple):
 
 
 def model_digest(model: Vlm) -> str:
-    """sha256 of a model's configuration, tokenizer and weights."""
-    whole = hashlib.sha256(model.config.model_dump_json().encode() + model.tokenizer.json)
+    """sha256 of a model's configuration, tokenizer, weights, and of the type that it computes in."""
+    weight = model.decoder.embed_tokens.weight
+    whole = hashlib.sha256(f"{model.config.model_dump_json()}{weight.dtype}".encode() + model.tokenizer.json)
     for name, value in sorted(model.state_dict().items()):
         whole.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
     return whole.hexdigest()
@@ -98,14 +100,18 @@ def teach(teacher: Vlm, scenes: SceneList, chosen: Sequence[int], seen: Tensor, 
     rows = scenes.rows(chosen).to(seen.device)
     hidden = teacher.hidden(seen, rows)
     answers = hidden[:, teacher.prefix :].flatten(0, 1)[rows.places]
-    logs, ids = largest(teacher.decoder.logits(answers).float().log_softmax(dim=1), top)
+    logs, ids = largest(_log_shares(teacher, answers), top)
     visual = hidden[:, 1 : teacher.prefix].float()
     if not places:
         return Taught(ids, logs, None, None, gram_root(visual))
-    shares = teacher.decoder.logits(visual.flatten(0, 1)).float().log_softmax(dim=1)
-    place_logs, place_ids = largest(shares, top)
+    place_logs, place_ids = largest(_log_shares(teacher, visual.flatten(0, 1)), top)
     shape = visual.shape[:2]
     return Taught(ids, logs, place_ids.unflatten(0, shape), place_logs.unflatten(0, shape), gram_root(visual))
+
+
+def _log_shares(teacher: Vlm, hidden: Tensor) -> Tensor:
+    """[N, V] in float32, whatever the teacher computes in: logits of half precision would be rounded by up to 0.03."""
+    return F.linear(hidden.float(), teacher.decoder.embed_tokens.weight.float()).log_softmax(dim=1)
 
 
 def gram_root(visual: Tensor) -> Tensor:
@@ -122,15 +128,13 @@ def kept_answers(
     teacher: Vlm | None = None,
     composer: Composer | None = None,
     places: bool = False,
-    bfloat16: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> KeptAnswers:
     """Open the cache of this list, or make it, or go on making it.
 
     Args:
         folder: of this one list. top: k, at most the vocabulary. teacher, composer: None opens what is complete;
-            the teacher is then not needed at all. places: keep the distributions at the picture's places too. bfloat16:
-            autocast of the teacher's forward; distributions are taken in float32.
+            the teacher is then not needed at all. places: keep the distributions at the picture's places too.
 
     Raises:
         UsageError: nothing complete and no teacher, a teacher of another vocabulary, or k out of range.
@@ -148,7 +152,6 @@ def kept_answers(
         "tokenizer": tokens_digest(scenes),
         "top": top,
         "places": places,
-        "bfloat16": bfloat16,
         "parts": -(-len(scenes) // _PART),
     }
     if teacher is not None:
@@ -161,7 +164,7 @@ def kept_answers(
                 "the teacher's folder"
             )
         write_atomic(folder / REQUEST, json.dumps(asked, indent=1).encode())
-        _make(folder, scenes, teacher, composer, top, places, bfloat16, say)
+        _make(folder, scenes, teacher, composer, top, places, say)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     parts = []
     for name, digest in manifest["files"].items():
@@ -195,7 +198,6 @@ def _make(
     composer: Composer,
     top: int,
     places: bool,
-    bfloat16: bool,
     say: Callable[[str], None],
 ) -> None:
     narrow = id_dtype(teacher.tokenizer.vocab_size)
@@ -210,8 +212,7 @@ def _make(
             for first in range(start, end, _BATCH):
                 chosen = range(first, min(first + _BATCH, end))
                 seen = scenes.pixels(chosen, composer)
-                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                    rows.append(teach(teacher, scenes, chosen, seen, top, places))
+                rows.append(teach(teacher, scenes, chosen, seen, top, places))
             joined = {
                 name: torch.cat([getattr(row, name) for row in rows])
                 for name in Taught._fields

@@ -26,14 +26,15 @@ _BATCH = 32
 
 
 class KeptTrunk(nn.Module):
-    """Stands where a vision tower stood and passes its kept outputs on: [B, K, C] of any float type to float32."""
+    """Stands where a vision tower stood and passes its kept outputs on: [B, K, C] of any float type to the tower's."""
 
     def __init__(self, tower: VisionTower) -> None:
         super().__init__()
         self.grid, self.width, self.tokens = tower.grid, tower.width, tower.tokens
+        self.dtype = tower.shift.dtype
 
     def forward(self, features: Tensor) -> Tensor:
-        return features.float()
+        return features.to(self.dtype)
 
 
 @contextlib.contextmanager
@@ -69,7 +70,7 @@ def trunk_digest(model: Vlm) -> str:
     """sha256 of the vision tower's configuration and weights."""
     whole = hashlib.sha256(model.config.vision.model_dump_json().encode())
     for name, value in sorted(model.vision.state_dict().items()):
-        whole.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        whole.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
     return whole.hexdigest()
 
 

@@ -25,7 +25,7 @@ from pocketvlm.students.vlm.model import Vlm
 from pocketvlm.teachers.files import write_atomic
 
 _BATCH = 64
-_TOKENS = 16
+_TOKENS = 10
 
 
 def labelled_numbers(pictures: PictureSet, share: float) -> list[int]:
@@ -38,13 +38,13 @@ def subset(pictures: PictureSet, numbers: Sequence[int]) -> PictureSet:
 
 
 def picture_answers(
-    teacher: Vlm, pictures: PictureSet, numbers: Sequence[int], *, kept: Path | None = None, bfloat16: bool = False
+    teacher: Vlm, pictures: PictureSet, numbers: Sequence[int], *, kept: Path | None = None
 ) -> dict[str, dict[str, str]]:
     """By uid what the teacher says of these pictures, each shown alone: its name by language, "kind" and "colour".
 
-    kept: folder of a file that is read and added to, named after the teacher. bfloat16: autocast of its forward.
+    kept: folder of a file that is read and added to, named after the teacher.
     """
-    path = None if kept is None else kept / f"said-{model_digest(teacher)[:16]}-{'bf16' if bfloat16 else 'fp32'}.json"
+    path = None if kept is None else kept / f"said-{model_digest(teacher)[:16]}.json"
     found: dict[str, dict[str, str]] = {}
     if path is not None and path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def picture_answers(
     for start in range(0, len(asked), _BATCH):
         part = asked[start : start + _BATCH]
         scenes = [Scene(1, (place,)) for place in range(start, start + len(part))]
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.no_grad():
             seen = teacher.vision(composer(drawn_scenes(scenes, len(asked), 1, None)).to(device))
             with without_trunk(teacher):
                 said = {

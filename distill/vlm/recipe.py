@@ -101,7 +101,7 @@ class StageSection(Section):
 
 
 class OptimSection(Section):
-    """Of every stage. bfloat16: autocast of every forward, the teacher's too; weights stay float32. every: steps from
+    """Of every stage. bfloat16: the student's forward under autocast, the teacher's weights in it. every: steps from
     one checkpoint to the next."""
 
     weight_decay: NonNegative = 0.05

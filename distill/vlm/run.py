@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from pocketvlm.data.openmoji import licences as data_licences
 from pocketvlm.data.scenes import PictureSet, picture_set
 from pocketvlm.distill.checkpoint import write_text_atomically
@@ -65,7 +67,7 @@ def sources_of(
             "known of any; raise that share"
         )
     unlabelled = sorted(set(range(len(pictures))) - set(known))
-    answered = picture_answers(teacher, pictures, unlabelled, kept=work, bfloat16=recipe.optim.bfloat16)
+    answered = picture_answers(teacher, pictures, unlabelled, kept=work)
     said = pseudo_labelled(pictures, known, answered)
     say(f"the teacher named {len(unlabelled)} pictures")
     few, side, tokens = subset(pictures, known), student.config.vision.size, student.tokenizer.json
@@ -81,7 +83,7 @@ def sources_of(
     if any(stage.weights.hears for stage in recipe.stages):
         answers = kept_answers(
             work / f"answers-{taught.digest[:16]}", taught, top=recipe.teacher.top, teacher=teacher, composer=theirs,
-            places=recipe.teacher.places, bfloat16=recipe.optim.bfloat16, say=say,
+            places=recipe.teacher.places, say=say,
         )  # fmt: skip
     facts = {
         "pictures": {"all": len(pictures), "labelled": len(known)},
@@ -160,6 +162,8 @@ def distill_vlm(
             )
         shutil.rmtree(out)
     teacher_model = load_vlm(teacher)
+    if recipe.optim.bfloat16:
+        teacher_model.to(torch.bfloat16)
     if (Path(student) / "vlm.json").is_file():
         model = load_vlm(student)
     else:
