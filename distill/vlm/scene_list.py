@@ -101,7 +101,7 @@ class SceneList:
         """Questions and answers of these scenes, in rows as long as the longest needs."""
         talks = [self.entries[index].talks for index in chosen]
         longest = max(sum(len(q) + len(a) - 1 for q, a in row) for row in talks)
-        return rows_of(talks, -(-longest // _STEP) * _STEP)
+        return rows_of(talks, min(-(-longest // _STEP) * _STEP, self.length))
 
     def token_places(self, chosen: Sequence[int]) -> Tensor:
         """int64, the numbers of these scenes' answer tokens in the order of `rows(chosen)`."""

@@ -323,8 +323,10 @@ class StageRun:
             places = chosen_scenes(len(self.labelled.scenes), true, own_step, seed, f"{stage.name}/true")
             seen.append(self.labelled.seen(places))
             lists.append((self.labelled.scenes, places))
+        # outside of autocast, which knows no float16 on a CPU
+        batch = torch.cat(seen)
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.optim.bfloat16):
-            terms = stage_terms(self.model, weights, torch.cat(seen), joined_rows(lists), taught)
+            terms = stage_terms(self.model, weights, batch, joined_rows(lists), taught)
         total = sum((getattr(weights, name) * value for name, value in terms.items()), torch.zeros(()))
         return total, terms
 

@@ -116,6 +116,9 @@ def test_a_list_shows_and_asks_what_its_scenes_do() -> None:
     assert [entry.questions for entry in only.entries] == [(scenes.entries[i].questions[1],) for i in (3, 8)]
     with pytest.raises(UsageError, match="a list without scenes"):
         scenes.only(lambda scene, place: False)
+    tight = SceneList.draw(PICTURES, TOKENIZER, scenes=12, questions=4, seed=0, length=30)
+    assert tight.rows(range(12)).ids.shape[1] <= 30
+    assert max(sum(len(q) + len(a) - 1 for q, a in entry.talks) for entry in tight.entries) > 24
     with pytest.raises(UsageError, match="no question about a scene fits"):
         SceneList.draw(PICTURES, TOKENIZER, scenes=1, questions=2, seed=0, length=3)
 

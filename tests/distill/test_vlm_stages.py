@@ -153,6 +153,16 @@ def test_a_distilled_stage_comes_nearer_to_the_teacher(sources: Any, tmp_path: P
         assert history[-1][name] < 0.9 * history[0][name], name
 
 
+def test_half_precision_trains_from_both_lists_and_keeps_weights_whole(sources: Any, tmp_path: Path) -> None:
+    recipe = _recipe({"name": "a", "weights": ALL, "labelled": 0.5}, optim={"bfloat16": True})
+    after, history = _run(sources, recipe, tmp_path)
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    whole, exact = _run(sources, _recipe({"name": "a", "weights": ALL, "labelled": 0.5}), tmp_path / "exact")
+    for name in ("answer", "response", "visual", "relation"):
+        assert history[-1][name] == pytest.approx(exact[-1][name], rel=0.05), name
+    assert whole.keys() == after.keys()
+
+
 _STAGES = (
     {"name": "one", "weights": ALL, "labelled": 0.5, "steps": 5},
     {"name": "two", "weights": ALL | {"direction": "reverse"}, "labelled": 0.5, "steps": 5, "on_policy": 0.5},
