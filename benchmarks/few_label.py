@@ -58,9 +58,9 @@ ROUNDS = 2000
 class Plan:
     """What every run of a protocol shares. steps: of all stages together."""
 
-    steps: int = 1500
+    steps: int = 700
     batch: int = 16
-    rate: float = 3e-3
+    rate: float = 6e-3
     taught: int = 1600
     labelled: int = 1200
     questions: int = 8
