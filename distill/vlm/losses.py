@@ -60,6 +60,56 @@ def token_divergence(
     return (kl_rows(p, middle) + kl_rows(q, middle)) / 2
 
 
+def kept_divergence(*, student: Tensor, ids: Tensor, logs: Tensor, direction: Direction = "forward") -> Tensor:
+    """`token_divergence` from the k largest of a teacher's shares and the rest of its mass, mean over the tokens.
+
+    Both distributions are over k + 1 outcomes: the k tokens, and any other one. Merging outcomes never enlarges a
+    divergence of these kinds, so this is a lower bound of the whole one, and the whole one where k = V.
+
+    Args:
+        student: logits [N, V]. ids: int [N, k], the teacher's largest. logs: [N, k + 1], their log-shares and that of
+            all others (`teachers.top_logits.largest`).
+
+    Raises:
+        UsageError: other tokens, none at all, or an id outside the vocabulary. UnknownNameError: no such direction.
+    """
+    if len(student) != len(ids) or ids.shape[1] + 1 != logs.shape[1] or len(logs) != len(ids) or not len(ids):
+        raise UsageError(
+            f"logits of {len(student)} tokens were to be compared with {len(ids)} kept rows of {ids.shape[1]} ids and "
+            f"{logs.shape[1]} log-shares; row i must be of token i and hold one share more than ids, so keep the "
+            "teacher's answers of this very list"
+        )
+    if direction not in DIRECTIONS:
+        raise unknown_name("direction of a divergence", direction, DIRECTIONS)
+    ids = ids.long()
+    if int(ids.max()) >= student.shape[1]:
+        raise UsageError(
+            f"a kept row names token {int(ids.max())} of a student with {student.shape[1]}; the teacher's vocabulary "
+            "is another one, so use a teacher with the student's tokenizer"
+        )
+    wide = torch.promote_types(student.dtype, torch.float32)
+    whole = F.log_softmax(student.to(wide), dim=-1)
+    q, p = whole.gather(1, ids), logs.detach().to(wide)
+    if ids.shape[1] < student.shape[1]:
+        rest = whole.scatter(1, ids, -torch.inf).logsumexp(dim=1, keepdim=True)
+        q = torch.cat([q, rest], dim=1)
+    else:
+        p = p[:, :-1]  # nothing is left over, and the gradient of an empty rest is no number
+    if direction == "forward":
+        return _mean_kl(p, q)
+    if direction == "reverse":
+        return _mean_kl(q, p)
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return (_mean_kl(p, middle) + _mean_kl(q, middle)) / 2
+
+
+def _mean_kl(p: Tensor, q: Tensor) -> Tensor:
+    """Mean over rows of sum exp(p) (p - q), where an outcome without mass in p counts nothing."""
+    some = p > -torch.inf
+    difference = torch.where(some, p, 0.0) - torch.where(some, q, 0.0)
+    return (torch.where(some, p.exp(), 0.0) * difference).sum(dim=1).mean()
+
+
 def relation_distance(*, student: Tensor, teacher: Tensor) -> Tensor:
     """1 - <R_S, R_T> / (|R_S| |R_T|), mean over the pictures, in 0..2; R = Y Y^T of the visual tokens of one picture.
 

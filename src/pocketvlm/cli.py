@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 from tyro.conf import Positional, arg
 
-from pocketvlm import cli_edge, cli_engine, cli_measure, cli_mobile, cli_parity, cli_search, cli_vlm
+from pocketvlm import cli_edge, cli_engine, cli_measure, cli_mobile, cli_parity, cli_search, cli_vlm, cli_vlm_distill
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
 from pocketvlm.table import emit
 
@@ -28,11 +28,12 @@ reference_app = tyro.extras.SubcommandApp()
 vlm_app = tyro.extras.SubcommandApp()
 app.command(teacher_app, name="teacher", help="Look at a teacher before you train on it.")
 app.command(reference_app, name="reference", help="Record and show reference runs.")
-app.command(vlm_app, name="vlm", help="Models that answer in words: export, prove, ask.")
+app.command(vlm_app, name="vlm", help="Models that answer in words: distil, score, export, prove, ask.")
 cli_engine.register(app)
 cli_measure.register(app)
 cli_mobile.register(app)
 cli_search.register(app)
+cli_vlm_distill.register(vlm_app)
 cli_vlm.register(vlm_app)
 
 Json = Annotated[bool, arg(name="json", help="Print JSON instead of a table.")]

@@ -79,6 +79,11 @@ def edge_toys() -> Any:
 
 
 @pytest.fixture(scope="session")
+def vlm_toys() -> Any:
+    return _load(TESTS / "distill" / "vlm_toys.py")
+
+
+@pytest.fixture(scope="session")
 def bundle(edge_toys: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The hand-made bundle: mean colours and colour words. Read only."""
     return edge_toys.write_bundle(tmp_path_factory.mktemp("hand") / "bundle")

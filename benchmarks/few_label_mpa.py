@@ -1,0 +1,137 @@
+"""How many labels does a student need that also learns its parity gaps (MPA) to answer as well as one of labels alone?
+
+    python -m benchmarks.few_label_mpa --teacher runs/talking-teacher --words runs/talking-words --work runs/few-label
+
+Beside benchmarks.few_label, whose plan and preparation it shares. For each smaller share of labelled concepts: the
+first half of the steps on scenes of the labelled pictures, then both models are asked about scenes of all pictures, and
+the second half of the steps is on the questions that the teacher answers as it wrote them and the student does not. The
+goal is what labels alone reach with a tenth of the concepts and as many steps. Written to
+benchmarks/results/few_label_mpa.json; goes on where it was killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks.few_label import LABELS, Mix, Plan, Prepared, pools, prepare, recipe_of, student_of
+from benchmarks.results_folder import machine, write, write_text
+from pocketvlm.distill.vlm.features import trunk_features, without_trunk
+from pocketvlm.distill.vlm.list_answers import list_answers
+from pocketvlm.distill.vlm.mpa import holds, parity_gaps
+from pocketvlm.distill.vlm.pseudo import labelled_numbers, picture_answers, pseudo_labelled, subset
+from pocketvlm.distill.vlm.recipe import VlmRecipe
+from pocketvlm.distill.vlm.scene_list import SceneList, composer_of
+from pocketvlm.distill.vlm.stages import Source, StageRun
+from pocketvlm.students.vlm import load_vlm
+
+_ASKED, _FEW = 700_013, 11
+_PLAN = Plan()
+
+
+def half_of(plan: Plan, seed: int) -> VlmRecipe:
+    """The control's recipe with half of its steps."""
+    return recipe_of("labels", seed, dataclasses.replace(plan, steps=plan.steps // 2))
+
+
+def run_share(
+    share: float, seed: int, plan: Plan, made: Prepared, teacher_folder: Path, words: Path, work: Path, scenes: int
+) -> dict[str, Any]:
+    folder = work / f"mpa-{share:g}-s{seed}"
+    path = folder / "said.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    begun = time.monotonic()
+
+    def say(line: Any) -> None:
+        print(json.dumps({"share": share, "seconds": round(time.monotonic() - begun), "told": line}), flush=True)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher = load_vlm(teacher_folder)
+    if plan.bfloat16:
+        teacher.to(torch.bfloat16)
+    tokens = teacher.tokenizer.json
+    model = student_of(plan, words, tokens, seed)
+    side = model.config.vision.size
+    pictures, _ = pools(False)
+    known = labelled_numbers(pictures, share)
+    few = subset(pictures, known)
+    shared = {"questions": plan.questions, "length": 123, "variants": 3}
+    true = SceneList.draw(few, tokens, scenes=plan.labelled, seed=_FEW, **shared)
+    kept = trunk_features(
+        model, true, composer_of(few, side, variants=3), work / "features", bfloat16=plan.bfloat16, say=say
+    )
+    with without_trunk(model):
+        StageRun(model, half_of(plan, seed), Source(true, kept), None, folder / "first", say=say).run(resume=True)
+    unlabelled = sorted(set(range(len(pictures))) - set(known))
+    answered = picture_answers(teacher, pictures, unlabelled, kept=work)
+    said = pseudo_labelled(pictures, known, answered)
+    asked = SceneList.draw(said, tokens, scenes=scenes, seed=_ASKED, **shared)
+    composer = composer_of(pictures, side, variants=3)
+    own, theirs = (
+        trunk_features(one, asked, composer, work / "features", bfloat16=plan.bfloat16, say=say)
+        for one in (model, teacher)
+    )
+    with without_trunk(model):
+        ours = list_answers(model, asked, own)
+    with without_trunk(teacher):
+        teachers = list_answers(teacher, asked, theirs)
+    gaps, numbers = parity_gaps(asked, teachers, ours)
+    consistent = sum(holds(row.answer, row.question.answer) for row in teachers)
+    count = sum(len(entry.questions) for entry in gaps.entries)
+    say({"asked": len(ours), "teacher_consistent": consistent, "gaps": count})
+    with without_trunk(model):
+        source = Source(gaps, own.only(numbers))
+        StageRun(model, half_of(plan, seed), source, None, folder / "second", say=say).run(resume=True)
+        answers = list_answers(model, made.test, made.test_seen)
+    result = {
+        "share": share, "seed": seed, "labelled_pictures": len(known), "asked": len(ours),
+        "teacher_consistent": consistent, "gaps": count, "seconds": round(time.monotonic() - begun, 1),
+        "said": [row.answer for row in answers],
+    }  # fmt: skip
+    write_text(path, json.dumps(result) + "\n")
+    return result
+
+
+def main(
+    teacher: Path = Path("runs/talking-teacher"),
+    words: Path = Path("runs/talking-words"),
+    work: Path = Path("runs/few-label"),
+    shares: tuple[float, ...] = (0.05,),
+    seeds: tuple[int, ...] = (0,),
+    scenes: int = 1000,
+    plan: Plan = _PLAN,
+) -> None:
+    """Run what is missing and write the result; the control's answers are those of benchmarks.few_label in --work."""
+    torch.set_num_threads(1)
+    made = prepare(plan, teacher, words, work, False)
+    mix = Mix(made.test)
+    whole = torch.ones(1, mix.scenes).double().numpy()
+
+    def told(said: list[str]) -> dict[str, float]:
+        return dict(zip(Mix.names, (round(float(value), 2) for value in mix.values(said, whole)[0])))
+
+    control = []
+    for seed in seeds:
+        read = json.loads((work / f"labels-s{seed}" / "said.json").read_text(encoding="utf-8"))
+        control.append({"seed": seed, "share": LABELS, **told(read["said"])})
+    rows = []
+    for share in shares:
+        for seed in seeds:
+            found = run_share(share, seed, plan, made, teacher, words, work, scenes)
+            rows.append({key: value for key, value in found.items() if key != "said"} | told(found["said"]))
+            write(
+                "few_label_mpa.json",
+                {"plan": dataclasses.asdict(plan), "labels_only": control, "mpa": rows, "machine": machine()},
+            )
+            print(json.dumps(rows[-1]), flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
