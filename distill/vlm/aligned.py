@@ -105,18 +105,10 @@ def aligned_divergence(*, student: Tensor, teacher: Tensor, spans: Spans) -> Ten
     wide = torch.promote_types(student.dtype, torch.float32)
     log_q = _summed(student.to(wide), spans.student, spans.number)
     log_p = _summed(teacher.detach().to(wide), spans.teacher, spans.number)
-    other_p, other_q = _log_other(log_p), _log_other(log_q)
+    other_p, other_q = torch.log(-torch.expm1(log_p)), torch.log(-torch.expm1(log_q))
     return (log_p.exp() * (log_p - log_q) + other_p.exp() * (other_p - other_q)).mean()
 
 
 def _summed(values: Tensor, spans: Tensor, count: int) -> Tensor:
     total = torch.zeros(count, dtype=values.dtype, device=values.device)
     return total.index_add(0, spans.to(values.device), values).clamp(max=-_CERTAIN)
-
-
-def _log_other(value: Tensor) -> Tensor:
-    """log(1 - exp(value)) of values below 0, by the form that is exact on its side of -log 2."""
-    near = value > -0.6931471805599453
-    # each side is given values that it can take, since gradients of what is not chosen must be numbers too
-    small, large = torch.where(near, value, -0.1), torch.where(near, -1.0, value)
-    return torch.where(near, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))

@@ -106,12 +106,12 @@ def completed(offsets: Sequence[tuple[int, int]], length: int) -> tuple[int, ...
     return (*reversed(ends), length + 1)
 
 
-def check_asked(pixels: Tensor, texts: Sequence[str], marker: str = "<image>") -> None:
+def check_asked(pixels: Tensor, texts: Sequence[str], markers: Sequence[str] = ("<image>",)) -> None:
     """Refuse pictures and questions that do not belong together.
 
     Raises:
         UsageError: other pixels than uint8 [N, H, W, 3], another number of texts, none, an empty one, or one that
-        holds the picture's marker, whose place the prompt decides.
+        holds one of a picture's markers, whose place the prompt decides.
     """
     if pixels.ndim != 4 or pixels.shape[-1] != 3 or str(pixels.dtype) != "torch.uint8":
         raise UsageError(
@@ -126,8 +126,8 @@ def check_asked(pixels: Tensor, texts: Sequence[str], marker: str = "<image>") -
     for text in texts:
         if not text.strip():
             raise UsageError("a question is empty, so there is nothing to answer; write one for each picture")
-        if marker in text:
+        if found := [marker for marker in markers if marker in text]:
             raise UsageError(
-                f"the question {text[:60]!r} holds {marker}, the picture's marker, which the prompt adds by itself; "
+                f"the question {text[:60]!r} holds {found[0]}, the picture's marker, which the prompt adds by itself; "
                 "the picture would stand there twice, so take it out"
             )

@@ -1,8 +1,8 @@
 """Generative teachers from Hugging Face transformers: whatever `AutoModelForImageTextToText` loads as a decoder.
 
-Tested families: LLaVA, Qwen2-VL, Idefics3 (and SmolVLM, whose first release is one), PaliGemma. Texts are put in a row
-without padding and padded here, on the right for reading and on the left for answering, so that neither depends on what
-else is in the batch. A model that sees an answer before it has to predict it is refused when it is loaded.
+Tested families: LLaVA, Qwen2-VL, Idefics3 (and SmolVLM, whose first release is one), PaliGemma, Gemma 3. Texts are cut
+into tokens one at a time and padded here, on the right for reading and on the left for answering, so that neither
+depends on what else is in the batch. A model that sees an answer before it has to predict it is refused at loading.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class HfVlm:
         image_id = _image_id(config)
         assert image_id is not None, "load_hf_vlm checked that pictures have a token"
         self._image_id = image_id
+        self._markers = sorted({"<image>", wording.marker, processor.image_token})
         tokenizer = processor.tokenizer
         self._pad = next(int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         stops = [wording.end, tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
@@ -83,7 +84,7 @@ class HfVlm:
         Raises:
             UsageError: as `check_asked`.
         """
-        check_asked(pixels, prompts)
+        check_asked(pixels, prompts, self._markers)
         decode = self._processor.tokenizer.decode
         return [
             decode(ids, skip_special_tokens=True).strip()
@@ -125,7 +126,7 @@ class HfVlm:
         Raises:
             UsageError: as `check_asked`, an empty answer, or a processor that left out the picture.
         """
-        check_asked(pixels, [question for question, _ in pairs])
+        check_asked(pixels, [question for question, _ in pairs], self._markers)
         found: list[Scored] = []
         for part in self._parts(len(pairs)):
             answers = [self.wording.answer(question, answer) for question, answer in pairs[part]]

@@ -29,6 +29,8 @@ class Wording:
         self._processor, self._tokenizer = processor, processor.tokenizer
         # the processor of these writes a line end behind the prompt by itself
         self._alone = model_type in _BARE
+        # the text that the processor puts a picture's tokens in place of
+        self.marker: str = getattr(processor, "boi_token", None) or processor.image_token
         chat = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
         self.template = template or _BARE.get(model_type)
         if self.template is None and not chat:
@@ -84,7 +86,7 @@ class Wording:
     def _texts(self, question: str, answer: str) -> tuple[str, str]:
         """The prompt, and what a finished conversation adds to it."""
         if self.template is not None:
-            before, after = self.template.split(ANSWER)
+            before, after = self.template.replace(IMAGE, self.marker).split(ANSWER)
             # a space before the answer is part of its first token
             prompt = before.rstrip(" ").replace(QUESTION, question)
             return prompt, " " * (len(before) - len(before.rstrip(" "))) + answer + after

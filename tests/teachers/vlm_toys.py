@@ -1,4 +1,4 @@
-"""Tiny image-text-to-text models of four families with tokenizers made here, saved as `save_pretrained` does."""
+"""Tiny image-text-to-text models of five families with tokenizers made here, saved as `save_pretrained` does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXTS = [
     "What is at the top left of the picture?",
@@ -17,7 +17,7 @@ TEXTS = [
     "日本語の犬",
     "USER: ASSISTANT: User: Assistant: yes no it is and",
 ] * 20
-FAMILIES = ("llava", "qwen2_vl", "idefics3", "paligemma")
+FAMILIES = ("llava", "qwen2_vl", "idefics3", "paligemma", "gemma3")
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -45,10 +45,19 @@ IDEFICS_CHAT = (
 )
 
 
+GEMMA_CHAT = (
+    "<bos>{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else 'user' }}\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
 def save_toy(family: str, folder: Path) -> Path:
     """A random model of a family with its processor, in a new folder."""
     folder.mkdir(parents=True)
-    processor, config = {"llava": _llava, "qwen2_vl": _qwen, "idefics3": _idefics, "paligemma": _paligemma}[family]()
+    made = {"llava": _llava, "qwen2_vl": _qwen, "idefics3": _idefics, "paligemma": _paligemma, "gemma3": _gemma}
+    processor, config = made[family]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForImageTextToText.from_config(config)
@@ -144,8 +153,11 @@ def _qwen() -> tuple[Any, Any]:
 
 def _idefics() -> tuple[Any, Any]:
     special = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
+    raw = _spaced(*special)
+    # a begin of its own, beside that of the chat template
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=_spaced(*special), bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     processor = transformers.Idefics3Processor(
@@ -166,13 +178,37 @@ def _idefics() -> tuple[Any, Any]:
     return processor, config
 
 
-def _paligemma() -> tuple[Any, Any]:
+def _unspaced(*special: str) -> Any:
+    """Gemma's kind: no space before the first word."""
     raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     raw.normalizer = normalizers.Replace(" ", "▁")
     raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    raw.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=460, special_tokens=special, show_progress=False))
-    tokenizer = transformers.GemmaTokenizerFast(tokenizer_object=raw)
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", *special, *(f"<0x{byte:02X}>" for byte in range(256))]
+    raw.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=460, special_tokens=names, show_progress=False))
+    return raw
+
+
+def _gemma() -> tuple[Any, Any]:
+    special = ["<start_of_image>", "<image_soft_token>", "<end_of_image>", "<start_of_turn>", "<end_of_turn>"]
+    names = dict(zip(("boi_token", "image_token", "eoi_token"), special))
+    tokenizer = transformers.GemmaTokenizerFast(tokenizer_object=_unspaced(*special), extra_special_tokens=names)
+    tokenizer.add_special_tokens({"additional_special_tokens": special[3:]})
+    images = transformers.Gemma3ImageProcessor(size={"height": 28, "width": 28})
+    processor = transformers.Gemma3Processor(images, tokenizer, chat_template=GEMMA_CHAT, image_seq_length=4)
+    number = tokenizer.convert_tokens_to_ids
+    config = transformers.Gemma3Config(
+        vision_config={**TOWER, "image_size": 28, "patch_size": 7, "vision_use_head": False},
+        text_config={**TEXT, "vocab_size": len(tokenizer), "head_dim": 8, "sliding_window": 64},
+        mm_tokens_per_image=4,
+        boi_token_index=number("<start_of_image>"),
+        eoi_token_index=number("<end_of_image>"),
+        image_token_index=number("<image_soft_token>"),
+    )
+    return processor, config
+
+
+def _paligemma() -> tuple[Any, Any]:
+    tokenizer = transformers.GemmaTokenizerFast(tokenizer_object=_unspaced())
     images = transformers.SiglipImageProcessor(size={"height": 28, "width": 28})
     images.image_seq_length = 4
     processor = transformers.PaliGemmaProcessor(images, tokenizer)
