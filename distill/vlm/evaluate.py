@@ -12,6 +12,7 @@ import torch
 from pocketvlm.data.exact_match import exact_match, normalise_answer
 from pocketvlm.data.scene_questions import CAPTIONS, TYPES, Question, ask_about
 from pocketvlm.data.scenes import EMPTY, PictureSet, Scene, SceneTable
+from pocketvlm.data.text_metrics import chrf
 from pocketvlm.distill.vlm.batches import Composer, drawn_scenes
 from pocketvlm.students.vlm.model import Vlm
 
@@ -75,7 +76,8 @@ def scores(pictures: PictureSet, scenes: list[Scene], asked: list[Asked]) -> dic
     gives) and for yes/no questions yes (how often the model says so; about half would be right).
     "accuracy": over all questions but captions. "mean": of the types' accuracies, captions left out.
     "captions": of scene captions, the share of pictures named at their place (recall), of said entries that are true
-    (precision), and of said names that are nowhere in the scene (hallucinated).
+    (precision), and of said names that are nowhere in the scene (hallucinated); of captions of single pictures and of
+    scenes together, chrF (0..100, `data.text_metrics.chrf`, after `normalise_answer`).
     """
     types: dict[str, Any] = {}
     for name in TYPES:
@@ -114,10 +116,13 @@ def _captions(pictures: PictureSet, scenes: list[Scene], asked: list[Asked]) -> 
         shown, said = shown + len(expected), said + len(found)
         true += len(expected & found)
         nowhere += sum(name not in names for _, name in found)
+    written = [row for row in asked if row.question.type in CAPTIONS]
+    texts = [[normalise_answer(text) for text in (row.answer, row.question.answer)] for row in written]
     return {
         "recall": true / max(shown, 1),
         "precision": true / max(said, 1),
         "hallucinated": nowhere / max(said, 1),
+        "chrf": chrf([one for one, _ in texts], [two for _, two in texts]) if texts else 0.0,
     }
 
 

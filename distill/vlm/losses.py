@@ -40,7 +40,8 @@ def token_divergence(
     if student.shape != teacher.shape:
         raise UsageError(
             f"logits {tuple(student.shape)} of a student were to be compared with {tuple(teacher.shape)} of a teacher; "
-            "entry i would mean another token, so use a teacher with the student's tokenizer and the same answers"
+            "entry i would mean another token, so use a teacher with the student's tokenizer and the same answers, or "
+            "what learns across tokenizers: distill.vlm.aligned or distill.vlm.genrecal"
         )
     if direction not in DIRECTIONS:
         raise unknown_name("direction of a divergence", direction, DIRECTIONS)

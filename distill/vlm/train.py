@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pocketvlm.distill.vlm.batches import Composer, Drawn
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.students.vlm.model import Rows, Vlm
+
+# model, what a batch holds beside its rows, pixels, rows; to the loss and the logits [N, V] of `rows.targets`
+Loss = Callable[[Vlm, Any, Tensor, Rows], tuple[Tensor, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +44,27 @@ class VlmTraining:
             raise UsageError("training has neither steps nor seconds and would never end; give one of them")
 
 
+def next_token_loss(model: Vlm, drawn: Any, pixels: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of answers given their true beginnings, mean over their tokens; and the logits."""
+    logits = model(pixels, rows)
+    return F.cross_entropy(logits.float(), rows.targets), logits
+
+
 def train_vlm(
     model: Vlm,
-    batches: Iterator[tuple[Drawn, Rows]],
-    composer: Composer,
+    batches: Iterator[tuple[Any, Rows]],
+    composer: Callable[[Any], Tensor],
     training: VlmTraining,
     say: Callable[[dict[str, Any]], None] = lambda row: None,
+    *,
+    loss_of: Loss = next_token_loss,
+    beside: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
-    """Train in place; next-token cross-entropy, mean over the tokens of answers.
+    """Train in place.
+
+    batches, composer: scenes as numbers with the `Composer` of their table, or anything else with what makes its
+    pixels, uint8 [B, S, S, 3] (`conversations.pixels_of`). loss_of: next-token cross-entropy unless given. beside: a
+    module that `loss_of` trains along, such as a projector, which the model does without afterwards.
 
     say: told every `log_every` steps: step, seconds, loss and accuracy of answer tokens (means since the last time,
     each given its true predecessors), rate, scenes a second. Returns those rows.
@@ -62,9 +77,11 @@ def train_vlm(
     model.vision.requires_grad_(trunk_moves)
     if model.config.vision.weights != "none" or not trunk_moves:
         model.vision.eval()
-    optimizer = _optimizer(model, training)
+    optimizer = _optimizer(model, training, beside)
     base = [float(group["lr"]) for group in optimizer.param_groups]
     weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if beside is not None:
+        weights += list(beside.parameters())
     device = weights[0].device
     history: list[dict[str, Any]] = []
     begun = since = time.monotonic()
@@ -82,8 +99,7 @@ def train_vlm(
             group["lr"] = rate * factor
         pixels = composer(drawn)
         with torch.autocast(device.type, torch.bfloat16, enabled=training.bfloat16):
-            logits = model(pixels, rows)
-        loss = F.cross_entropy(logits.float(), rows.targets)
+            loss, logits = loss_of(model, drawn, pixels, rows)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, training.clip)
@@ -113,9 +129,11 @@ def train_vlm(
     return history
 
 
-def _optimizer(model: Vlm, training: VlmTraining) -> torch.optim.AdamW:
+def _optimizer(model: Vlm, training: VlmTraining, beside: nn.Module | None = None) -> torch.optim.AdamW:
     """Matrices decay; norms, biases, places and the token embedding do not."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
+    for weight in () if beside is None else beside.parameters():
+        groups.setdefault((1.0, 0.0 if weight.ndim < 2 else training.weight_decay), []).append(weight)
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue

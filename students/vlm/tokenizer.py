@@ -116,6 +116,13 @@ class VlmTokenizer:
         """text `<EOS>`."""
         return [*self.encode(text), EOS]
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """For each token of `encode(text)`, its first character in the text and the one behind its last.
+
+        The bytes of one character all have its place.
+        """
+        return list(self._tokenizer.encode(text, add_special_tokens=False).offsets)
+
     def pieces(self) -> list[str]:
         """Every token as it is spelled, by id; a word's first piece begins with "▁"."""
         return [str(self._tokenizer.id_to_token(i)) for i in range(self.vocab_size)]

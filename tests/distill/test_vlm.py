@@ -12,6 +12,7 @@ import torch
 
 from pocketvlm.data.scene_questions import Question, ask_about
 from pocketvlm.data.scenes import LANGUAGES, Picture, PictureSet, Scene, SceneTable
+from pocketvlm.data.text_metrics import chrf
 from pocketvlm.distill.vlm.batches import Composer, SceneStream, batches, drawn_scenes
 from pocketvlm.distill.vlm.evaluate import Asked, answer_scenes, evaluate_vlm, scores, table
 from pocketvlm.distill.vlm.train import VlmTraining, train_vlm
@@ -191,7 +192,11 @@ def test_scores_count_by_type_and_show_what_guessing_gives() -> None:
         "recall": 0.5,
         "precision": pytest.approx(1 / 3),
         "hallucinated": pytest.approx(1 / 3),
+        "chrf": pytest.approx(
+            chrf(["top left thing a top right cat x thing b"], ["top left thing a top right thing b"])
+        ),
     }
+    assert 50 < found["captions"]["chrf"] < 100
     lines: list[str] = []
     table({"test": found}, lines.append)
     assert any(line.startswith("exists-name") and "0.333 (0.667)     3" in line for line in lines)

@@ -1,0 +1,158 @@
+"""Generative teachers by name, and the kit's own models as such: one protocol for both (`teachers.vlm.VlmTeacher`).
+
+teacher = load_vlm_teacher("vlm:runs/talking-teacher")     what save_vlm wrote
+teacher = load_vlm_teacher("hf-vlm:FOLDER")                what transformers' save_pretrained wrote
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocketvlm.edge.errors import UsageError, unknown_name
+from pocketvlm.students.vlm.io import load_vlm
+from pocketvlm.students.vlm.model import Vlm, rows_of
+from pocketvlm.teachers.device import full_float32, pick_device
+from pocketvlm.teachers.files import tensors_sha256
+from pocketvlm.teachers.vlm.base import Pair, Scored, VlmTeacher, check_asked, completed, vocabulary_id
+from pocketvlm.teachers.vlm.hf import load_hf_vlm
+
+KINDS = ("vlm:FOLDER", "hf-vlm:FOLDER", "hf-vlm:ORG/NAME")
+
+
+def student_vocabulary(model: Vlm) -> str:
+    """`vocabulary_id` of a student's tokenizer."""
+    return vocabulary_id({piece: number for number, piece in enumerate(model.tokenizer.pieces())})
+
+
+def answer_ends(model: Vlm, answer: str) -> tuple[int, ...]:
+    """`Scored.ends` of an answer in a student's tokens."""
+    return completed(model.tokenizer.offsets(answer), len(answer))
+
+
+def require_same_vocabulary(student: Vlm, teacher: VlmTeacher) -> None:
+    """Before losses over distributions (`losses.token_divergence`): equal sizes alone are no proof.
+
+    Raises:
+        UsageError: token i of the teacher is another one than token i of the student.
+    """
+    if student_vocabulary(student) != teacher.vocabulary:
+        raise UsageError(
+            f"teacher {teacher.name!r} has another vocabulary ({teacher.vocab_size} tokens) than the student "
+            f"({student.tokenizer.vocab_size}); entry i of their distributions would mean different tokens, so build "
+            "the student with the teacher's tokenizer, or learn across tokenizers: distill.vlm.aligned compares spans "
+            "of the answer, distill.vlm.genrecal recalibrates hidden states"
+        )
+
+
+class BuiltinVlm:
+    """A frozen `Vlm`. batch: pairs to a forward pass."""
+
+    def __init__(self, model: Vlm, name: str, *, batch: int = 64) -> None:
+        self.model, self.name, self.batch = model.eval().requires_grad_(False), name, batch
+        self.vocabulary = student_vocabulary(model)
+        self.vocab_size, self.width = model.tokenizer.vocab_size, model.config.decoder.width
+        whole = hashlib.sha256(model.config.model_dump_json().encode() + model.tokenizer.json)
+        self.fingerprint = hashlib.sha256(
+            f"{whole.hexdigest()}:{tensors_sha256(model.state_dict())}".encode()
+        ).hexdigest()
+        self.licences = model.config.licences
+        self.device = model.decoder.embed_tokens.weight.device
+
+    def answer(self, pixels: Tensor, prompts: Sequence[str], *, max_new_tokens: int = 32) -> list[str]:
+        """As `Vlm.generate`, for any number of pictures of the model's size.
+
+        Raises:
+            UsageError: as there, or pixels that are no pictures.
+        """
+        self._check(pixels, prompts)
+        said: list[str] = []
+        with full_float32():
+            for start in range(0, len(prompts), self.batch):
+                part = slice(start, start + self.batch)
+                said += self.model.generate(pixels[part].to(self.device), prompts[part], max_new_tokens=max_new_tokens)
+        return said
+
+    @torch.no_grad()
+    def read(self, pixels: Tensor, pairs: Sequence[Pair]) -> list[Scored]:
+        """As `VlmTeacher.read`, for pictures of the model's size.
+
+        Raises:
+            UsageError: pixels that are no pictures of this size, an empty answer, or a pair longer than the context.
+        """
+        self._check(pixels, [question for question, _ in pairs])
+        scored: list[Scored] = []
+        for start in range(0, len(pairs), self.batch):
+            part = slice(start, start + self.batch)
+            scored += self._read(pixels[part].to(self.device), pairs[part])
+        return scored
+
+    def _read(self, pixels: Tensor, pairs: Sequence[Pair]) -> list[Scored]:
+        model, tokenizer = self.model, self.model.tokenizer
+        talks = [(tokenizer.question(question), tokenizer.answer(answer)) for question, answer in pairs]
+        for (asked, _), (_, ids) in zip(pairs, talks):
+            if len(ids) < 2:
+                raise UsageError(
+                    f"the answer to {asked[:60]!r} is empty, so there is nothing to read; leave the pair out"
+                )
+        length = max(len(question) + len(answer) - 1 for question, answer in talks)
+        rows = rows_of([[talk] for talk in talks], length).to(self.device)
+        with full_float32():
+            hidden = model.hidden(pixels, rows).float()
+        scored = []
+        for place, (question, answer) in enumerate(talks):
+            whole = hidden[place, : model.prefix + len(question) + len(answer) - 1]
+            scored.append(
+                Scored(
+                    ids=torch.tensor(answer, device=self.device),
+                    ends=answer_ends(model, pairs[place][1]),
+                    logits=self.head(whole[len(whole) - len(answer) :]),
+                    hidden=whole,
+                    visual=torch.arange(1, model.prefix, device=self.device),
+                )
+            )
+        return scored
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., W] to logits [..., V]; gradients pass through to `hidden`."""
+        with full_float32():
+            return self.model.decoder.logits(hidden.to(self.model.decoder.embed_tokens.weight.dtype)).float()
+
+    def _check(self, pixels: Tensor, texts: Sequence[str]) -> None:
+        check_asked(pixels, texts)
+        side = self.model.config.vision.size
+        if tuple(pixels.shape[1:3]) != (side, side):
+            raise UsageError(
+                f"pictures of {pixels.shape[1]} x {pixels.shape[2]} pixels were given to {self.name!r}, which takes "
+                f"{side} x {side}; places would be mistaken, so resize them first"
+            )
+
+
+def load_vlm_teacher(
+    spec: str, *, device: str | torch.device = "cpu", batch: int | None = None, **options: Any
+) -> VlmTeacher:
+    """A generative teacher by name: "vlm:FOLDER", "hf-vlm:FOLDER" or "hf-vlm:ORG/NAME".
+
+    batch: pairs to a forward pass; None takes each kind's own. options: as `load_hf_vlm`; "vlm" takes none.
+
+    Raises:
+        UnknownNameError: no such kind. UsageError: an option that the kind does not take, or as the loaders.
+        MissingExtraError: transformers is not installed. IntegrityError: damaged files.
+    """
+    kind, colon, target = spec.partition(":")
+    if kind not in ("vlm", "hf-vlm") or not colon or not target:
+        raise unknown_name("generative teacher", spec, KINDS)
+    size: dict[str, Any] = {} if batch is None else {"batch": batch}
+    if kind == "hf-vlm":
+        return load_hf_vlm(target, device=device, **size, **options)
+    if options:
+        raise UsageError(
+            f"teacher {spec!r} was given {', '.join(sorted(options))}, which only hf-vlm takes; it would be ignored, "
+            "so leave it out"
+        )
+    return BuiltinVlm(load_vlm(Path(target)).to(pick_device(device)), spec, **size)
