@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 from tyro.conf import Positional, arg
 
-from pocketvlm import cli_edge, cli_engine, cli_measure, cli_mobile, cli_parity, cli_search
+from pocketvlm import cli_edge, cli_engine, cli_measure, cli_mobile, cli_parity, cli_search, cli_tokens
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
 from pocketvlm.table import emit
 
@@ -31,6 +31,7 @@ cli_engine.register(app)
 cli_measure.register(app)
 cli_mobile.register(app)
 cli_search.register(app)
+cli_tokens.register(app)
 
 Json = Annotated[bool, arg(name="json", help="Print JSON instead of a table.")]
 Overwrite = Annotated[bool, arg(help="Replace an output folder that is not empty.")]
