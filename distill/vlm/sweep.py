@@ -45,7 +45,8 @@ class Point:
     name: of `NAMES`, or "all tokens". tokens: visual tokens in each decoder layer; mean_tokens: their mean.
     accuracy: share of short answers that are exactly right. kept: that over the accuracy with all tokens, with its
     95 % interval (bootstrap over scenes, both on the same ones). flops, ms: of one picture's prefill with one question,
-    "decoder" from visual tokens, "whole" from pixels, to the first answer token; ms: medians.
+    "decoder" from visual tokens, "whole" from pixels, to the first answer token; ms: medians of both by the clock and,
+    as "decoder_cpu" and "whole_cpu", of processor time, which other work on the machine changes less.
     """
 
     name: str
@@ -197,7 +198,8 @@ def prefill_times(
 ) -> list[dict[str, float]]:
     """Milliseconds of one picture's prefill, for each setting: medians over rounds in which all take turns.
 
-    "decoder": from visual tokens, "whole": from pixels, both to the first answer token.
+    "decoder": from visual tokens, "whole": from pixels, both to the first answer token, by the clock; "decoder_cpu" and
+    "whole_cpu": the processor time of all threads.
     """
     device = model.decoder.embed_tokens.weight.device
     size = model.config.vision.size
@@ -206,7 +208,9 @@ def prefill_times(
     ids = torch.tensor([model.prompt_ids(question)], device=device)
     length = torch.tensor([ids.shape[1]], device=device)
     own = model.reduction
-    spent: list[dict[str, list[float]]] = [{"decoder": [], "whole": []} for _ in reductions]
+    spent: list[dict[str, list[float]]] = [
+        {"decoder": [], "whole": [], "decoder_cpu": [], "whole_cpu": []} for _ in reductions
+    ]
     # the first of them warms up
     for turn in range(rounds + 1):
         for reduction, row in zip(reductions, spent):
@@ -217,13 +221,14 @@ def prefill_times(
             model.decoder.logits(model.prefill(shown, ids, length)[0]).argmax(-1)
             end = _now(device)
             if turn:
-                row["decoder"].append(end - middle)
-                row["whole"].append(end - begun)
+                for clock, suffix in enumerate(("", "_cpu")):
+                    row["decoder" + suffix].append(end[clock] - middle[clock])
+                    row["whole" + suffix].append(end[clock] - begun[clock])
     model.reduce_tokens(own)
     return [{name: 1000 * statistics.median(values) for name, values in row.items()} for row in spent]
 
 
-def _now(device: torch.device) -> float:
+def _now(device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return time.perf_counter(), time.process_time()

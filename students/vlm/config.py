@@ -101,6 +101,7 @@ class VlmConfig(_Strict):
     (`students.vlm.connectors`). connector_hidden: units of its MLP, and width of its attention.
     connector_tokens: of "tokenpacker" (default: a quarter of the tower's), most of "mqt" (default: as many as the tower
     gives) and of "fusion" (default: 1). connector_heads: of the first two. connector_layers: pre-fusion blocks.
+    connector_drawn: numbers of tokens that training draws from, of "nested" and "mqt"; all they can give where empty.
     reduction: of the visual tokens, or all of them.
     """
 
@@ -112,6 +113,7 @@ class VlmConfig(_Strict):
     connector_tokens: int | None = Field(default=None, ge=1)
     connector_heads: int = Field(default=8, ge=1)
     connector_layers: int = Field(default=2, ge=1)
+    connector_drawn: tuple[int, ...] = ()
     reduction: Reduction | None = None
     decoder: DecoderConfig
     licences: tuple[tuple[str, str, str], ...] = ()

@@ -274,8 +274,18 @@ def build_connector(config: VlmConfig, vision: VisionTower) -> AnyConnector:
     """The connector that `config.connector` names, for this tower.
 
     Raises:
-        UsageError: tokens, heads or widths that do not go together.
+        UsageError: tokens, heads or widths that do not go together, or numbers to draw that it does not give.
     """
+    made = _build(config, vision)
+    if not set(config.connector_drawn) <= set(made.sizes if len(made.sizes) > 1 else ()):
+        raise UsageError(
+            f"connector {config.connector!r} was told to draw {list(config.connector_drawn)} tokens in training but "
+            f"gives {len(made.sizes)} numbers of them up to {made.sizes[-1]}; name some of those, or none"
+        )
+    return made
+
+
+def _build(config: VlmConfig, vision: VisionTower) -> AnyConnector:
     width, hidden, out, places = vision.width, config.connector_hidden, config.decoder.width, vision.tokens
     kind, asked, heads = config.connector, config.connector_tokens, config.connector_heads
     if kind in ("mlp", "nested"):

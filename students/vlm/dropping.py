@@ -152,18 +152,19 @@ def run(
     values: list[Tensor] = []
     looked = x.new_empty(0)
     count = counts[0]
+    cos, sin = _turned(decoder, positions, count, back[0], renumber)
+    visible = seen_by(1 + count, text)
     for layer, module in enumerate(decoder.layers):
         block = cast(Block, module)
         if counts[layer] < count:
             if method == "pyramid":
-                cos, sin = _turned(decoder, positions, count, back[layer - 1], renumber)
-                asked = instruction_scores(block, x, cos, sin, seen_by(1 + count, text), asking.places + 1 + count)
+                asked = instruction_scores(block, x, cos, sin, visible, asking.places + 1 + count)
                 looked = (asked * asking.weights[:, :, None]).sum(dim=1)
             places = looked[:, 1 : 1 + count].topk(counts[layer], dim=1).indices.sort(dim=1).values
             x, positions = _without(x, places, count), _without(positions[:, :, None], places, count)[:, :, 0]
             count = counts[layer]
-        cos, sin = _turned(decoder, positions, count, back[layer], renumber)
-        visible = seen_by(1 + count, text)
+            cos, sin = _turned(decoder, positions, count, back[layer], renumber)
+            visible = seen_by(1 + count, text)
         q, k, v = block.self_attn.qkv(block.input_layernorm(x), cos, sin)
         if method == "aim" and layer + 1 < len(counts) and counts[layer + 1] < count:
             ahead = asking.valid.new_ones(len(x), 1 + count)

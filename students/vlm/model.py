@@ -186,9 +186,13 @@ class Vlm(nn.Module):
         Raises:
             UsageError: rows that are longer than the decoder's context.
         """
-        sizes, drawn = self.connector.sizes, None
+        sizes, drawn = self.config.connector_drawn or self.connector.sizes, None
         start = self.text_start
-        if self.training and len(sizes) > 1 and (self.reduction is None or self.reduction.method == "connector"):
+        if (
+            self.training
+            and len(self.connector.sizes) > 1
+            and (self.reduction is None or self.reduction.method == "connector")
+        ):
             drawn = sizes[int(torch.randint(len(sizes), ()))]
             start = 1 + self.connector.span
         room = self.config.decoder.context_length - start
