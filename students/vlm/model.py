@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -130,6 +131,45 @@ class Vlm(nn.Module):
     def back(self) -> tuple[int, ...]:
         """For each layer, how far before its position a token of the text lies in the cache (`Decoder.step`)."""
         return tuple(self.text_start - 1 - count for count in self.counts)
+
+    def for_export(self) -> Vlm:
+        """A copy that answers the same by `picture` and `Decoder.step` alone, with places as positions.
+
+        Where a reduction keeps positions, the copy's rotary tables say at each place of the cache what is turned there,
+        and its context is shorter by the tokens left out. The copy is to be lowered, not to be saved: tables are no
+        weights. Where nothing has to change, the model itself.
+
+        Raises:
+            UsageError: tokens are dropped inside the decoder, the question is fused with the picture, or positions are
+                kept that differ from picture to picture.
+        """
+        reduction = self.reduction
+        moving = reduction is not None and reduction.method in ("top", "rows", "merge") and not self.renumbers
+        if isinstance(self.connector, Fusion) or moving or (reduction is not None and reduction.inside):
+            what = "connector 'fusion'" if reduction is None else f"reduction {reduction.method!r}"
+            raise UsageError(
+                f"a model with {what} and positions {'renumbered' if self.renumbers else 'kept'} is not a picture's "
+                "embeddings before a decoder with places as positions, which is what is exported; answers would be "
+                "others, so choose 'pool', 'even' or 'connector', or 'top', 'rows' or 'merge' with renumbered positions"
+            )
+        gap = self.back[0]
+        if gap == 0:
+            return self
+        baked = copy.deepcopy(self)
+        room = self.config.decoder.context_length - gap
+        size = self.config.vision.size
+        with torch.no_grad():
+            blank = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=self.decoder.cos.device)
+            places = self.show(self.look(blank)).places[0] + 1
+        behind = torch.arange(self.text_start, self.config.decoder.context_length, device=places.device)
+        at = torch.cat([places.new_zeros(1), places, behind])
+        baked.decoder.cos, baked.decoder.sin = self.decoder.cos[at], self.decoder.sin[at]
+        decoder = self.config.decoder.model_copy(update={"context_length": room})
+        assert reduction is not None
+        again = reduction.model_copy(update={"positions": "renumbered"})
+        baked.config = self.config.model_copy(update={"decoder": decoder, "reduction": again})
+        baked.decoder.config = decoder
+        return baked
 
     def look(self, pixels: Tensor | Seen, scores: Sequence[str] | None = None) -> Seen:
         """What the tower sees of uint8 [B, S, S, 3], with the scores named; those that `reduction` needs where None.

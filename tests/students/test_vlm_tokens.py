@@ -352,6 +352,50 @@ def test_operations_are_those_that_torch_counts(model: Vlm, reduction: Reduction
         assert counter.get_total_flops() == decoder_flops(one, ids.shape[1])
 
 
+@pytest.mark.parametrize(
+    "reduction",
+    [
+        _set("pool", 4),
+        _set("even", 9),
+        _set("top", 5, positions="renumbered"),
+        _set("merge", 5, positions="renumbered"),
+    ],
+    ids=_name,
+)
+def test_what_is_exported_needs_no_more_than_places(model: Vlm, reduction: Reduction) -> None:
+    model.reduce_tokens(reduction)
+    pixels, prompt = _pixels(1, seed=4), "is a small dolphin this?"
+    baked = model.for_export()
+    ids = torch.tensor([model.prompt_ids(prompt)])
+    with torch.no_grad():
+        x = torch.cat([baked.picture(pixels), baked.decoder.embed_tokens(ids)], dim=1)
+        keys, values = baked.decoder.empty_cache(1)
+        hidden, keys, values = baked.decoder.step(x, torch.arange(x.shape[1])[None], keys, values, baked.prefix - 1)
+        last, _, _ = model.prefill(model.show(model.look(pixels)), ids, torch.tensor([ids.shape[1]]))
+        torch.testing.assert_close(hidden[:, -1], last)
+        said: list[int] = []
+        while len(said) < 5 and (token := int(baked.decoder.logits(hidden[0, -1]).argmax())) != 2:
+            word = baked.decoder.embed_tokens(torch.tensor([[token]]))
+            place = torch.tensor([[x.shape[1] + len(said)]])
+            hidden, keys, values = baked.decoder.step(word, place, keys, values)
+            said.append(token)
+    assert model.generate(pixels, [prompt], max_new_tokens=5) == [model.tokenizer.decode(said)]
+    assert baked.generate(pixels, [prompt], max_new_tokens=5) == [model.tokenizer.decode(said)]
+    # no place of the cache is beyond the positions that there are
+    assert keys.shape[3] == len(baked.decoder.cos) == 48 - (0 if baked is model else 16 - reduction.keep)
+
+
+def test_what_places_cannot_say_is_not_exported(model: Vlm) -> None:
+    assert model.for_export() is model
+    for reduction in (_set("pyramid", 2), _set("aim", 4, positions="renumbered"), _set("top", 5), _set("merge", 5)):
+        model.reduce_tokens(reduction)
+        with pytest.raises(UsageError, match=f"reduction '{reduction.method}' and positions {reduction.positions}"):
+            model.for_export()
+    fused = build_vlm(VlmConfig.model_validate(VALUES | {"connector": "fusion"}), TOKENIZER)
+    with pytest.raises(UsageError, match="connector 'fusion'"):
+        fused.for_export()
+
+
 def test_a_reduction_is_saved_and_older_files_have_none(model: Vlm, tmp_path: Any) -> None:
     model.reduce_tokens(_set("aim", 6))
     again = load_vlm(save_vlm(model, tmp_path / "saved"))
