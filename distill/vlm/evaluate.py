@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pocketvlm.data.exact_match import exact_match, normalise_answer
 from pocketvlm.data.scene_questions import CAPTIONS, TYPES, Question, ask_about
 from pocketvlm.data.scenes import EMPTY, PictureSet, Scene, SceneTable
 from pocketvlm.data.text_metrics import chrf
 from pocketvlm.distill.vlm.batches import Composer, drawn_scenes
-from pocketvlm.students.vlm.model import Vlm
+from pocketvlm.students.vlm.model import Seen, Vlm
 
 _CAPTION_TOKENS, _TOKENS = 64, 16
 # the stream of test scenes is no stream of training, whatever seed that one has
@@ -45,16 +46,27 @@ def longest_answer(question: Question) -> int:
 
 
 def answer_scenes(
-    model: Vlm, pictures: PictureSet, table: SceneTable, *, scenes: int, questions: int = 4, batch: int = 256
+    model: Vlm,
+    pictures: PictureSet,
+    table: SceneTable | None,
+    *,
+    scenes: int,
+    questions: int = 4,
+    batch: int = 256,
+    seen: Seen | None = None,
+    captions: bool = True,
 ) -> tuple[list[Scene], list[Asked]]:
     """Greedy answers to the first `scenes` scenes of the test stream, `questions` about each, in that order.
 
     The same scenes and questions for every model. table: of these pictures; variant 0 is shown.
+    seen: what the model's tower saw of these scenes (`see_scenes`), instead of a table. captions: whether they are
+    asked for, the longest answers by far.
     """
     device = model.decoder.embed_tokens.weight.device
-    composer = Composer(table, device)
+    composer = None if table is None else Composer(table, device)
     drawn = drawn_questions(pictures, scenes=scenes, questions=questions)
     asked = [(index, question) for index, (_, found) in enumerate(drawn) for question in found]
+    asked = [pair for pair in asked if captions or pair[1].type not in CAPTIONS]
     # alike lengths together, and the order of composed scenes
     order = sorted(
         range(len(asked)), key=lambda i: (asked[i][1].type in CAPTIONS, drawn[asked[i][0]][0].grid, asked[i][0], i)
@@ -62,11 +74,37 @@ def answer_scenes(
     said: dict[int, str] = {}
     for start in range(0, len(order), batch):
         part = sorted(order[start : start + batch], key=lambda i: (drawn[asked[i][0]][0].grid, i))
-        pixels = composer(drawn_scenes([drawn[asked[i][0]][0] for i in part], len(pictures), 1, None).to(device))
+        shown: Tensor | Seen
+        if seen is not None:
+            shown = seen.rows([asked[i][0] for i in part])
+        else:
+            assert composer is not None
+            shown = composer(drawn_scenes([drawn[asked[i][0]][0] for i in part], len(pictures), 1, None).to(device))
         longest = max(longest_answer(asked[i][1]) for i in part)
-        answers = model.generate(pixels, [asked[i][1].text for i in part], max_new_tokens=longest)
+        answers = model.generate(shown, [asked[i][1].text for i in part], max_new_tokens=longest)
         said |= dict(zip(part, answers))
     return [scene for scene, _ in drawn], [Asked(*asked[i], said[i]) for i in range(len(asked))]
+
+
+@torch.no_grad()
+def see_scenes(
+    model: Vlm, pictures: PictureSet, table: SceneTable, *, scenes: int, scored: Sequence[str] = (), batch: int = 32
+) -> Seen:
+    """What the model's tower sees of the first `scenes` scenes of the test stream; scored: `Vlm.look`'s scores."""
+    device = model.decoder.embed_tokens.weight.device
+    composer = Composer(table, device)
+    # one question draws the same scene as any number
+    drawn = [ask_about(pictures, _SEED, index, 1)[0] for index in range(scenes)]
+    order = sorted(range(scenes), key=lambda index: (drawn[index].grid, index))
+    parts = []
+    for start in range(0, scenes, batch):
+        part = [drawn[index] for index in order[start : start + batch]]
+        parts.append(model.look(composer(drawn_scenes(part, len(pictures), 1, None).to(device)), scored))
+    whole = Seen(
+        torch.cat([part.features for part in parts]),
+        {name: torch.cat([part.scores[name] for part in parts]) for name in scored},
+    )
+    return whole.rows([order.index(index) for index in range(scenes)])
 
 
 def scores(pictures: PictureSet, scenes: list[Scene], asked: list[Asked]) -> dict[str, Any]:

@@ -16,7 +16,17 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 from tyro.conf import Positional, arg
 
-from pocketvlm import cli_edge, cli_engine, cli_measure, cli_mobile, cli_parity, cli_search, cli_vlm, cli_vlm_distill
+from pocketvlm import (
+    cli_edge,
+    cli_engine,
+    cli_measure,
+    cli_mobile,
+    cli_parity,
+    cli_search,
+    cli_tokens,
+    cli_vlm,
+    cli_vlm_distill,
+)
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
 from pocketvlm.table import emit
 
@@ -33,6 +43,7 @@ cli_engine.register(app)
 cli_measure.register(app)
 cli_mobile.register(app)
 cli_search.register(app)
+cli_tokens.register(app)
 cli_vlm_distill.register(vlm_app)
 cli_vlm.register(vlm_app)
 

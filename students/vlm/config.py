@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -64,13 +64,57 @@ class DecoderConfig(_Strict):
         return self
 
 
+class Reduction(_Strict):
+    """Fewer visual tokens than the connector gives (docs/visual-tokens.md).
+
+    method: before the decoder "top" (highest scores), "rows" (whole rows of them), "even" (a coarser grid of places),
+    "merge" (PiToMe), "pool" (means of cells) or "connector" (asks the connector itself for fewer); inside it "pyramid"
+    (PyramidDrop) or "aim" (AIM: merged before, dropped inside).
+    keep: visual tokens that stay; of "pyramid" behind its last stage, of "aim" after merging.
+    score: of "top" and "rows": "cls" (FasterVLM), "cls-layers" (VTC-CLS), "received" (FoPru-style), "distinct".
+    positions: "kept" lets tokens and text have the rotary positions that they have without reduction, "renumbered"
+    takes the places that are left out of the count.
+    schedule: of "pyramid" and "aim", visual tokens in each decoder layer, in place of the one that follows from `keep`.
+    """
+
+    method: Literal["top", "rows", "even", "merge", "pool", "connector", "pyramid", "aim"]
+    keep: int = Field(ge=1)
+    score: Literal["cls", "cls-layers", "received", "distinct"] = "distinct"
+    positions: Literal["kept", "renumbered"] = "kept"
+    schedule: tuple[int, ...] | None = None
+
+    @property
+    def scored(self) -> bool:
+        """Whether tokens are chosen by a score of the vision tower."""
+        return self.method in ("top", "rows")
+
+    @property
+    def inside(self) -> bool:
+        """Whether tokens are dropped between layers of the decoder."""
+        return self.method in ("pyramid", "aim")
+
+
 class VlmConfig(_Strict):
-    """A whole generative student. connector_hidden: units of the MLP from picture features to decoder width."""
+    """A whole generative student.
+
+    connector: "mlp", "nested" (the MLP, pooled to a random scale in training), "tokenpacker", "mqt" or "fusion"
+    (`students.vlm.connectors`). connector_hidden: units of its MLP, and width of its attention.
+    connector_tokens: of "tokenpacker" (default: a quarter of the tower's), most of "mqt" (default: as many as the tower
+    gives) and of "fusion" (default: 1). connector_heads: of the first two. connector_layers: pre-fusion blocks.
+    connector_drawn: numbers of tokens that training draws from, of "nested" and "mqt"; all they can give where empty.
+    reduction: of the visual tokens, or all of them.
+    """
 
     name: str
     description: str = ""
     vision: VisionConfig
+    connector: Literal["mlp", "nested", "tokenpacker", "mqt", "fusion"] = "mlp"
     connector_hidden: int = Field(ge=8)
+    connector_tokens: int | None = Field(default=None, ge=1)
+    connector_heads: int = Field(default=8, ge=1)
+    connector_layers: int = Field(default=2, ge=1)
+    connector_drawn: tuple[int, ...] = ()
+    reduction: Reduction | None = None
     decoder: DecoderConfig
     licences: tuple[tuple[str, str, str], ...] = ()
 
@@ -128,6 +172,6 @@ def parse_vlm_config(values: Mapping[str, Any], *, source: str) -> VlmConfig:
 
 
 def _keys() -> list[str]:
-    inner: dict[str, type[BaseModel]] = {"vision": VisionConfig, "decoder": DecoderConfig}
+    inner: dict[str, type[BaseModel]] = {"vision": VisionConfig, "reduction": Reduction, "decoder": DecoderConfig}
     found = [name for name in VlmConfig.model_fields if name not in inner]
     return [*found, *(f"{name}.{key}" for name, model in inner.items() for key in model.model_fields)]

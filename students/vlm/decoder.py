@@ -7,6 +7,8 @@ Plain operations on static shapes: the cache is an argument and a result, never 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +37,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def rope_tables(config: DecoderConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of all positions, float32 [context_length, D] each."""
+    half = config.width // config.heads // 2
+    frequency = config.rope_theta ** -(torch.arange(half, dtype=torch.float32) / half)
+    angle = torch.arange(config.context_length, dtype=torch.float32)[:, None] * frequency
+    return angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+
+
 class Attention(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -48,12 +58,22 @@ class Attention(nn.Module):
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, T, D], keys and values [B, Hkv, T, D], the first two rotated."""
+        v = self._split(self.v_proj(x), self.kv_heads)
+        return self.queries(x, cos, sin), self.keys(x, cos, sin), v
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, H, T, D], rotated."""
+        q = self._split(self.q_proj(x), self.heads)
+        return rotate(q, cos.to(q.dtype), sin.to(q.dtype))
+
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, Hkv, T, D], rotated."""
+        k = self._split(self.k_proj(x), self.kv_heads)
+        return rotate(k, cos.to(k.dtype), sin.to(k.dtype))
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
         batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, self.heads, self.head_width).transpose(1, 2)
-        k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_width).transpose(1, 2)
-        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_width).transpose(1, 2)
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return x.view(batch, length, heads, self.head_width).transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         """q [B, H, T, D]; k, v [B, Hkv, C, D]; visible bool [B or 1, 1, T, C]. Returns [B, T, W]."""
@@ -112,11 +132,9 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        half = config.width // config.heads // 2
-        frequency = config.rope_theta ** -(torch.arange(half, dtype=torch.float32) / half)
-        angle = torch.arange(config.context_length, dtype=torch.float32)[:, None] * frequency
-        self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)
-        self.register_buffer("sin", angle.sin().repeat(1, 2), persistent=False)
+        cos, sin = rope_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
         self._start()
 
     def _start(self) -> None:
@@ -130,12 +148,22 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """x [B, T, W], positions int64 [B, T], visible bool [B or 1, 1, T, T] (query, key) to [B, T, W]."""
-        cos, sin = self._tables(positions)
+        cos, sin = self.tables(positions)
         for block in self.layers:
             x = block(x, cos, sin, visible)
         return self.norm(x)
 
-    def step(self, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor, prefix: int = 0) -> Cached:
+    def step(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        prefix: int = 0,
+        *,
+        back: Sequence[int] = (),
+        renumber: bool = False,
+    ) -> Cached:
         """`forward` over a static cache: a whole prompt, or one token at a time.
 
         A query at position p sees what the cache holds at positions up to p, and all up to `prefix`, which therefore
@@ -143,18 +171,30 @@ class Decoder(nn.Module):
 
         Args:
             x: [B, T, W]. positions: int64 [B, T], where the new keys go. keys, values: [L, B, Hkv, C, D].
+            back: for each layer, how far before its position a token lies in the cache, because visual tokens were left
+            out before or in it (`dropping.prefill`); 0 where empty. renumber: turn by the place in the cache, not by
+            the position.
 
         Returns hidden states [B, T, W], and keys and values with the new ones in place.
         """
-        cos, sin = self._tables(positions)
-        reach = positions.clamp(min=prefix)[:, None, :, None]
-        visible = torch.arange(keys.shape[3], device=x.device) <= reach
+        shifts = tuple(back) or (0,) * len(self.layers)
+        laid = {shift: self._laid(positions, shift, keys.shape[3], prefix, renumber) for shift in dict.fromkeys(shifts)}
         new_keys, new_values = [], []
         for layer, block in enumerate(self.layers):
-            x, k, v = block.step(x, cos, sin, visible, positions, keys[layer], values[layer])  # type: ignore[operator]
+            cos, sin, visible, places = laid[shifts[layer]]
+            x, k, v = block.step(x, cos, sin, visible, places, keys[layer], values[layer])  # type: ignore[operator]
             new_keys.append(k)
             new_values.append(v)
         return self.norm(x), torch.stack(new_keys), torch.stack(new_values)
+
+    def _laid(
+        self, positions: Tensor, shift: int, room: int, prefix: int, renumber: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tables, what is visible, and places in the cache of a layer that lacks `shift` tokens."""
+        places = positions - shift
+        reach = places.clamp(min=prefix)[:, None, :, None]
+        visible = torch.arange(room, device=places.device) <= reach
+        return *self.tables(places if renumber else positions), visible, places
 
     def empty_cache(self, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a cache that nothing was put into, [L, B, Hkv, C, D] each."""
@@ -168,5 +208,6 @@ class Decoder(nn.Module):
         """[..., W] to [..., V]."""
         return F.linear(hidden, self.embed_tokens.weight)
 
-    def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, 1, T, D] of positions int64 [B, T]."""
         return self.cos[positions][:, None], self.sin[positions][:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,8 +11,12 @@ from torch import Tensor, nn
 
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.students.build import seeded
-from pocketvlm.students.vlm.config import VlmConfig
-from pocketvlm.students.vlm.decoder import Decoder
+from pocketvlm.students.vlm.condense import check_reduction, condense, look
+from pocketvlm.students.vlm.config import Reduction, VlmConfig
+from pocketvlm.students.vlm.connectors import Fusion, build_connector
+from pocketvlm.students.vlm.decoder import Cached, Decoder
+from pocketvlm.students.vlm.dropping import Asking, layer_counts, run
+from pocketvlm.students.vlm.reduce import even_places
 from pocketvlm.students.vlm.tokenizer import BOS, EOS, PAD, VlmTokenizer
 from pocketvlm.students.vlm.vision import VisionTower
 
@@ -37,88 +42,264 @@ class Rows(NamedTuple):
         return Rows(*(value.to(device, non_blocking=True) for value in self))
 
 
-class Connector(nn.Module):
-    """Features [B, K, C] to decoder embeddings [B, K, W]: standardised, two layers with GELU, a learnt place each.
+class Seen:
+    """What the tower makes of pictures, kept to be used again with other settings of what follows.
 
-    LLaVA's MLP (arXiv:2310.03744) after a layer norm, because levels of several depths differ in size; the norm and
-    the places are ours.
+    features: [B, N, C]. scores: of the tokens, [B, N] each, by `Reduction.score`.
     """
 
-    def __init__(self, width: int, hidden: int, out: int, tokens: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.first = nn.Linear(width, hidden)
-        self.second = nn.Linear(hidden, out)
-        self.places = nn.Parameter(torch.zeros(tokens, out))
-        nn.init.normal_(self.places, std=0.02)
+    def __init__(self, features: Tensor, scores: dict[str, Tensor]) -> None:
+        self.features, self.scores = features, scores
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.second(nn.functional.gelu(self.first(self.norm(features)))) + self.places
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def rows(self, index: Sequence[int]) -> Seen:
+        """Those pictures, in that order."""
+        picked = list(index)
+        return Seen(self.features[picked], {name: value[picked] for name, value in self.scores.items()})
+
+
+class Shown(NamedTuple):
+    """A picture for the decoder.
+
+    tokens: [B, K, W]. places: int64 [B, K], rising: the position of each behind `<BOS>`, of a picture that has all its
+    tokens. fused: keys and values of `Fusion.picture`, None with other connectors.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    fused: tuple[Tensor, Tensor] | None
 
 
 class Vlm(nn.Module):
     """Answers questions about one picture. Make it with `build_vlm`.
 
     The sequence is `<BOS>`, the picture's K tokens, the text. `<BOS>` and picture see each other both ways, as in
-    PaliGemma (arXiv:2407.07726); the text is causal.
+    PaliGemma (arXiv:2407.07726); the text is causal. With a `reduction` fewer tokens of the picture follow, and
+    `picture`, `hidden`, `forward`, `prefill` and `generate` all obey it.
     """
 
     def __init__(self, config: VlmConfig, tokenizer: VlmTokenizer, *, load_weights: bool = True) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.vision = VisionTower(config.vision, load_weights=load_weights)
-        self.connector = Connector(self.vision.width, config.connector_hidden, config.decoder.width, self.vision.tokens)
+        self.connector = build_connector(config, self.vision)
         self.decoder = Decoder(config.decoder, tokenizer.vocab_size)
-        if config.decoder.context_length < self.prefix + 8:
+        if config.decoder.context_length < 1 + self.connector.span + 8:
             raise UsageError(
                 f"decoder.context_length {config.decoder.context_length} leaves no room for text after the picture's "
-                f"{self.prefix} places; give {self.prefix + 32} or more, or a smaller picture"
+                f"{1 + self.connector.span} places; give {self.connector.span + 33} or more, or a smaller picture"
             )
+        self.reduce_tokens(config.reduction)
+
+    def reduce_tokens(self, reduction: Reduction | None) -> None:
+        """Leave visual tokens out from now on, or none; saved with the model, and taken back by another call.
+
+        Raises:
+            UsageError: the model cannot do this (`condense.check_reduction`).
+        """
+        if reduction is not None:
+            check_reduction(reduction, self.vision, self.connector, self.config.decoder.layers)
+        self.config = self.config.model_copy(update={"reduction": reduction})
+
+    @property
+    def reduction(self) -> Reduction | None:
+        return self.config.reduction
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Visual tokens in each layer of the decoder."""
+        return layer_counts(self.reduction, self.connector.tokens, self.config.decoder.layers)
 
     @property
     def prefix(self) -> int:
-        """Places before the text: `<BOS>` and the picture."""
-        return 1 + self.vision.tokens
+        """Places before the text: `<BOS>` and the picture, as many as go into the decoder's first layer."""
+        return 1 + self.counts[0]
 
-    def picture(self, pixels: Tensor) -> Tensor:
+    @property
+    def renumbers(self) -> bool:
+        """Whether tokens are turned by their place among those that are there, not among all."""
+        return self.reduction is not None and self.reduction.positions == "renumbered"
+
+    @property
+    def text_start(self) -> int:
+        """Position of the first token of the text; `prefix` where nothing is left out."""
+        return self.prefix if self.renumbers else 1 + self.connector.span
+
+    @property
+    def back(self) -> tuple[int, ...]:
+        """For each layer, how far before its position a token of the text lies in the cache (`Decoder.step`)."""
+        return tuple(self.text_start - 1 - count for count in self.counts)
+
+    def for_export(self) -> Vlm:
+        """A copy that answers the same by `picture` and `Decoder.step` alone, with places as positions.
+
+        Where a reduction keeps positions, the copy's rotary tables say at each place of the cache what is turned there,
+        and its context is shorter by the tokens left out. The copy is to be lowered, not to be saved: tables are no
+        weights. Where nothing has to change, the model itself.
+
+        Raises:
+            UsageError: tokens are dropped inside the decoder, the question is fused with the picture, or positions are
+                kept that differ from picture to picture.
+        """
+        reduction = self.reduction
+        moving = reduction is not None and reduction.method in ("top", "rows", "merge") and not self.renumbers
+        if isinstance(self.connector, Fusion) or moving or (reduction is not None and reduction.inside):
+            what = "connector 'fusion'" if reduction is None else f"reduction {reduction.method!r}"
+            raise UsageError(
+                f"a model with {what} and positions {'renumbered' if self.renumbers else 'kept'} is not a picture's "
+                "embeddings before a decoder with places as positions, which is what is exported; answers would be "
+                "others, so choose 'pool', 'even' or 'connector', or 'top', 'rows' or 'merge' with renumbered positions"
+            )
+        gap = self.back[0]
+        if gap == 0:
+            return self
+        baked = copy.deepcopy(self)
+        room = self.config.decoder.context_length - gap
+        size = self.config.vision.size
+        with torch.no_grad():
+            blank = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=self.decoder.cos.device)
+            places = self.show(self.look(blank)).places[0] + 1
+        behind = torch.arange(self.text_start, self.config.decoder.context_length, device=places.device)
+        at = torch.cat([places.new_zeros(1), places, behind])
+        baked.decoder.cos, baked.decoder.sin = self.decoder.cos[at], self.decoder.sin[at]
+        decoder = self.config.decoder.model_copy(update={"context_length": room})
+        assert reduction is not None
+        again = reduction.model_copy(update={"positions": "renumbered"})
+        baked.config = self.config.model_copy(update={"decoder": decoder, "reduction": again})
+        baked.decoder.config = decoder
+        return baked
+
+    def look(self, pixels: Tensor | Seen, scores: Sequence[str] | None = None) -> Seen:
+        """What the tower sees of uint8 [B, S, S, 3], with the scores named; those that `reduction` needs where None.
+
+        What was seen before is given back as it is.
+        """
+        if isinstance(pixels, Seen):
+            return pixels
+        if scores is None:
+            scores = (self.reduction.score,) if self.reduction is not None and self.reduction.scored else ()
+        return Seen(*look(self.vision, pixels, tuple(scores)))
+
+    def show(self, seen: Seen, keep: int | None = None) -> Shown:
+        """The visual tokens that go into the decoder; keep: another number, of a connector that gives several."""
+        if keep is None:
+            own = self.reduction is not None and self.reduction.method == "connector"
+            keep = self.reduction.keep if own and self.reduction is not None else self.connector.tokens
+        fused = None
+        if isinstance(self.connector, Fusion):
+            tokens, keys, values = self.connector.picture(seen.features)
+            fused = (keys, values)
+        else:
+            tokens = self.connector(seen.features, keep)
+        if self.reduction is not None and self.reduction.method != "connector":
+            tokens, places = condense(self.reduction, tokens, seen.scores)
+        elif self.connector.gridded and keep < self.connector.tokens:
+            sides = (round(count**0.5) for count in (self.connector.tokens, keep))
+            places = even_places(*sides).to(tokens.device).expand(len(tokens), -1)
+        else:
+            # of a fusion the tokens come behind the places that it has read
+            first = self.connector.span - self.connector.tokens
+            places = torch.arange(first, first + keep, device=tokens.device).expand(len(tokens), -1)
+        return Shown(tokens, places, fused)
+
+    def picture(self, pixels: Tensor | Seen) -> Tensor:
         """uint8 [B, S, S, 3] to the embeddings of the prefix, [B, 1 + K, W]."""
-        seen = self.connector(self.vision(pixels))
-        begin = self.decoder.embed_tokens(torch.full((1, 1), BOS, device=seen.device))
-        return torch.cat([begin.to(seen.dtype).expand(len(seen), -1, -1), seen], dim=1)
+        return self._begun(self.show(self.look(pixels)).tokens)
 
-    def forward(self, pixels: Tensor, rows: Rows) -> Tensor:
+    def _begun(self, tokens: Tensor) -> Tensor:
+        begin = self.decoder.embed_tokens(torch.full((1, 1), BOS, device=tokens.device))
+        return torch.cat([begin.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+
+    def forward(self, pixels: Tensor | Seen, rows: Rows) -> Tensor:
         """Logits [N, V] of the tokens `rows.targets`."""
-        hidden = self.hidden(pixels, rows)[:, self.prefix :]
+        hidden = self.hidden(pixels, rows)[:, -rows.ids.shape[1] :]
         return self.decoder.logits(hidden.flatten(0, 1)[rows.places])
 
-    def hidden(self, pixels: Tensor, rows: Rows) -> Tensor:
-        """Hidden states [B, 1 + K + T, W] of picture and texts.
+    def hidden(self, pixels: Tensor | Seen, rows: Rows) -> Tensor:
+        """Hidden states [B, 1 + K + T, W] of picture and texts, K being the visual tokens of the last layer.
+
+        In training a connector that gives several numbers of tokens is asked for one of them, drawn from torch's
+        generator, whatever number `reduction` names.
 
         Raises:
             UsageError: rows that are longer than the decoder's context.
         """
-        room = self.config.decoder.context_length - self.prefix
+        sizes, drawn = self.config.connector_drawn or self.connector.sizes, None
+        start = self.text_start
+        if (
+            self.training
+            and len(self.connector.sizes) > 1
+            and (self.reduction is None or self.reduction.method == "connector")
+        ):
+            drawn = sizes[int(torch.randint(len(sizes), ()))]
+            start = 1 + self.connector.span
+        room = self.config.decoder.context_length - start
         if rows.ids.shape[1] > room:
             raise UsageError(
                 f"rows of {rows.ids.shape[1]} tokens were given, but beside the picture the decoder has places for "
                 f"{room}; later ones would have no position, so make shorter rows or raise decoder.context_length"
             )
-        prefix, text = self.picture(pixels), self.decoder.embed_tokens(rows.ids)
-        x = torch.cat([prefix, text.to(prefix.dtype)], dim=1)
-        ahead = torch.arange(self.prefix, device=x.device).expand(len(x), -1)
-        positions = torch.cat([ahead, rows.positions + self.prefix], dim=1)
-        return self.decoder(x, positions, self._visible(rows))
+        order = torch.arange(rows.ids.shape[1], device=rows.ids.device)
+        text = (rows.turns[:, :, None] == rows.turns[:, None, :]) & (order[:, None] >= order)
+        answers = _answers(rows)
+        asked = (rows.turns >= 0) & ~answers
+        last = torch.zeros_like(answers).flatten().index_fill(0, rows.places, True).view_as(answers) & asked
+        # as many as the row with most conversations has, the rest without weight
+        weights, places = last.float().topk(max(int(last.sum(dim=1).max()), 1), dim=1)
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
+        asking = Asking(places, weights, asked)
+        shown = self.show(self.look(pixels), drawn)
+        return self._run(shown, rows.ids, rows.positions, text, asked, asking, cached=False)[0]
 
-    def _visible(self, rows: Rows) -> Tensor:
-        """bool [B, 1, L, L]: all see the prefix, and tokens of one conversation those before them."""
-        batch, length = rows.ids.shape
-        whole = self.prefix + length
-        same = rows.turns[:, :, None] == rows.turns[:, None, :]
-        order = torch.arange(length, device=rows.ids.device)
-        visible = torch.zeros(batch, whole, whole, dtype=torch.bool, device=rows.ids.device)
-        visible[:, :, : self.prefix] = True
-        visible[:, self.prefix :, self.prefix :] = same & (order[:, None] >= order)
-        return visible[:, None]
+    def _run(
+        self,
+        shown: Shown,
+        ids: Tensor,
+        at: Tensor,
+        text: Tensor,
+        asked: Tensor,
+        asking: Asking,
+        *,
+        cached: bool,
+    ) -> Cached:
+        """The decoder over picture and text. at: int64 [B, T], positions from the text's start. text: which token of
+        it sees which. asked: bool [B, T], the tokens of questions."""
+        words = self.decoder.embed_tokens(ids).to(shown.tokens.dtype)
+        if shown.fused is not None and isinstance(self.connector, Fusion):
+            words = torch.where(asked[:, :, None], self.connector.fuse(*shown.fused, words, at, text), words)
+        x = torch.cat([self._begun(shown.tokens), words], dim=1)
+        begin = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+        positions = torch.cat([begin, shown.places + 1, at + self.text_start], dim=1)
+        number = shown.tokens.shape[1]
+        counts, back = self.counts, self.back
+        if number != counts[0]:
+            # a number drawn in training
+            counts, back = (number,) * len(counts), (self.text_start - 1 - number,) * len(counts)
+        method = self.reduction.method if self.reduction is not None and self.reduction.inside else ""
+        return run(
+            self.decoder, x, positions, text, counts, asking, back=back, method=method, renumber=self.renumbers,
+            cached=cached,
+        )  # fmt: skip
+
+    def prefill(self, shown: Shown, ids: Tensor, length: Tensor) -> Cached:
+        """Read picture and questions: the first step of an answer, of static shape.
+
+        Args:
+            ids: int64 [B, T], padded behind. length: int64 [B], tokens of each question.
+
+        Returns the hidden state of each question's last token [B, W], and keys and values for `Decoder.step`, whose
+        next token of row i is at position `text_start` + length[i]; pass it `back` and `renumbers`.
+        """
+        at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        valid = at < length[:, None]
+        asking = Asking(length[:, None] - 1, torch.ones_like(length[:, None], dtype=torch.float32), valid)
+        causal = (at[:1, :, None] >= at[:1, None, :]).contiguous()
+        hidden, keys, values = self._run(shown, ids, at, causal, valid, asking, cached=True)
+        text = hidden[:, -ids.shape[1] :]
+        last = (length - 1)[:, None, None].expand(-1, 1, text.shape[2])
+        return text.gather(1, last)[:, 0], keys, values
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of a question; `<image>` may stand in it once, where LLaVA's prompts have it, and is left out.
@@ -135,7 +316,7 @@ class Vlm(nn.Module):
         if not text:
             raise UsageError("the prompt asks nothing, so there is nothing to answer; write a question")
         ids = self.tokenizer.question(text)
-        room = self.config.decoder.context_length - self.prefix - 1
+        room = self.config.decoder.context_length - self.text_start - 1
         if len(ids) > room:
             raise UsageError(
                 f"the prompt has {len(ids)} tokens but the cache holds {room} beside the picture and one token of the "
@@ -144,11 +325,11 @@ class Vlm(nn.Module):
         return ids
 
     @torch.no_grad()
-    def generate(self, pixels: Tensor, prompts: Sequence[str], *, max_new_tokens: int = 32) -> list[str]:
+    def generate(self, pixels: Tensor | Seen, prompts: Sequence[str], *, max_new_tokens: int = 32) -> list[str]:
         """One greedy answer for each picture and prompt, over a static cache; shorter where the cache is full.
 
         Args:
-            pixels: uint8 [B, S, S, 3], on the model's device. prompts: B of them.
+            pixels: uint8 [B, S, S, 3], on the model's device, or what `look` saw of them. prompts: B of them.
 
         Raises:
             UsageError: another number of prompts than pictures, or as `prompt_ids`.
@@ -162,16 +343,11 @@ class Vlm(nn.Module):
         device = self.decoder.embed_tokens.weight.device
         longest = max(map(len, asked))
         ids = torch.tensor([one + [PAD] * (longest - len(one)) for one in asked], device=device)
-        length = torch.tensor([self.prefix + len(one) for one in asked], device=device)
-        prefix = self.picture(pixels)
-        x = torch.cat([prefix, self.decoder.embed_tokens(ids).to(prefix.dtype)], dim=1)
-        positions = torch.arange(x.shape[1], device=device).expand(len(x), -1)
-        keys, values = (part.to(x.dtype) for part in self.decoder.empty_cache(len(x)))
-        hidden, keys, values = self.decoder.step(x, positions, keys, values, self.prefix - 1)
-        last = hidden[torch.arange(len(x), device=device), length - 1]
+        length = torch.tensor([len(one) for one in asked], device=device)
+        last, keys, values = self.prefill(self.show(self.look(pixels)), ids, length)
         said: list[Tensor] = []
-        open_ = torch.ones(len(x), dtype=torch.bool, device=device)
-        room = self.config.decoder.context_length - longest - self.prefix
+        open_ = torch.ones(len(ids), dtype=torch.bool, device=device)
+        room = self.config.decoder.context_length - longest - self.text_start
         for step in range(min(max_new_tokens, room)):
             token = self.decoder.logits(last).argmax(-1)
             token = torch.where(open_, token, PAD)
@@ -179,11 +355,21 @@ class Vlm(nn.Module):
             open_ = open_ & (token != EOS)
             if not open_.any():
                 break
-            x = self.decoder.embed_tokens(token)[:, None].to(x.dtype)
-            hidden, keys, values = self.decoder.step(x, (length + step)[:, None], keys, values)
+            x = self.decoder.embed_tokens(token)[:, None].to(last.dtype)
+            at = (self.text_start + length + step)[:, None]
+            hidden, keys, values = self.decoder.step(x, at, keys, values, back=self.back, renumber=self.renumbers)
             last = hidden[:, 0]
         answers = torch.stack(said, dim=1).tolist()
         return [self.tokenizer.decode(row[: row.index(EOS)] if EOS in row else row) for row in answers]
+
+
+def _answers(rows: Rows) -> Tensor:
+    """bool [B, T], the tokens of answers: each is the next one of a place whose next token belongs to an answer."""
+    batch, length = rows.ids.shape
+    before = torch.zeros(batch * length, dtype=torch.bool, device=rows.ids.device)
+    before = before.index_fill(0, rows.places, True).view(batch, length)
+    follows = before[:, :-1] & (rows.turns[:, 1:] == rows.turns[:, :-1])
+    return torch.cat([torch.zeros_like(before[:, :1]), follows], dim=1)
 
 
 def build_vlm(

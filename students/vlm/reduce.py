@@ -45,6 +45,16 @@ def layer_scores(attentions: Sequence[Tensor], start: int, prefix: int = 1) -> T
     return torch.stack([cls_scores(attention, prefix) for attention in attentions[start:-1]]).sum(dim=0)
 
 
+def received_scores(attention: Tensor, prefix: int = 0) -> Tensor:
+    """How much attention a token gets, mean over heads and over all tokens that look: FoPru-style (arXiv:2411.14164).
+
+    That it ranks by the encoder's attention is from its abstract; mean and layer (that before the last) are ours.
+
+    attention: as in `cls_scores`; prefix may be 0. Returns [B, N].
+    """
+    return attention[:, :, :, prefix:].mean(dim=(1, 2))
+
+
 def distinct_scores(tokens: Tensor) -> Tensor:
     """1 - cosine of each token with the mean token, for towers that have no class token; a construction of ours.
 
@@ -84,6 +94,19 @@ def keep_rows(scores: Tensor, rows: int) -> Tensor:
     _check(rows, grid, "rows")
     best = keep_top(scores.unflatten(1, (grid, grid)).mean(dim=2), rows)
     return (best[:, :, None] * grid + torch.arange(grid, device=scores.device)).flatten(1)
+
+
+def even_places(grid: int, side: int) -> Tensor:
+    """Places of a square grid that are the middles of the cells of a coarser one, int64 [side^2], in reading order.
+
+    Of an even cell the middle that comes first is not taken but the one behind it; cells need not be alike.
+
+    Raises:
+        UsageError: side outside 1..grid.
+    """
+    _check(side, grid, "places a side")
+    at = (2 * torch.arange(side) + 1) * grid // (2 * side)
+    return (at[:, None] * grid + at).flatten()
 
 
 def kept(tokens: Tensor, places: Tensor) -> Tensor:
@@ -133,6 +156,38 @@ def merge_similar(
     places = torch.cat([receiving, order[:, 2 * remove :]], dim=1).sort(dim=1).values
     sizes = weight.gather(1, places)
     return kept(total, places) / sizes[:, :, None], sizes, places
+
+
+def merge_alternating(tokens: Tensor, places: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Merge down to `keep` tokens before the decoder as AIM does (arXiv:2412.03248), which is ToMe without sizes.
+
+    In each round every second token, from the first, may give, the others receive; those that are most alike (cosine)
+    are merged into the receiver that they are most like, as a plain mean of all that meet there. As many rounds as it
+    takes, of half of the tokens at most. A receiver keeps its place, and the result is in reading order (the authors'
+    is not).
+
+    tokens: [B, N, C]; places: int64 [B, N], rising. Returns [B, keep, C] and [B, keep].
+
+    Raises:
+        UsageError: keep outside 1..N.
+    """
+    _check(keep, tokens.shape[1], "tokens")
+    while (count := tokens.shape[1]) > keep:
+        remove = min(count - keep, count // 2)
+        given, received = tokens[:, ::2], tokens[:, 1::2]
+        alike = F.normalize(given, dim=-1) @ F.normalize(received, dim=-1).transpose(1, 2)
+        best, goal = alike.max(dim=2)
+        order = best.argsort(dim=1, descending=True, stable=True)
+        giving, staying = order[:, :remove], order[:, remove:]
+        index = goal.gather(1, giving)
+        total = received.scatter_add(1, index[:, :, None].expand(-1, -1, tokens.shape[2]), kept(given, giving))
+        number = torch.ones_like(best[:, : received.shape[1]])
+        number = number.scatter_add(1, index, torch.ones_like(best[:, :remove]))
+        tokens = torch.cat([kept(given, staying), total / number[:, :, None]], dim=1)
+        places = torch.cat([places[:, ::2].gather(1, staying), places[:, 1::2]], dim=1)
+        order = places.argsort(dim=1)
+        tokens, places = kept(tokens, order), places.gather(1, order)
+    return tokens, places
 
 
 def pool_grid(tokens: Tensor, side: int) -> Tensor:

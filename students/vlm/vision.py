@@ -16,7 +16,8 @@ from pocketvlm.students.vlm.config import VisionConfig
 class VisionTower(nn.Module):
     """uint8 [B, S, S, 3] (RGB) to tokens [B, G * G, C], row by row.
 
-    A token holds the levels, averaged to its place, and the last map there. grid: G; width: C.
+    A token holds the levels, averaged to its place, and the last map there. grid: G; width: C; last_width: how many of
+    C, the last ones, are the last map's.
     """
 
     shift: Tensor
@@ -68,6 +69,7 @@ class VisionTower(nn.Module):
         self.train(training)
         self.grid = maps[-1].shape[-1]
         self.width = sum(found.shape[1] for found in maps)
+        self.last_width = maps[-1].shape[1]
         if maps[-1].shape[-2] != self.grid:
             raise UsageError(
                 f"timm model {config.backbone!r} gives a map of {maps[-1].shape[-2]} x {self.grid} places for a square "
@@ -77,6 +79,47 @@ class VisionTower(nn.Module):
     @property
     def tokens(self) -> int:
         return self.grid**2
+
+    @property
+    def prefix(self) -> int:
+        """Tokens that the trunk has before the picture's, the class token first."""
+        return int(getattr(self.trunk, "num_prefix_tokens", 0))
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.prefix > 0 and getattr(self.trunk, "cls_token", None) is not None
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether every block is one of timm's with global attention, whose probabilities can be looked at."""
+        return bool(_attentions(self.trunk))
+
+    def watch(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`forward`, and the attention probabilities of every block, [B, H, P + N, P + N] each.
+
+        Fused attention never makes them, so it is off during this call, which costs its speed.
+
+        Raises:
+            UsageError: a tower without global attention.
+        """
+        layers = _attentions(self.trunk)
+        if not layers:
+            raise UsageError(
+                f"timm model {type(self.trunk).__name__} has no blocks of global attention, so there are no "
+                "attention maps to score tokens by; use the score 'distinct'"
+            )
+        found: list[Tensor] = []
+        fused = [layer.fused_attn for layer in layers]
+        # what the dropout of probabilities is given, which is nothing else than they
+        hooks = [layer.attn_drop.register_forward_pre_hook(lambda _, given: found.append(given[0])) for layer in layers]
+        try:
+            for layer in layers:
+                layer.fused_attn = False
+            return self(pixels), found
+        finally:
+            for layer, before, hook in zip(layers, fused, hooks):
+                layer.fused_attn = before
+                hook.remove()
 
     def forward(self, pixels: Tensor) -> Tensor:
         *inner, last = self._maps(pixels)
@@ -94,9 +137,16 @@ class VisionTower(nn.Module):
         else:
             last, inner = trunk.forward_intermediates(x, indices=list(self.levels))
         if last.ndim == 3:
-            last = last[:, getattr(trunk, "num_prefix_tokens", 0) :]
+            last = last[:, self.prefix :]
             side = round(last.shape[1] ** 0.5)
             last = last.transpose(1, 2).unflatten(2, (side, side))
         elif getattr(trunk, "output_fmt", None) == "NHWC":
             last = last.permute(0, 3, 1, 2)
         return [*inner, last]
+
+
+def _attentions(trunk: nn.Module) -> list[Any]:
+    """The attention modules of a trunk that is a row of timm's transformer blocks, else nothing."""
+    found = [getattr(block, "attn", None) for block in cast(Any, getattr(trunk, "blocks", ()))]
+    known = all(hasattr(layer, "fused_attn") and hasattr(layer, "attn_drop") for layer in found)
+    return found if found and known and hasattr(trunk, "num_prefix_tokens") else []
