@@ -21,6 +21,7 @@ from pocketvlm.distill.vlm.answer_cache import model_digest
 from pocketvlm.distill.vlm.batches import drawn_scenes
 from pocketvlm.distill.vlm.features import without_trunk
 from pocketvlm.distill.vlm.scene_list import composer_of
+from pocketvlm.edge.errors import IntegrityError
 from pocketvlm.students.vlm.model import Vlm
 from pocketvlm.teachers.files import write_atomic
 
@@ -69,6 +70,29 @@ def picture_answers(
             found[pictures.pictures[number].uid] = {key: answers[place] for key, answers in said.items()}
         if path is not None:
             write_atomic(path, json.dumps(found, ensure_ascii=False).encode())
+    return found
+
+
+def recorded_path(folder: Path) -> Path | None:
+    """The file of `picture_answers` in a folder, where there is exactly one teacher's."""
+    found = sorted(folder.glob("said-*.json"))
+    return found[0] if len(found) == 1 else None
+
+
+def recorded_answers(folder: Path, pictures: PictureSet, numbers: Sequence[int]) -> dict[str, dict[str, str]]:
+    """`picture_answers` of a teacher that is not here.
+
+    Raises:
+        IntegrityError: nothing was said of one of these pictures.
+    """
+    path = recorded_path(folder)
+    found: dict[str, dict[str, str]] = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    missing = [number for number in numbers if pictures.pictures[number].uid not in found]
+    if missing:
+        raise IntegrityError(
+            f"what a teacher said in {str(folder)!r} leaves out {len(missing)} of {len(numbers)} pictures, so scenes "
+            "of them would have no answers; it is of another fold or version of the pictures: give the teacher itself"
+        )
     return found
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +18,29 @@ from pocketvlm.distill.checkpoint import write_text_atomically
 from pocketvlm.distill.vlm.answer_cache import check_vocabulary, kept_answers
 from pocketvlm.distill.vlm.evaluate import evaluate_vlm
 from pocketvlm.distill.vlm.features import trunk_features, without_trunk
-from pocketvlm.distill.vlm.pseudo import agreement, labelled_numbers, picture_answers, pseudo_labelled, subset
-from pocketvlm.distill.vlm.recipe import VlmRecipe
+from pocketvlm.distill.vlm.pseudo import (
+    agreement,
+    labelled_numbers,
+    picture_answers,
+    pseudo_labelled,
+    recorded_answers,
+    recorded_path,
+    subset,
+)
+from pocketvlm.distill.vlm.recipe import DataSection, VlmRecipe
 from pocketvlm.distill.vlm.scene_list import SceneList, composer_of
 from pocketvlm.distill.vlm.stages import Live, Source, StageRun
-from pocketvlm.distill.vlm.words import load_word_vectors, start_from_words
-from pocketvlm.edge.errors import UsageError
+from pocketvlm.distill.vlm.words import load_word_vectors, start_from_words, word_vectors
+from pocketvlm.edge.errors import UsageError, unknown_name
 from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm, load_vlm_config, save_vlm
+from pocketvlm.students.vlm.io import MANIFEST as MODEL
+from pocketvlm.students.vlm.io import TOKENIZER
 from pocketvlm.teachers.lit import weights_licences
 
 STUDENT, SCORES, WORDS = "student", "eval.json", "words.safetensors"
+# what the built-in talking teacher said once (benchmarks/talking_answers.py), for those who have no copy of it
+SHIPPED = "openmoji-talking"
+MINILM = "minilm"
 # streams of scenes: of a recipe's seed, far from those that score
 _LABELLED, _TAUGHT = 11, 500_011
 _SCORED_SCENES = 500
@@ -40,9 +55,34 @@ class Sources(NamedTuple):
     facts: dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """What a teacher said once, in place of the teacher: a folder `kept` of a run, with the teacher's tokenizer."""
+
+    folder: Path
+
+    @property
+    def tokenizer_json(self) -> bytes:
+        return (self.folder / TOKENIZER).read_bytes()
+
+
+def open_vlm_teacher(spec: str | Path) -> Vlm | Recorded:
+    """A generative teacher: a folder of `save_vlm`, or a folder of what one said, or "openmoji-talking".
+
+    Raises:
+        UnknownNameError: neither.
+    """
+    folder = Path(str(resources.files("pocketvlm.distill.vlm") / "kept")) if str(spec) == SHIPPED else Path(spec)
+    if (folder / MODEL).is_file():
+        return load_vlm(folder)
+    if (folder / TOKENIZER).is_file() and recorded_path(folder) is not None:
+        return Recorded(folder)
+    raise unknown_name("generative teacher", str(spec), [SHIPPED, "FOLDER"])
+
+
 def sources_of(
     recipe: VlmRecipe,
-    teacher: Vlm,
+    teacher: Vlm | Recorded,
     student: Vlm,
     pictures: PictureSet,
     work: Path,
@@ -54,11 +94,19 @@ def sources_of(
     kept; what is there of the same trunk, teacher and lists is read.
 
     Raises:
-        UsageError: no labelled picture, or a teacher of another vocabulary where its distributions are learned from.
+        UsageError: no labelled picture, a teacher of another vocabulary where its distributions are learned from, or
+            a recorded one where it would have to answer anew. IntegrityError: what it said is not of these lists.
     """
     data = recipe.data
     hears = any(stage.weights.hears or stage.on_policy for stage in recipe.stages)
-    if hears:
+    if isinstance(teacher, Recorded):
+        for stage in recipe.stages:
+            if stage.on_policy:
+                raise UsageError(
+                    f"stage {stage.name!r} lets the teacher judge the student's own answers, and only what it said "
+                    "once is given; give the teacher's folder, or set on_policy to 0"
+                )
+    elif hears:
         check_vocabulary(teacher, student.tokenizer.json)
     known = labelled_numbers(pictures, data.captions)
     if not known:
@@ -67,33 +115,36 @@ def sources_of(
             "known of any; raise that share"
         )
     unlabelled = sorted(set(range(len(pictures))) - set(known))
-    answered = picture_answers(teacher, pictures, unlabelled, kept=work)
-    said = pseudo_labelled(pictures, known, answered)
+    if isinstance(teacher, Recorded):
+        told, answered = teacher.folder, recorded_answers(teacher.folder, pictures, unlabelled)
+    else:
+        told, answered = work, picture_answers(teacher, pictures, unlabelled, kept=work)
     say(f"the teacher named {len(unlabelled)} pictures")
-    few, side, tokens = subset(pictures, known), student.config.vision.size, student.tokenizer.json
-    shared = {"questions": data.questions, "length": data.length, "variants": data.variants}
-    true = SceneList.draw(few, tokens, scenes=data.labelled_scenes, seed=data.seed + _LABELLED, **shared)
-    taught = SceneList.draw(said, tokens, scenes=data.scenes, seed=data.seed + _TAUGHT, **shared)
-    true_composer = composer_of(few, side, variants=data.variants)
+    side = student.config.vision.size
+    true, taught = draw_lists(data, pictures, known, answered, student.tokenizer.json)
+    true_composer = composer_of(true.pictures, side, variants=data.variants)
     composer = composer_of(pictures, side, variants=data.variants)
     theirs = composer
-    if hears and teacher.config.vision.size != side:
+    if isinstance(teacher, Vlm) and hears and teacher.config.vision.size != side:
         theirs = composer_of(pictures, teacher.config.vision.size, variants=data.variants)
     answers = None
     if any(stage.weights.hears for stage in recipe.stages):
         answers = kept_answers(
-            work / f"answers-{taught.digest[:16]}", taught, top=recipe.teacher.top, teacher=teacher, composer=theirs,
-            places=recipe.teacher.places, say=say,
+            told / f"answers-{taught.digest[:16]}", taught, top=recipe.teacher.top,
+            teacher=teacher if isinstance(teacher, Vlm) else None, composer=theirs, places=recipe.teacher.places,
+            say=say,
         )  # fmt: skip
     facts = {
         "pictures": {"all": len(pictures), "labelled": len(known)},
         "teacher_right_about_unlabelled": {
-            key: round(value, 4) for key, value in agreement(said, pictures, unlabelled).items()
+            key: round(value, 4) for key, value in agreement(taught.pictures, pictures, unlabelled).items()
         },
         "answer_tokens": {"labelled": true.tokens, "taught": taught.tokens},
         "answer_cache_MB": 0.0 if answers is None else round(answers.bytes / 1e6, 1),
     }
-    live = Live(teacher, theirs) if any(stage.on_policy for stage in recipe.stages) else None
+    live = None
+    if isinstance(teacher, Vlm) and any(stage.on_policy for stage in recipe.stages):
+        live = Live(teacher, theirs)
     if any("vision" in stage.train for stage in recipe.stages):
         return Sources(
             Source(true, composer=true_composer), Source(taught, composer=composer, answers=answers), live, facts
@@ -103,6 +154,23 @@ def sources_of(
         for found, c in ((true, true_composer), (taught, composer))
     ]
     return Sources(Source(true, kept[0]), Source(taught, kept[1], answers=answers), live, facts)
+
+
+def draw_lists(
+    data: DataSection,
+    pictures: PictureSet,
+    known: Sequence[int],
+    answered: Mapping[str, Mapping[str, str]],
+    tokenizer_json: bytes,
+) -> tuple[SceneList, SceneList]:
+    """Scenes of the labelled pictures `known` with true answers, and of all pictures with what the teacher said of the
+    others (`picture_answers`)."""
+    shared = {"questions": data.questions, "length": data.length, "variants": data.variants}
+    few, said = subset(pictures, known), pseudo_labelled(pictures, known, answered)
+    return (
+        SceneList.draw(few, tokenizer_json, scenes=data.labelled_scenes, seed=data.seed + _LABELLED, **shared),
+        SceneList.draw(said, tokenizer_json, scenes=data.scenes, seed=data.seed + _TAUGHT, **shared),
+    )
 
 
 def train_student(
@@ -128,13 +196,13 @@ def train_student(
 
 
 def distill_vlm(
-    teacher: Path,
+    teacher: str | Path,
     student: str,
     recipe: VlmRecipe,
     out: Path,
     *,
     fold: int = 0,
-    words: Path | None = None,
+    words: str | Path | None = None,
     limit: int | None = None,
     scored_scenes: int = _SCORED_SCENES,
     resume: bool = False,
@@ -144,10 +212,11 @@ def distill_vlm(
     """Distil a generative teacher into a student on the built-in pictures of the student's pool.
 
     Args:
-        teacher: folder of `save_vlm`. student: a named size, a YAML file of one, or a folder of `save_vlm` to go on
-            with. out: gets `student/`, `eval.json` (scores on the test pool), `history.json`, checkpoints, and what the
-            teacher and the trunk gave. fold: of the pools. words: folder with words.safetensors that the embedding of
-            a new student starts at. limit: so many pictures only, for a toy. resume: go on with what is in `out`.
+        teacher: as `open_vlm_teacher` takes it. student: a named size, a YAML file of one, or a folder of `save_vlm` to
+            go on with. out: gets `student/`, `eval.json` (scores on the test pool), `history.json`, checkpoints, and
+            what the teacher and the trunk gave. fold: of the pools. words: what the embedding of a new student starts
+            at, a folder with words.safetensors or "minilm" for vectors of that sentence encoder. limit: so many
+            pictures only, for a toy. resume: go on with what is in `out`.
 
     Returns what eval.json holds.
 
@@ -161,19 +230,25 @@ def distill_vlm(
                 "there, overwrite to replace it, or choose another folder"
             )
         shutil.rmtree(out)
-    teacher_model = load_vlm(teacher)
-    if recipe.optim.bfloat16:
-        teacher_model.to(torch.bfloat16)
+    opened = open_vlm_teacher(teacher)
+    if isinstance(opened, Vlm) and recipe.optim.bfloat16:
+        opened.to(torch.bfloat16)
+    tokenizer = opened.tokenizer_json if isinstance(opened, Recorded) else opened.tokenizer.json
     if (Path(student) / "vlm.json").is_file():
         model = load_vlm(student)
     else:
         config = load_vlm_config(student)
         theirs = () if config.vision.weights == "none" else weights_licences()
         config = config.model_copy(update={"licences": (*theirs, *data_licences())})
-        model = build_vlm(config, teacher_model.tokenizer.json, seed=recipe.optim.seed)
+        model = build_vlm(config, tokenizer, seed=recipe.optim.seed)
         if words is not None:
-            start_from_words(model, load_word_vectors(words / WORDS), seed=recipe.optim.seed)
-    sources = sources_of(recipe, teacher_model, model, picture_set("student", fold, limit=limit), out / "kept", say)
+            vectors = (
+                word_vectors(model.tokenizer.pieces())
+                if str(words) == MINILM
+                else load_word_vectors(Path(words) / WORDS)
+            )
+            start_from_words(model, vectors, seed=recipe.optim.seed)
+    sources = sources_of(recipe, opened, model, picture_set("student", fold, limit=limit), out / "kept", say)
     train_student(model, recipe, sources, out, resume=resume, say=lambda row: say(json.dumps(row)))
     save_vlm(model, out / STUDENT, overwrite=True)
     found = {

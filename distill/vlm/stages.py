@@ -116,7 +116,12 @@ def stage_terms(
             logs=taught.place_logs.flatten(0, 1),
             direction=weights.direction,
         )
-    if weights.relation and taught.relations is not None:
+    if weights.relation:
+        if taught.relations is None:
+            raise UsageError(
+                "weights.relation was given, but the teacher's answers were kept without relations of its visual "
+                "tokens; give the teacher itself, or set it to 0"
+            )
         own = hidden[: len(taught.relations), 1 : model.prefix]
         terms["relation"] = relation_distance(student=own, teacher=taught.relations)
     return terms

@@ -68,15 +68,25 @@ Names = Literal["students", "teachers", "objectives", "data", "targets", "recipe
 
 @app.command
 def demo(
-    out: Out = Path("runs/demo"),
+    out: Annotated[
+        Path | None, arg(help="Output folder; must be empty or absent. Left out: runs/demo, with --vlm runs/demo-vlm.")
+    ] = None,
+    vlm: Annotated[
+        bool, arg(help="A model that answers questions about a picture, instead of a dual encoder.")
+    ] = False,
     quick: Annotated[bool, arg(help="Fewer steps and targets: at most 3 minutes instead of 15.")] = False,
     fold: Annotated[int, arg(help="Which fifth of the concepts is held out for testing (0 to 4).")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Take real knowledge down the whole road: data, teacher, student, bundle, reference, parity, edge."""
+    if vlm:
+        from pocketvlm.demo_vlm import run_vlm_demo
+
+        run_vlm_demo(out or Path("runs/demo-vlm"), quick=quick, fold=fold, overwrite=overwrite)
+        return
     from pocketvlm.demo import run_demo
 
-    run_demo(out, quick=quick, fold=fold, overwrite=overwrite)
+    run_demo(out or Path("runs/demo"), quick=quick, fold=fold, overwrite=overwrite)
 
 
 @app.command(name="list")

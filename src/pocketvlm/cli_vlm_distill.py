@@ -25,13 +25,21 @@ def distill_vlm(
         Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]", help="Changes such as stages.0.steps=200.")
     ] = (),
     *,
-    teacher: Annotated[Path, arg(metavar="FOLDER", help="A talking teacher, as save_vlm writes it.")],
+    teacher: Annotated[
+        str,
+        arg(
+            metavar="TEACHER",
+            help="Folder of a talking teacher (save_vlm) or of what one said; openmoji-talking: what the built-in "
+            "teacher said, which recipe openmoji-talking goes with.",
+        ),
+    ],
     student: Annotated[str, arg(help="A named size, its YAML file, or a student's folder to go on with.")] = "vlm-8m",
     recipe: Annotated[str, arg(help="A shipped recipe's name or a YAML file; docs/vlm-distill.md.")] = "few-label",
     out: Annotated[Path, arg(metavar="RUN", help="Output folder; must be empty or absent.")],
     fold: Fold = 0,
     words: Annotated[
-        Path | None, arg(metavar="FOLDER", help="Word vectors that a new student's embedding starts at.")
+        str | None,
+        arg(metavar="FOLDER", help="Word vectors that a new student's embedding starts at; minilm computes them."),
     ] = None,
     limit: Annotated[int | None, arg(metavar="N", help="So many pictures only, to try a recipe out.")] = None,
     scenes: Annotated[int, arg(metavar="N", help="Scenes of the test pool that the student is scored on.")] = 500,

