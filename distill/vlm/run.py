@@ -192,7 +192,10 @@ def train_student(
     if sources.labelled.features is None:
         return run()
     with without_trunk(model):
-        return run()
+        history = run()
+    # the trunk was away when the others were set to evaluation, and its batch norms would follow whatever is scored
+    model.eval()
+    return history
 
 
 def distill_vlm(

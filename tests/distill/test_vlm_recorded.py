@@ -13,11 +13,20 @@ from vlm_toys import PICTURES, tiny
 
 from pocketvlm.data.scenes import picture_set
 from pocketvlm.distill.vlm.answer_cache import kept_answers
+from pocketvlm.distill.vlm.evaluate import evaluate_vlm
 from pocketvlm.distill.vlm.pseudo import labelled_numbers, recorded_answers
 from pocketvlm.distill.vlm.recipe import VlmRecipe, load_vlm_recipe
-from pocketvlm.distill.vlm.run import SHIPPED, Recorded, distill_vlm, draw_lists, open_vlm_teacher
+from pocketvlm.distill.vlm.run import (
+    SHIPPED,
+    Recorded,
+    distill_vlm,
+    draw_lists,
+    open_vlm_teacher,
+    sources_of,
+    train_student,
+)
 from pocketvlm.edge.errors import IntegrityError, UnknownNameError, UsageError
-from pocketvlm.students.vlm import Vlm, load_vlm, save_vlm
+from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm, save_vlm
 from pocketvlm.students.vlm.io import TOKENIZER
 from pocketvlm.teachers.files import sha256_file
 
@@ -48,6 +57,19 @@ def test_without_the_teacher_the_student_is_the_same(made: tuple[Path, Path, Pat
     ours, theirs = (load_vlm(folder / "student").state_dict() for folder in (tmp_path / "again", run))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
     assert json.loads((run / "eval.json").read_text()) == json.loads((tmp_path / "again" / "eval.json").read_text())
+
+
+def test_scores_are_those_of_the_saved_student(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """The vision trunk, which is away while the rest trains, must not score in training mode."""
+    student, _, said = made
+    found = distill_vlm(said, str(student), _recipe(response=1.0), tmp_path / "again", scored_scenes=6)
+    saved = load_vlm(tmp_path / "again" / "student")
+    assert evaluate_vlm(saved, PICTURES, scenes=6) == found["scores"]
+    model, recipe = build_vlm(saved.config, saved.tokenizer.json, seed=0), _recipe(response=1.0)
+    assert model.vision.training
+    sources = sources_of(recipe, Recorded(said), model, PICTURES, tmp_path / "work")
+    train_student(model, recipe, sources, tmp_path / "run2", resume=False, say=lambda row: None)
+    assert not any(part.training for part in model.modules())
 
 
 def test_what_only_the_teacher_could_say_is_refused(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
