@@ -50,7 +50,8 @@ def pack_blocks(weight: NDArray[np.float32], bits: int, size: int = BLOCK) -> Bl
         best, scales = np.where(better, error, best), np.where(better, scale, scales)
         levels = np.where(better[..., None], found, levels)
     nibbles = (levels + 8).astype(np.uint8)
-    return Blocks(nibbles[..., 0::2] | nibbles[..., 1::2] << 4, scales.astype(np.float32), bits, size, columns)
+    pairs = np.bitwise_or(nibbles[..., 0::2], nibbles[..., 1::2] << 4).astype(np.uint8)
+    return Blocks(pairs, scales.astype(np.float32), bits, size, columns)
 
 
 def unpack_blocks(blocks: Blocks) -> NDArray[np.float32]:
