@@ -29,7 +29,7 @@ from pocketvlm.students.vlm.tokenizer import ASSISTANT, BOS, EOS, PAD, SPECIAL, 
 TARGETS: dict[str, tuple[str, ...]] = {
     "onnx": ("fp32", "int8", "w4"),
     "executorch": ("fp32", "int8", "w4"),
-    "coreml": ("fp32", "fp16", "w8"),
+    "coreml": ("fp16", "w8"),
 }
 DEFAULT_TARGETS = ("onnx", "executorch")
 Resize = Literal["pad", "squash", "crop"]
@@ -50,7 +50,7 @@ def export_vlm(
 
     Args:
         folder: of `save_vlm`. targets: any of "onnx", "executorch", "coreml". precisions: of those that have them
-            ("fp32", "int8", "w4", for coreml "fp32", "fp16", "w8"); None: all of each target.
+            ("fp32", "int8", "w4", for coreml "fp16", "w8"); None: all of each target.
         resize: how a picture that is not square meets the square that the student was trained on. "pad" scales the
             longer side and centres on white, which keeps proportions; scenes have a white ground, so that it is no
             stranger. "squash" keeps places and not proportions, "crop" looks at the middle alone.

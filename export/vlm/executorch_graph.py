@@ -100,7 +100,8 @@ class ExecuTorchWriter:
             "context_length": contract.context_length,
             "end_id": contract.template.end,
         }
-        return write_program(programs, "fp32" if precision == "fp32" else "w8a8-dynamic", constants, path)
+        # one partitioner for all: a separate one for dynamic layers would make a delegate of each of them
+        return write_program(programs, "fp32", constants, path)
 
 
 def _quantized(model: Vlm, step: Step, precision: str) -> Words:

@@ -38,7 +38,7 @@ def export(
     ] = ("onnx", "executorch"),
     precisions: Annotated[
         tuple[str, ...] | None,
-        arg(metavar="PRECISION,...", help="Any of fp32, int8, w4 and, for coreml, fp32, fp16, w8; left out: all."),
+        arg(metavar="PRECISION,...", help="Any of fp32, int8, w4 and, for coreml, fp16, w8; left out: all."),
     ] = None,
     resize: Annotated[
         Literal["pad", "squash", "crop"],
