@@ -2,9 +2,9 @@
 
 `picture` takes an RGB image and gives `prefix` [1, P, W]; `words` takes `ids` (int32 [1, T]) and gives `embeddings`
 [T, W]; `decoder` takes `embeddings` [T, W] (the prefix and the prompt's words first, then one word at a time) and
-`positions` (int32 [T]), keeps keys and values as states, and gives `logits` [1, V] of the next token. States are float16
-by Core ML's rules, and so is the arithmetic. Prediction needs macOS: here packages are converted, read back and compared
-with what they should take and give, and the same step without states is computed by `export.mil` in the tests.
+`positions` (int32 [T]), keeps keys and values as states, and gives `logits` [1, V] of the next token. States are
+float16 by Core ML's rules, and so is the arithmetic. Prediction needs macOS: here packages are converted, read back and
+compared with what they should take, give and keep, and the step without states is computed by `export.mil` in tests.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CoreMLWriter:
         with quiet():
             require("coremltools", "coreml")
         self._model, self._contract = model, contract
-        self._step = checked_step(model)
+        self._step = checked_step(model, products=True)
 
     def write(self, precision: str, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         """The three packages: paths under `folder`, and notes.

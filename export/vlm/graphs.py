@@ -45,15 +45,16 @@ class _Begin(nn.Module):
 
 
 class Step(nn.Module):
-    """Embeddings [T, W], positions int32 [T] and 2 * L caches [Hkv, C, D] (keys and values of each layer in turn) to the
-    last hidden state [1, W] and the caches with the new keys and values in place. There is no batch, because phones
+    """Embeddings [T, W], positions int32 [T] and 2 * L caches [Hkv, C, D] (keys and values of each layer in turn) to
+    the last hidden state [1, W] and the caches with the new keys and values in place. There is no batch, because phones
     have none and converters spend operators on it.
 
     A query at position p sees what the caches hold up to p and all before the text; what lies behind is never seen
     before it is overwritten, so that a prompt needs no padding mask and a cache no clearing.
 
-    products: for XNNPACK, which neither slices tensors of dynamic length nor takes means of their rows: every projection
-    by itself, and the rotation of halves and the means as products with constants, which cost less than leaving it.
+    products: for XNNPACK and Core ML, which neither slice nor scatter where a length is dynamic (and XNNPACK takes no
+    means of rows): every projection by itself; rotating halves, means and writing into the caches as products, which
+    cost less than leaving the delegate. Each is exact but for the means.
     """
 
     cos: Tensor
@@ -62,7 +63,7 @@ class Step(nn.Module):
 
     def __init__(self, decoder: Decoder, prefix: int, *, products: bool = False) -> None:
         super().__init__()
-        self.last_of_prefix = prefix - 1
+        self.last_of_prefix, self.products = prefix - 1, products
         self.layers = nn.ModuleList(_Layer(block, products) for block in decoder.layers)  # type: ignore[arg-type]
         self.norm = _Norm(decoder.norm, products)
         self.register_buffer("cos", decoder.cos.detach().clone())
@@ -74,11 +75,16 @@ class Step(nn.Module):
         sin = self.sin.index_select(0, positions)[:, None]
         reach = positions.clamp(min=self.last_of_prefix)[:, None]
         unseen = (self.places > reach).to(x.dtype) * _UNSEEN
-        index = positions.long()[None, :, None].expand(caches[0].shape[0], -1, caches[0].shape[2])
+        where: tuple[Tensor, ...]
+        if self.products:
+            chosen = (self.places[:, None] == positions[None]).to(x.dtype)
+            where = (chosen[None], 1 - chosen.sum(1, keepdim=True))
+        else:
+            where = (positions.long()[None, :, None].expand(caches[0].shape[0], -1, caches[0].shape[2]),)
         written: list[Tensor] = []
         for number, layer in enumerate(self.layers):
             keys, values = caches[2 * number : 2 * number + 2]
-            x, keys, values = layer(x, cos, sin, unseen, index, keys, values)
+            x, keys, values = layer(x, cos, sin, unseen, where, keys, values)
             written += [keys, values]
         return self.norm(x[-1:]), *written
 
@@ -121,12 +127,18 @@ class _Layer(nn.Module):
             self.gate_up = _stacked(mlp.gate_proj, mlp.up_proj)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, unseen: Tensor, index: Tensor, keys: Tensor, values: Tensor
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        unseen: Tensor,
+        where: tuple[Tensor, ...],
+        keys: Tensor,
+        values: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         each = self.heads // self.kv_heads
         q, k, v = self._projected(self.before_attention(x), cos, sin)
-        keys = keys.scatter(1, index, k.transpose(0, 1))
-        values = values.scatter(1, index, v.transpose(0, 1))
+        keys, values = self._written(keys, k, where), self._written(values, v, where)
         # queries that share keys as rows of one product: [Hkv, each * T, D]
         q = q.reshape(-1, self.kv_heads, each, self.head_width).permute(1, 2, 0, 3)
         q = q.reshape(self.kv_heads, -1, self.head_width)
@@ -149,6 +161,14 @@ class _Layer(nn.Module):
         turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
         q, k = turned.split([self.heads, self.kv_heads], dim=1)
         return q, k, v
+
+    def _written(self, cache: Tensor, new: Tensor, where: tuple[Tensor, ...]) -> Tensor:
+        """The cache [Hkv, C, D] with new rows [T, Hkv, D] at their places: by index, or as a product with ones there."""
+        if not self.products:
+            return cache.scatter(1, where[0], new.transpose(0, 1))
+        chosen, kept = where
+        rows = torch.bmm(chosen, new.reshape(1, -1, self.kv_heads * self.head_width))
+        return cache * kept + rows.view(-1, self.kv_heads, self.head_width).transpose(0, 1)
 
     def _each(self) -> tuple[tuple[nn.Linear, int], ...]:
         return (self.q, self.heads), (self.k, self.kv_heads), (self.v, self.kv_heads)
