@@ -163,7 +163,7 @@ class _Layer(nn.Module):
         return q, k, v
 
     def _written(self, cache: Tensor, new: Tensor, where: tuple[Tensor, ...]) -> Tensor:
-        """The cache [Hkv, C, D] with new rows [T, Hkv, D] at their places: by index, or as a product with ones there."""
+        """The cache [Hkv, C, D] with new rows [T, Hkv, D] at their places, by index or as a product."""
         if not self.products:
             return cache.scatter(1, where[0], new.transpose(0, 1))
         chosen, kept = where

@@ -191,17 +191,20 @@ def _looked_up(make: _Nodes, blocks: Blocks) -> str:
 
 
 def _matrices_in_blocks(make: _Nodes, bits: int) -> None:
-    """Every MatMul by a constant becomes a MatMulNBits, in place."""
+    """Every product with a constant matrix (the exporter writes MatMul or Gemm) becomes a MatMulNBits, in place."""
     graph, to_array = make.graph, make.onnx.numpy_helper.to_array
     constants = {entry.name: entry for entry in graph.initializer}
     nodes = list(graph.node)
     del graph.node[:]
     for node in nodes:
-        if node.op_type != "MatMul" or node.input[1] not in constants:
+        if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in constants:
             graph.node.append(node)
             continue
-        name = node.input[1]
-        blocks = pack_blocks(to_array(constants[name]).T, bits)
+        name, attributes = node.input[1], {entry.name: entry for entry in node.attribute}
+        assert len(node.input) == 2, "no matrix of the decoder has a bias"
+        weight = to_array(constants[name])
+        transposed = "transB" in attributes and attributes["transB"].i
+        blocks = pack_blocks(weight if transposed else weight.T, bits)
         make.constants(name, blocks)
         make.product(node.input[0], name, blocks, node.output[0])
     _drop_dead(graph)
