@@ -21,9 +21,8 @@ def start(request: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     """request: kind ("edge", "transformers", "student"), and bundle, backend, precision, threads or model, threads."""
     before = memory("VmRSS")
     began = time.perf_counter()
-    opened, size, first_text = {"edge": edge, "transformers": transformers, "student": student}[request["kind"]](
-        request
-    )
+    kinds = {"edge": edge, "transformers": transformers, "student": student}
+    opened, size, first_text = kinds[request["kind"]](request)
     loaded = (time.perf_counter() - began) * 1e3
     pixels = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
     ids = [first_text + 256 + number for number in range(PROMPT)]

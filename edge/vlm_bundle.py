@@ -45,7 +45,7 @@ class VlmContract:
 
     image: uint8 pixels [1, S, S, 3]; what the graph takes. prefix: places of the cache before the text.
     context_length: places of the cache. layers, kv_heads, head_width: its shape, 2 * layers tensors
-    [1, kv_heads, context_length, head_width] of float32. width: of embeddings. model_id: names the weights.
+    [kv_heads, context_length, head_width] of float32. width: of embeddings. model_id: names the weights.
     tokenizer: the file, whose sha256 is told.
     """
 
@@ -72,9 +72,9 @@ class VlmContract:
             )
 
     @property
-    def cache_shape(self) -> tuple[int, int, int, int]:
+    def cache_shape(self) -> tuple[int, int, int]:
         """Of the keys, and of the values, of one layer."""
-        return 1, self.kv_heads, self.context_length, self.head_width
+        return self.kv_heads, self.context_length, self.head_width
 
     @property
     def longest_prompt(self) -> int:

@@ -176,10 +176,10 @@ def _convert(
     model.version = pocketvlm.__version__
     model.user_defined_metadata["pocketvlm.contract_sha256"] = towers.contract.digest()
     model.save(str(path))
-    _fix_identifiers(path)
+    fix_identifiers(path)
 
 
-def _fix_identifiers(path: Path) -> None:
+def fix_identifiers(path: Path) -> None:
     """Replace the random item identifiers of Manifest.json, so that equal models give equal files."""
     manifest = path / "Manifest.json"
     content = json.loads(manifest.read_text(encoding="utf-8"))

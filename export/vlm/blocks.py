@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from pocketvlm.export.token_tables import BLOCK
 
-# shares of the largest value that a block's grid may reach to; the one with the least squared error is taken
-_REACHES = (1.0, 0.95, 0.9, 0.85, 0.8)
+# shares of the largest value that the -8 of a block's grid may stand for, -7 for it among them; the one with the least
+# squared error is taken
+_REACHES = (8 / 7, 1.0, 0.95, 0.9, 0.85, 0.8)
 
 
 class Blocks(NamedTuple):
@@ -28,7 +29,7 @@ class Blocks(NamedTuple):
 def pack_blocks(weight: NDArray[np.float32], bits: int, size: int = BLOCK) -> Blocks:
     """A matrix float32 [N, K] (a row for each output) in blocks of `size` along K; the last one filled with zeros.
 
-    8 bits: -127..127 times a scale. 4 bits: -8..7, the value of largest magnitude at -8 so that all sixteen steps are
+    8 bits: -127..127 times a scale. 4 bits: -8..7, the value of largest magnitude near -8 so that all sixteen steps are
     in use (the scale has its sign), or beyond that end, where cutting it leaves the rest of the block nearer.
     """
     rows, columns = weight.shape
@@ -50,7 +51,8 @@ def pack_blocks(weight: NDArray[np.float32], bits: int, size: int = BLOCK) -> Bl
         best, scales = np.where(better, error, best), np.where(better, scale, scales)
         levels = np.where(better[..., None], found, levels)
     nibbles = (levels + 8).astype(np.uint8)
-    return Blocks(nibbles[..., 0::2] | nibbles[..., 1::2] << 4, scales.astype(np.float32), bits, size, columns)
+    pairs = np.bitwise_or(nibbles[..., 0::2], nibbles[..., 1::2] << 4).astype(np.uint8)
+    return Blocks(pairs, scales.astype(np.float32), bits, size, columns)
 
 
 def unpack_blocks(blocks: Blocks) -> NDArray[np.float32]:

@@ -18,8 +18,7 @@ from pocketvlm.edge.bundle import SCHEMA_VERSION, BundleVariant, describe_files,
 from pocketvlm.edge.bundle_write import check_out, staged
 from pocketvlm.edge.contract import ImageSpec, identity
 from pocketvlm.edge.errors import PocketvlmError, UsageError, unknown_name
-from pocketvlm.edge.vlm_bundle import KIND, Template, VlmBundle, VlmContract
-from pocketvlm.export.vlm.graphs import Step, checked_step
+from pocketvlm.edge.vlm_bundle import Template, VlmBundle, VlmContract
 from pocketvlm.students.vlm import Vlm, load_vlm
 from pocketvlm.students.vlm.io import MANIFEST as SAVED
 from pocketvlm.students.vlm.io import TOKENIZER
@@ -30,7 +29,7 @@ from pocketvlm.students.vlm.tokenizer import ASSISTANT, BOS, EOS, PAD, SPECIAL, 
 TARGETS: dict[str, tuple[str, ...]] = {
     "onnx": ("fp32", "int8", "w4"),
     "executorch": ("fp32", "int8", "w4"),
-    "coreml": ("fp32", "fp16", "w8"),
+    "coreml": ("fp16", "w8"),
 }
 DEFAULT_TARGETS = ("onnx", "executorch")
 Resize = Literal["pad", "squash", "crop"]
@@ -51,7 +50,7 @@ def export_vlm(
 
     Args:
         folder: of `save_vlm`. targets: any of "onnx", "executorch", "coreml". precisions: of those that have them
-            ("fp32", "int8", "w4", for coreml "fp32", "fp16", "w8"); None: all of each target.
+            ("fp32", "int8", "w4", for coreml "fp16", "w8"); None: all of each target.
         resize: how a picture that is not square meets the square that the student was trained on. "pad" scales the
             longer side and centres on white, which keeps proportions; scenes have a white ground, so that it is no
             stranger. "squash" keeps places and not proportions, "crop" looks at the middle alone.
@@ -99,7 +98,7 @@ def contract_of(model: Vlm, model_id: str, resize: Resize = "pad") -> VlmContrac
     config, tower = model.config, model.vision
     mean, std = ((part.flatten() / 255).tolist() for part in (tower.shift, tower.spread))
     return VlmContract(
-        kind=KIND,
+        kind="vlm",
         name=config.name,
         model_id=model_id,
         # scenes are made with the same filter
@@ -124,14 +123,13 @@ def write_variants(
 ) -> list[BundleVariant]:
     """The files of each target and precision, under `folder`."""
     model.requires_grad_(False)
-    step = checked_step(model)
     variants = []
     writers: dict[str, Any] = {}
     for target, precision in wanted:
         progress(f"writing {target} {precision}")
         try:
             if target not in writers:
-                writers[target] = _writer(target)(model, step, contract)
+                writers[target] = _writer(target)(model, contract)
             files, notes = writers[target].write(precision, folder)
         except PocketvlmError:
             raise
@@ -145,7 +143,7 @@ def write_variants(
     return variants
 
 
-def _writer(target: str) -> Callable[[Vlm, Step, VlmContract], Any]:
+def _writer(target: str) -> Callable[[Vlm, VlmContract], Any]:
     if target == "onnx":
         from pocketvlm.export.vlm.onnx_graph import OnnxWriter
 

@@ -1,8 +1,8 @@
-"""ExecuTorch programs of a generative student for the XNNPACK CPU backend: the picture, and the decoder with two methods.
+"""ExecuTorch programs of a generative student for the XNNPACK CPU backend: the picture, and a decoder of two methods.
 
 `picture` (uint8 [1, S, S, 3]) gives the embeddings [1, P, W]; `prefill` takes them, ids (int64 [1, T]) and the caches;
-`decode` takes one id [1, 1], its position (int64 [1]) and the caches. Both give logits [1, V] and the caches. Weights are
-in the file once: methods share what is equal. Constant methods: `prefix`, `context_length`, `end_id`,
+`decode` takes one id [1, 1], its position (int64 [1]) and the caches. Both give logits [1, V] and the caches. Weights
+are in the file once: methods share what is equal. Constant methods: `prefix`, `context_length`, `end_id`,
 `contract_sha256`.
 """
 
@@ -20,7 +20,7 @@ from pocketvlm.edge.vlm_bundle import VlmContract
 from pocketvlm.export.targets.executorch import write_program
 from pocketvlm.export.targets.onnx import quiet
 from pocketvlm.export.token_tables import BLOCK, Int4Embedding, Int8Embedding
-from pocketvlm.export.vlm.graphs import Picture, Step, empty_caches
+from pocketvlm.export.vlm.graphs import Picture, Step, checked_step, empty_caches
 from pocketvlm.students.vlm.model import Vlm
 
 
@@ -38,8 +38,8 @@ class Prefill(nn.Module):
         self.words = words
 
     def forward(self, prefix: Tensor, ids: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        x = torch.cat([prefix, self.words.table(ids)], dim=1)
-        hidden, *written = self.words.step(x, self.words.step.places[: x.shape[1]], *caches)
+        x = torch.cat([prefix[0], self.words.table(ids[0])])
+        hidden, *written = self.words.step(x, self.words.step.places[: x.shape[0]], *caches)
         return self.words.head(hidden), *written
 
 
@@ -49,17 +49,18 @@ class Decode(nn.Module):
         self.words = words
 
     def forward(self, ids: Tensor, position: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        hidden, *written = self.words.step(self.words.table(ids), position, *caches)
+        hidden, *written = self.words.step(self.words.table(ids[0]), position, *caches)
         return self.words.head(hidden), *written
 
 
 class ExecuTorchWriter:
     """Writes both files; the picture's, in float32, is shared by all precisions."""
 
-    def __init__(self, model: Vlm, step: Step, contract: VlmContract) -> None:
+    def __init__(self, model: Vlm, contract: VlmContract) -> None:
         for module in ("executorch.exir", "torchao"):
             require(module, "executorch")
-        self._model, self._step, self._contract = model, step, contract
+        self._model, self._contract = model, contract
+        self._step = checked_step(model, products=True)
         self._stamp = {"contract_sha256": contract.digest()}
 
     def write(self, precision: str, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
@@ -99,7 +100,8 @@ class ExecuTorchWriter:
             "context_length": contract.context_length,
             "end_id": contract.template.end,
         }
-        return write_program(programs, "fp32" if precision == "fp32" else "w8a8-dynamic", constants, path)
+        # one partitioner for all: a separate one for dynamic layers would make a delegate of each of them
+        return write_program(programs, "fp32", constants, path)
 
 
 def _quantized(model: Vlm, step: Step, precision: str) -> Words:

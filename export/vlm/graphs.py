@@ -45,22 +45,27 @@ class _Begin(nn.Module):
 
 
 class Step(nn.Module):
-    """Embeddings [1, T, W], positions int32 [T] and 2 * L caches [1, Hkv, C, D] (keys and values of each layer in turn)
-    to the last hidden state [1, W] and the caches with the new keys and values in place.
+    """Embeddings [T, W], positions int32 [T] and 2 * L caches [Hkv, C, D] (keys and values of each layer in turn) to
+    the last hidden state [1, W] and the caches with the new keys and values in place. There is no batch, because phones
+    have none and converters spend operators on it.
 
     A query at position p sees what the caches hold up to p and all before the text; what lies behind is never seen
     before it is overwritten, so that a prompt needs no padding mask and a cache no clearing.
+
+    products: for XNNPACK and Core ML, which neither slice nor scatter where a length is dynamic (and XNNPACK takes no
+    means of rows): every projection by itself; rotating halves, means and writing into the caches as products, which
+    cost less than leaving the delegate. Each is exact but for the means.
     """
 
     cos: Tensor
     sin: Tensor
     places: Tensor
 
-    def __init__(self, decoder: Decoder, prefix: int) -> None:
+    def __init__(self, decoder: Decoder, prefix: int, *, products: bool = False) -> None:
         super().__init__()
-        self.last_of_prefix = prefix - 1
-        self.layers = nn.ModuleList(_Layer(block) for block in decoder.layers)  # type: ignore[arg-type]
-        self.norm = _Norm(decoder.norm)
+        self.last_of_prefix, self.products = prefix - 1, products
+        self.layers = nn.ModuleList(_Layer(block, products) for block in decoder.layers)  # type: ignore[arg-type]
+        self.norm = _Norm(decoder.norm, products)
         self.register_buffer("cos", decoder.cos.detach().clone())
         self.register_buffer("sin", decoder.sin.detach().clone())
         self.register_buffer("places", torch.arange(decoder.config.context_length, dtype=torch.int32))
@@ -70,59 +75,107 @@ class Step(nn.Module):
         sin = self.sin.index_select(0, positions)[:, None]
         reach = positions.clamp(min=self.last_of_prefix)[:, None]
         unseen = (self.places > reach).to(x.dtype) * _UNSEEN
-        index = positions.long()[None, None, :, None].expand(1, caches[0].shape[1], -1, caches[0].shape[3])
+        where: tuple[Tensor, ...]
+        if self.products:
+            chosen = (self.places[:, None] == positions[None]).to(x.dtype)
+            where = (chosen[None], 1 - chosen.sum(1, keepdim=True))
+        else:
+            where = (positions.long()[None, :, None].expand(caches[0].shape[0], -1, caches[0].shape[2]),)
         written: list[Tensor] = []
         for number, layer in enumerate(self.layers):
             keys, values = caches[2 * number : 2 * number + 2]
-            x, keys, values = layer(x, cos, sin, unseen, index, keys, values)
+            x, keys, values = layer(x, cos, sin, unseen, where, keys, values)
             written += [keys, values]
-        return self.norm(x[:, -1]), *written
+        return self.norm(x[-1:]), *written
 
 
 class _Norm(nn.Module):
     """A root-mean-square norm as the operators that runtimes know as one."""
 
-    def __init__(self, norm: RMSNorm) -> None:
+    average: Tensor
+
+    def __init__(self, norm: RMSNorm, products: bool) -> None:
         super().__init__()
-        self.weight, self.eps = norm.weight, norm.eps
+        self.weight, self.eps, self.products = norm.weight, norm.eps, products
+        self.register_buffer("average", torch.full_like(norm.weight.detach(), 1 / len(norm.weight))[None])
 
     def forward(self, x: Tensor) -> Tensor:
-        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+        mean = F.linear(x * x, self.average) if self.products else x.pow(2).mean(-1, keepdim=True)
+        return x / torch.sqrt(mean + self.eps) * self.weight
 
 
 class _Layer(nn.Module):
-    def __init__(self, block: Block) -> None:
+    turn: Tensor
+
+    def __init__(self, block: Block, products: bool) -> None:
         super().__init__()
         attention, mlp = block.self_attn, block.mlp
         self.heads, self.kv_heads, self.head_width = attention.heads, attention.kv_heads, attention.head_width
-        self.before_attention = _Norm(block.input_layernorm)
-        self.qkv = _stacked(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out = attention.o_proj
-        self.before_mlp = _Norm(block.post_attention_layernorm)
-        self.gate_up = _stacked(mlp.gate_proj, mlp.up_proj)
-        self.down = mlp.down_proj
+        self.products = products
+        self.before_attention = _Norm(block.input_layernorm, products)
+        self.before_mlp = _Norm(block.post_attention_layernorm, products)
+        self.out, self.down = attention.o_proj, mlp.down_proj
+        if products:
+            self.q, self.k, self.v = attention.q_proj, attention.k_proj, attention.v_proj
+            self.gate, self.up = mlp.gate_proj, mlp.up_proj
+            half = self.head_width // 2
+            one, nothing = (make(half, half, dtype=self.out.weight.dtype) for make in (torch.eye, torch.zeros))
+            # (first, second) to (-second, first), exactly
+            self.register_buffer("turn", torch.cat([torch.cat([nothing, -one], 1), torch.cat([one, nothing], 1)]))
+        else:
+            self.qkv = _stacked(attention.q_proj, attention.k_proj, attention.v_proj)
+            self.gate_up = _stacked(mlp.gate_proj, mlp.up_proj)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, unseen: Tensor, index: Tensor, keys: Tensor, values: Tensor
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        unseen: Tensor,
+        where: tuple[Tensor, ...],
+        keys: Tensor,
+        values: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        length, each = x.shape[1], self.heads // self.kv_heads
-        heads = self.qkv(self.before_attention(x)).view(length, self.heads + 2 * self.kv_heads, self.head_width)
+        each = self.heads // self.kv_heads
+        q, k, v = self._projected(self.before_attention(x), cos, sin)
+        keys, values = self._written(keys, k, where), self._written(values, v, where)
+        # queries that share keys as rows of one product: [Hkv, each * T, D]
+        q = q.reshape(-1, self.kv_heads, each, self.head_width).permute(1, 2, 0, 3)
+        q = q.reshape(self.kv_heads, -1, self.head_width)
+        scores = torch.bmm(q, keys.transpose(1, 2)) * self.head_width**-0.5
+        scores = scores.view(self.kv_heads, each, -1, keys.shape[1]) + unseen
+        shares = torch.softmax(scores, dim=-1).view(self.kv_heads, -1, keys.shape[1])
+        mixed = torch.bmm(shares, values).view(self.kv_heads, each, -1, self.head_width)
+        x = x + self.out(mixed.permute(2, 0, 1, 3).reshape(-1, self.heads * self.head_width))
+        return x + self._mlp(self.before_mlp(x)), keys, values
+
+    def _projected(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, D], keys and values [T, Hkv, D], the first two rotated."""
+        if self.products:
+            q, k, v = (layer(x).view(-1, count, self.head_width) for layer, count in self._each())
+            q, k = (part * cos + F.linear(part, self.turn) * sin for part in (q, k))
+            return q, k, v
+        heads = self.qkv(x).view(-1, self.heads + 2 * self.kv_heads, self.head_width)
         turned, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         first, second = turned.chunk(2, dim=-1)
         turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
         q, k = turned.split([self.heads, self.kv_heads], dim=1)
-        keys = keys.scatter(2, index, k.transpose(0, 1)[None])
-        values = values.scatter(2, index, v.transpose(0, 1)[None])
-        # queries that share keys as rows of one product: [1, Hkv, each * T, D]
-        q = q.view(length, self.kv_heads, each, self.head_width).permute(1, 2, 0, 3)
-        q = q.reshape(1, self.kv_heads, each * length, self.head_width)
-        scores = (q @ keys.transpose(2, 3)) * self.head_width**-0.5
-        scores = scores.view(self.kv_heads, each, length, -1) + unseen
-        shares = torch.softmax(scores, dim=-1).view(1, self.kv_heads, each * length, -1)
-        mixed = (shares @ values).view(self.kv_heads, each, length, self.head_width)
-        x = x + self.out(mixed.permute(2, 0, 1, 3).reshape(1, length, self.heads * self.head_width))
-        gate, up = self.gate_up(self.before_mlp(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up), keys, values
+        return q, k, v
+
+    def _written(self, cache: Tensor, new: Tensor, where: tuple[Tensor, ...]) -> Tensor:
+        """The cache [Hkv, C, D] with new rows [T, Hkv, D] at their places, by index or as a product."""
+        if not self.products:
+            return cache.scatter(1, where[0], new.transpose(0, 1))
+        chosen, kept = where
+        rows = torch.bmm(chosen, new.reshape(1, -1, self.kv_heads * self.head_width))
+        return cache * kept + rows.view(-1, self.kv_heads, self.head_width).transpose(0, 1)
+
+    def _each(self) -> tuple[tuple[nn.Linear, int], ...]:
+        return (self.q, self.heads), (self.k, self.kv_heads), (self.v, self.kv_heads)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        gate, up = (self.gate(x), self.up(x)) if self.products else self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
 
 
 def _stacked(*layers: nn.Linear) -> nn.Linear:
@@ -133,32 +186,32 @@ def _stacked(*layers: nn.Linear) -> nn.Linear:
 
 
 def empty_caches(decoder: Decoder) -> list[Tensor]:
-    """2 * L zeros [1, Hkv, C, D], in the decoder's type."""
+    """2 * L zeros [Hkv, C, D], in the decoder's type."""
     config = decoder.config
-    shape = (1, config.kv_heads, config.context_length, config.width // config.heads)
+    shape = (config.kv_heads, config.context_length, config.width // config.heads)
     return [torch.zeros(shape, dtype=decoder.embed_tokens.weight.dtype) for _ in range(2 * config.layers)]
 
 
 @torch.no_grad()
-def checked_step(model: Vlm) -> Step:
+def checked_step(model: Vlm, *, products: bool = False) -> Step:
     """The model's `Step`, after it was compared in float64 with `Decoder.step` on a prompt and two tokens more.
 
     Raises:
         UsageError: they differ, which means that the decoder is of a kind that this export does not know.
     """
     decoder, prefix = copy.deepcopy(model.decoder).double().eval(), model.prefix
-    step = Step(decoder, prefix).eval()
+    step = Step(decoder, prefix, products=products).eval()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, prefix + 5, decoder.config.width, generator=generator, dtype=torch.float64)
     caches, (keys, values) = empty_caches(decoder), decoder.empty_cache(1)
     for start, end in ((0, prefix + 3), (prefix + 3, prefix + 4), (prefix + 4, prefix + 5)):
         positions = torch.arange(start, end)
         expected, keys, values = decoder.step(x[:, start:end], positions[None], keys, values, prefix - 1)
-        found, *caches = step(x[:, start:end], positions.int(), *caches)
+        found, *caches = step(x[0, start:end], positions.int(), *caches)
         gap = float((found - expected[:, -1]).abs().max() / expected.abs().max().clamp(min=1))
         if not gap <= _ALLOWED:
             raise UsageError(
                 f"the decoder of {model.config.name!r} computes otherwise than its exported step (by {gap:.1g}); the "
                 "bundle would say other things, so export a student with the decoder of students.vlm"
             )
-    return Step(model.decoder, prefix).eval()
+    return Step(model.decoder, prefix, products=products).eval()

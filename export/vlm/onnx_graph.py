@@ -1,8 +1,9 @@
 """ONNX files of a generative student: the picture, and one decoder graph for prompts and single tokens alike.
 
-The decoder takes `prefix` (float32 [1, P, W], P = 0 after the prompt), `ids` (int32 [1, T]), `positions` (int32 [P + T])
-and the caches, and gives `logits` [1, V] of the next token and the caches. One graph serves both, because a second one
-would hold the weights twice, and its shapes are static but for P and T. A runtime may bind a cache as input and output.
+The decoder takes `prefix` (float32 [1, P, W], P = 0 after the prompt), `ids` (int32 [1, T]), `positions` (int32
+[P + T]) and the caches, and gives `logits` [1, V] of the next token and the caches. One graph serves both, because a
+second one would hold the weights twice; its shapes are static but for P and T. A runtime may bind a cache as input and
+as output.
 
 The token table is in the file once: its rows are looked up and it is the output layer.
 """
@@ -26,7 +27,7 @@ from pocketvlm.export.targets.onnx import OPSET, quiet, stamp
 from pocketvlm.export.targets.onnx_ladder import weights_to_int8
 from pocketvlm.export.targets.onnx_names import shorten
 from pocketvlm.export.vlm.blocks import Blocks, pack_blocks
-from pocketvlm.export.vlm.graphs import Picture, Step, empty_caches
+from pocketvlm.export.vlm.graphs import Picture, checked_step, empty_caches
 from pocketvlm.students.vlm.model import Vlm
 
 _DOMAIN = "com.microsoft"
@@ -42,11 +43,11 @@ class OnnxWriter:
     weights in 8 bits with a scale for each output channel, computing in float.
     """
 
-    def __init__(self, model: Vlm, step: Step, contract: VlmContract) -> None:
+    def __init__(self, model: Vlm, contract: VlmContract) -> None:
         self._onnx = require("onnx", "onnx")
         require("onnxscript", "onnx")
         self._model, self._digest = model, contract.digest()
-        self._picture, self._decoder = _picture(model), _core(model, step)
+        self._picture, self._decoder = _picture(model), _core(model, checked_step(model))
 
     def write(self, precision: str, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         """Both files: paths under `folder`, and notes."""
@@ -74,7 +75,8 @@ class OnnxWriter:
             make.constants(_TABLE, blocks)
             found = _looked_up(make, blocks)
             make.product("hidden", _TABLE, blocks, "logits")
-        make.node("Concat", ["prefix", found], "x", axis=1)
+        both = make.node("Concat", ["prefix", found], axis=1)
+        make.node("Reshape", [both, make.constant("x_shape", np.array([-1, table.shape[1]], np.int64))], "x")
         _interface(written, self._model, self._onnx)
         _sort(written.graph)
         return written
@@ -111,10 +113,10 @@ def _core(model: Vlm, step: nn.Module) -> Any:
     names = cache_names(config.layers)
     length = model.prefix + 3
     free = torch.export.Dim("length", min=2, max=config.context_length)
-    example = (torch.zeros(1, length, config.width), torch.arange(length, dtype=torch.int32), *caches)
+    example = (torch.zeros(length, config.width), torch.arange(length, dtype=torch.int32), *caches)
     with quiet(), torch.no_grad():
         captured = torch.export.export(
-            step, example, dynamic_shapes={"x": {1: free}, "positions": {0: free}, "caches": (None,) * len(caches)}
+            step, example, dynamic_shapes={"x": {0: free}, "positions": {0: free}, "caches": (None,) * len(caches)}
         )
         program = torch.onnx.export(
             captured,
@@ -189,17 +191,20 @@ def _looked_up(make: _Nodes, blocks: Blocks) -> str:
 
 
 def _matrices_in_blocks(make: _Nodes, bits: int) -> None:
-    """Every MatMul by a constant becomes a MatMulNBits, in place."""
+    """Every product with a constant matrix (the exporter writes MatMul or Gemm) becomes a MatMulNBits, in place."""
     graph, to_array = make.graph, make.onnx.numpy_helper.to_array
     constants = {entry.name: entry for entry in graph.initializer}
     nodes = list(graph.node)
     del graph.node[:]
     for node in nodes:
-        if node.op_type != "MatMul" or node.input[1] not in constants:
+        if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in constants:
             graph.node.append(node)
             continue
-        name = node.input[1]
-        blocks = pack_blocks(to_array(constants[name]).T, bits)
+        name, attributes = node.input[1], {entry.name: entry for entry in node.attribute}
+        assert len(node.input) == 2, "no matrix of the decoder has a bias"
+        weight = to_array(constants[name])
+        transposed = "transB" in attributes and attributes["transB"].i
+        blocks = pack_blocks(weight if transposed else weight.T, bits)
         make.constants(name, blocks)
         make.product(node.input[0], name, blocks, node.output[0])
     _drop_dead(graph)

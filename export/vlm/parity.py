@@ -190,6 +190,7 @@ def check_vlm_parity(
     for variant in runnable:
         progress(f"{variant.target} {variant.precision}")
         edge = EdgeVLM.load(opened, variant.target, variant.precision, threads)  # type: ignore[arg-type]
+        _remember_picture(edge)
         right = [
             exact_match(edge.generate(pixels, q.text, max_new_tokens=longest_answer(q)).text, q.answer)
             for pixels, q in task
@@ -252,8 +253,8 @@ def compare(edge: EdgeVLM, cases: Sequence[Case], noise: float, task: tuple[list
         divergence += kl(case.logits, logits).tolist()
         choices += (logits.argmax(1) == np.array(case.said)).tolist()
         answer = edge.generate(case.pixels, case.prompt, max_new_tokens=len(case.said))
-        identical += answer.text == case.text
         found = [*answer.ids, *([EOS] if answer.ended else [])]
+        identical += answer.text == case.text and found == case.said
         if found != case.said:
             differing.append(_divergence(edge, number, case, found))
     expected, right = task
@@ -291,6 +292,19 @@ def compare(edge: EdgeVLM, cases: Sequence[Case], noise: float, task: tuple[list
         interval=None if change is None else (100 * change.interval[0], 100 * change.interval[1]),
         failures=failures,
     )
+
+
+def _remember_picture(edge: EdgeVLM) -> None:
+    """Questions about one scene follow each other: its picture is looked at once."""
+    look, last = edge.backend.picture, list[tuple[bytes, NDArray[np.float32]]]()
+
+    def picture(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        key = pixels.tobytes()
+        if not last or last[0][0] != key:
+            last[:] = [(key, look(pixels))]
+        return last[0][1]
+
+    edge.backend.picture = picture  # type: ignore[method-assign]
 
 
 def forced(edge: EdgeVLM, case: Case) -> NDArray[np.float64]:

@@ -38,7 +38,7 @@ def export(
     ] = ("onnx", "executorch"),
     precisions: Annotated[
         tuple[str, ...] | None,
-        arg(metavar="PRECISION,...", help="Any of fp32, int8, w4 and, for coreml, fp32, fp16, w8; left out: all."),
+        arg(metavar="PRECISION,...", help="Any of fp32, int8, w4 and, for coreml, fp16, w8; left out: all."),
     ] = None,
     resize: Annotated[
         Literal["pad", "squash", "crop"],
@@ -68,9 +68,7 @@ def parity(
     bundle: BundlePath,
     *,
     model: Annotated[Path, arg(metavar="FOLDER", help="The student that the bundle was made of.")],
-    prompts: Annotated[
-        int, arg(metavar="N", help="Prompts for logits and text, one to a scene of the test pool.")
-    ] = 100,
+    prompts: Annotated[int, arg(metavar="N", help="Prompts for logits and text, each about a scene of its own.")] = 100,
     questions: Annotated[int, arg(metavar="N", help="Questions for exact match; 0 leaves them out.")] = 1000,
     fold: Annotated[int, arg(help="Which fifth of the concepts is the test pool (0 to 4).")] = 0,
     targets: Annotated[tuple[str, ...] | None, arg(metavar="TARGET,...", help="Only these; left out: all.")] = None,
@@ -121,9 +119,7 @@ def ask(
         str, arg(metavar="NAME", help="fp32, int8, w4; auto takes the most faithful that there is.")
     ] = "auto",
     threads: Threads = None,
-    as_json: Annotated[
-        bool, arg(name="json", help="Print JSON when it is done instead of words as they come.")
-    ] = False,
+    as_json: Annotated[bool, arg(name="json", help="Print JSON at the end instead of words as they come.")] = False,
 ) -> None:
     """Ask a question about a picture; the answer is printed while it is written, its speed on stderr."""
     from pocketvlm.edge.vlm import EdgeVLM
@@ -143,8 +139,8 @@ def ask(
     print()
     pace = "" if answer.tokens_per_second is None else f", then {answer.tokens_per_second:.0f} tokens/s"
     cut = "" if answer.ended else "; cut off by --max-new-tokens or the cache"
-    print(f"{model.backend.name} {model.variant.precision}: first token after {answer.first_token_ms:.0f} ms{pace}{cut}",
-          file=sys.stderr)  # fmt: skip
+    how = f"{model.backend.name} {model.variant.precision}"
+    print(f"{how}: first token after {answer.first_token_ms:.0f} ms{pace}{cut}", file=sys.stderr)
 
 
 def _names(given: tuple[str, ...]) -> tuple[str, ...]:

@@ -8,12 +8,13 @@ import torch
 from pocketvlm.students.vlm import Vlm, build_vlm, train_vlm_tokenizer
 from pocketvlm.students.vlm.config import VlmConfig
 
-SIZE = 32
+# scenes are made at multiples of 6, patches are 16
+SIZE = 48
 TEXTS = ["What is this?", "a small naïve dolphin", "Wo ist die Büroklammer?", "top left: bus; top right: taxi"]
 TOKENIZER = train_vlm_tokenizer(TEXTS, 500, words=["dolphin", "bus", "taxi", "what", "is"])
 
 
-def toy_vlm(*, seed: int = 2, width: int = 32, context_length: int = 40) -> Vlm:
+def toy_vlm(*, seed: int = 2, width: int = 32, context_length: int = 48, layers: int = 2) -> Vlm:
     config = {
         "name": "toy",
         "vision": {
@@ -23,7 +24,7 @@ def toy_vlm(*, seed: int = 2, width: int = 32, context_length: int = 40) -> Vlm:
         },
         "connector_hidden": 16,
         "decoder": {
-            "width": width, "layers": 2, "heads": 4, "kv_heads": 2, "hidden": 48, "context_length": context_length,
+            "width": width, "layers": layers, "heads": 4, "kv_heads": 2, "hidden": 48, "context_length": context_length,
         },
         "licences": [["words", "MIT", "nobody"]],
     }  # fmt: skip
