@@ -13,7 +13,7 @@ import torch
 from pocketvlm.data.openmoji import licences as data_licences
 from pocketvlm.data.scenes import PictureSet, picture_set
 from pocketvlm.distill.checkpoint import write_text_atomically
-from pocketvlm.distill.vlm.answer_cache import check_vocabulary, kept_answers
+from pocketvlm.distill.vlm.answer_cache import KeptAnswers, check_vocabulary, kept_answers
 from pocketvlm.distill.vlm.evaluate import evaluate_vlm
 from pocketvlm.distill.vlm.features import trunk_features, without_trunk
 from pocketvlm.distill.vlm.pseudo import agreement, labelled_numbers, picture_answers, pseudo_labelled, subset
@@ -35,7 +35,7 @@ class Sources(NamedTuple):
     """What the stages learn from. facts: what is worth reporting of it, plain JSON."""
 
     labelled: Source
-    taught: Source
+    taught: Source | None
     live: Live | None
     facts: dict[str, Any]
 
@@ -66,43 +66,45 @@ def sources_of(
             f"none of {len(pictures)} pictures keeps its labels at data.captions {data.captions:g}, so nothing true is "
             "known of any; raise that share"
         )
-    unlabelled = sorted(set(range(len(pictures))) - set(known))
-    answered = picture_answers(teacher, pictures, unlabelled, kept=work)
-    said = pseudo_labelled(pictures, known, answered)
-    say(f"the teacher named {len(unlabelled)} pictures")
     few, side, tokens = subset(pictures, known), student.config.vision.size, student.tokenizer.json
     shared = {"questions": data.questions, "length": data.length, "variants": data.variants}
-    true = SceneList.draw(few, tokens, scenes=data.labelled_scenes, seed=data.seed + _LABELLED, **shared)
-    taught = SceneList.draw(said, tokens, scenes=data.scenes, seed=data.seed + _TAUGHT, **shared)
-    true_composer = composer_of(few, side, variants=data.variants)
-    composer = composer_of(pictures, side, variants=data.variants)
-    theirs = composer
-    if hears and teacher.config.vision.size != side:
-        theirs = composer_of(pictures, teacher.config.vision.size, variants=data.variants)
-    answers = None
-    if any(stage.weights.hears for stage in recipe.stages):
-        answers = kept_answers(
-            work / f"answers-{taught.digest[:16]}", taught, top=recipe.teacher.top, teacher=teacher, composer=theirs,
-            places=recipe.teacher.places, say=say,
+    moves = any("vision" in stage.train for stage in recipe.stages)
+
+    def source(scenes: SceneList, shown: PictureSet, answers: KeptAnswers | None = None) -> Source:
+        composer = composer_of(shown, side, variants=data.variants)
+        if moves:
+            return Source(scenes, composer=composer, answers=answers)
+        kept = trunk_features(
+            student, scenes, composer, work / "features", bfloat16=recipe.optim.bfloat16, say=say
         )  # fmt: skip
-    facts = {
+        return Source(scenes, kept, answers=answers)
+
+    true = source(SceneList.draw(few, tokens, scenes=data.labelled_scenes, seed=data.seed + _LABELLED, **shared), few)
+    facts: dict[str, Any] = {
         "pictures": {"all": len(pictures), "labelled": len(known)},
-        "teacher_right_about_unlabelled": {
-            key: round(value, 4) for key, value in agreement(said, pictures, unlabelled).items()
-        },
-        "answer_tokens": {"labelled": true.tokens, "taught": taught.tokens},
-        "answer_cache_MB": 0.0 if answers is None else round(answers.bytes / 1e6, 1),
+        "answer_tokens": {"labelled": true.scenes.tokens},
     }
-    live = Live(teacher, theirs) if any(stage.on_policy for stage in recipe.stages) else None
-    if any("vision" in stage.train for stage in recipe.stages):
-        return Sources(
-            Source(true, composer=true_composer), Source(taught, composer=composer, answers=answers), live, facts
-        )
-    kept = [
-        trunk_features(student, found, c, work / "features", bfloat16=recipe.optim.bfloat16, say=say)
-        for found, c in ((true, true_composer), (taught, composer))
-    ]
-    return Sources(Source(true, kept[0]), Source(taught, kept[1], answers=answers), live, facts)
+    if all(stage.heard == 0 for stage in recipe.stages):
+        return Sources(true, None, None, facts)
+    unlabelled = sorted(set(range(len(pictures))) - set(known))
+    said = pseudo_labelled(pictures, known, picture_answers(teacher, pictures, unlabelled, kept=work))
+    say(f"the teacher named {len(unlabelled)} pictures")
+    scenes = SceneList.draw(said, tokens, scenes=data.scenes, seed=data.seed + _TAUGHT, **shared)
+    answers = live = None
+    if hears:
+        theirs = composer_of(pictures, teacher.config.vision.size, variants=data.variants)
+        if any(stage.on_policy for stage in recipe.stages):
+            live = Live(teacher, theirs)
+        if any(stage.weights.hears for stage in recipe.stages):
+            answers = kept_answers(
+                work / f"answers-{scenes.digest[:16]}", scenes, top=recipe.teacher.top, teacher=teacher,
+                composer=theirs, places=recipe.teacher.places, say=say,
+            )  # fmt: skip
+    told = agreement(said, pictures, unlabelled)
+    facts["teacher_right_about_unlabelled"] = {key: round(value, 4) for key, value in told.items()}
+    facts["answer_tokens"]["taught"] = scenes.tokens
+    facts["answer_cache_MB"] = 0.0 if answers is None else round(answers.bytes / 1e6, 1)
+    return Sources(true, source(scenes, pictures, answers), live, facts)
 
 
 def train_student(
