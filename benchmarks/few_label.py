@@ -182,7 +182,7 @@ def prepare(plan: Plan, teacher_folder: Path, words: Path, work: Path, trial: bo
     seen = trunk_features(
         start, test, composer_of(shown, start.config.vision.size), work / "features", bfloat16=plan.bfloat16, say=say
     )
-    facts = sources.facts | {"test_pictures": len(shown), "seconds": round(time.monotonic() - begun, 1)}
+    facts = sources.facts | {"test_pictures": len(shown)}
     return Prepared(start, sources, test, seen, facts)
 
 
