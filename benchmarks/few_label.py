@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks.results_folder import machine, write, write_text
+from benchmarks.results_folder import RESULTS, machine, write_text
 from pocketvlm.data.exact_match import exact_match
 from pocketvlm.data.openmoji import licences as data_licences
 from pocketvlm.data.scene_questions import CAPTIONS, TYPES
@@ -52,6 +52,7 @@ STUDENT = "vlm-8m"
 # the stream of `evaluate.answer_scenes`
 _TEST = 1_000_003
 ROUNDS = 2000
+FACTS, SAID = "facts.json", "said.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +166,11 @@ def pools(trial: bool) -> tuple[PictureSet, PictureSet]:
     return subset(pictures, rest), subset(pictures, held)
 
 
+def scored_list(plan: Plan, shown: PictureSet, tokenizer: bytes) -> SceneList:
+    """The scenes that every run is scored on."""
+    return SceneList.draw(shown, tokenizer, scenes=plan.test_scenes, questions=4, seed=_TEST)
+
+
 def prepare(plan: Plan, teacher_folder: Path, words: Path, work: Path, trial: bool) -> Prepared:
     begun = time.monotonic()
 
@@ -178,18 +184,22 @@ def prepare(plan: Plan, teacher_folder: Path, words: Path, work: Path, trial: bo
     pictures, shown = pools(trial)
     sources = sources_of(recipe_of("distilled", 0, plan), teacher, start, pictures, work, say)
     say(json.dumps(sources.facts))
-    test = SceneList.draw(shown, teacher.tokenizer.json, scenes=plan.test_scenes, questions=4, seed=_TEST)
+    test = scored_list(plan, shown, teacher.tokenizer.json)
     seen = trunk_features(
         start, test, composer_of(shown, start.config.vision.size), work / "features", bfloat16=plan.bfloat16, say=say
     )
-    facts = sources.facts | {"test_pictures": len(shown), "seconds": round(time.monotonic() - begun, 1)}
+    facts = sources.facts | {
+        "test_pictures": len(shown),
+        "parameters": sum(weight.numel() for weight in start.parameters()),
+    }
+    write_text(work / FACTS, json.dumps(facts) + "\n")
     return Prepared(start, sources, test, seen, facts)
 
 
 def run_one(arm: str, seed: int, plan: Plan, made: Prepared, words: Path, work: Path) -> dict[str, Any]:
     """Train, answer the test scenes and keep both; what is there already is read."""
     folder = work / f"{arm}-s{seed}"
-    path = folder / "said.json"
+    path = folder / SAID
     recipe = recipe_of(arm, seed, plan)
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
@@ -217,8 +227,8 @@ def run_one(arm: str, seed: int, plan: Plan, made: Prepared, words: Path, work: 
     return result
 
 
-def asked_of(made: Prepared, said: Sequence[str]) -> list[Asked]:
-    pairs = [(index, question) for index, entry in enumerate(made.test.entries) for question in entry.questions]
+def asked_of(test: SceneList, said: Sequence[str]) -> list[Asked]:
+    pairs = [(index, question) for index, entry in enumerate(test.entries) for question in entry.questions]
     return [Asked(index, question, answer) for (index, question), answer in zip(pairs, said, strict=True)]
 
 
@@ -273,9 +283,9 @@ def interval(values: np.ndarray) -> list[float]:
     return [round(float(value), 2) for value in np.percentile(values, (2.5, 97.5))]
 
 
-def summary(made: Prepared, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summary(test: SceneList, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Every arm's mix with its intervals over the seeds there are, and the paired difference to labels alone."""
-    mix = Mix(made.test)
+    mix = Mix(test)
     arms = list(dict.fromkeys(run["arm"] for run in runs))
     whole = np.ones((1, mix.scenes))
     weights = {by: mix.draws(by, ROUNDS) for by in ("scenes", "concepts")}
@@ -310,12 +320,12 @@ def summary(made: Prepared, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def by_type(made: Prepared, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def by_type(test: SceneList, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy by type of question, mean over seeds, with the most common answer's share; captions' scores."""
-    scenes = [entry.scene for entry in made.test.entries]
+    scenes = [entry.scene for entry in test.entries]
     found: dict[str, Any] = {}
     for arm in dict.fromkeys(run["arm"] for run in runs):
-        scored = [scores(made.test.pictures, scenes, asked_of(made, r["said"])) for r in runs if r["arm"] == arm]
+        scored = [scores(test.pictures, scenes, asked_of(test, r["said"])) for r in runs if r["arm"] == arm]
         types = {
             name: {
                 "n": scored[0]["types"][name]["n"],
@@ -336,6 +346,25 @@ def by_type(made: Prepared, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def result_of(plan: Plan, test: SceneList, facts: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is written."""
+    return {
+        "plan": dataclasses.asdict(plan),
+        "fold": FOLD,
+        "labels": LABELS,
+        "student": STUDENT,
+        "prepared": facts,
+        "test": {"scenes": len(test), "questions": sum(len(entry.questions) for entry in test.entries)},
+        "arms": summary(test, runs),
+        "by_type": by_type(test, runs),
+        "runs": [
+            {key: run[key] for key in ("arm", "seed", "seconds", "load_average")} | {"history": run["history"][::2]}
+            for run in runs
+        ],
+        "machine": machine(),
+    }
+
+
 def main(
     teacher: Path = Path("runs/talking-teacher"),
     words: Annotated[Path, tyro.conf.arg(help="Of benchmarks.talking_teacher --stage prepare.")] = Path(
@@ -345,41 +374,33 @@ def main(
     arms: tuple[str, ...] = ("labels", "distilled"),
     seeds: tuple[int, ...] = (0, 1, 2),
     extra: Annotated[tuple[str, ...], tyro.conf.arg(help="Arms of the first seed only.")] = (),
-    trial: Annotated[
-        bool, tyro.conf.arg(help="Score on held-out pictures of the student's pool; writes no result.")
-    ] = False,
+    trial: Annotated[bool, tyro.conf.arg(help="Score on held-out pictures of the student's pool instead.")] = False,
     plan: Plan = _PLAN,
     name: str = "few_label.json",
 ) -> None:
-    """Prepare, run what is missing, and write the result."""
+    """Prepare, run what is missing, and write the result after every run; nothing is prepared where all are done."""
     torch.set_num_threads(1)
-    made = prepare(plan, teacher, words, work, trial)
     folder = work / "trial" if trial else work
     jobs = [(arm, seed) for seed in seeds for arm in arms] + [(arm, seeds[0]) for arm in extra]
+    made: Prepared | None = None
+    if not all((folder / f"{arm}-s{seed}" / SAID).is_file() for arm, seed in jobs):
+        made = prepare(plan, teacher, words, work, trial)
+    test = scored_list(plan, pools(trial)[1], (words / "tokenizer.json").read_bytes()) if made is None else made.test
     runs: list[dict[str, Any]] = []
     result: dict[str, Any] = {"arms": {}}
-    for arm, seed in jobs:
-        runs.append(run_one(arm, seed, plan, made, words, folder))
-        result = {
-            "plan": dataclasses.asdict(plan),
-            "fold": FOLD,
-            "labels": LABELS,
-            "student": STUDENT,
-            "parameters": sum(weight.numel() for weight in made.start.parameters()),
-            "prepared": made.facts,
-            "test": {"scenes": len(made.test), "questions": sum(len(entry.questions) for entry in made.test.entries)},
-            "arms": summary(made, runs),
-            "by_type": by_type(made, runs),
-            "runs": [
-                {key: run[key] for key in ("arm", "seed", "seconds", "load_average")} | {"last": run["history"][-1]}
-                for run in runs
-            ],
-            "machine": machine(),
-        }
-        if trial:
-            write_text(folder / name, json.dumps(result, indent=1) + "\n")
+    for place, (arm, seed) in enumerate(jobs):
+        path = folder / f"{arm}-s{seed}" / SAID
+        known = path.is_file()
+        if known:
+            runs.append(json.loads(path.read_text(encoding="utf-8")))
         else:
-            write(name, result)
+            assert made is not None, "prepared above"
+            runs.append(run_one(arm, seed, plan, made, words, folder))
+        if known and place + 1 < len(jobs):
+            continue
+        facts = json.loads((work / FACTS).read_text(encoding="utf-8"))
+        result = result_of(plan, test, facts, runs)
+        write_text((folder if trial else RESULTS) / name, json.dumps(result, indent=1) + "\n")
     for arm, row in result["arms"].items():
         print(arm, json.dumps(row))
 

@@ -117,10 +117,15 @@ def main(
     def told(said: list[str]) -> dict[str, float]:
         return dict(zip(Mix.names, (round(float(value), 2) for value in mix.values(said, whole)[0])))
 
-    control = []
-    for seed in seeds:
-        read = json.loads((work / f"labels-s{seed}" / "said.json").read_text(encoding="utf-8"))
-        control.append({"seed": seed, "share": LABELS, **told(read["said"])})
+    def control() -> list[dict[str, Any]]:
+        found = []
+        for seed in seeds:
+            path = work / f"labels-s{seed}" / "said.json"
+            if path.is_file():
+                read = json.loads(path.read_text(encoding="utf-8"))
+                found.append({"seed": seed, "share": LABELS, **told(read["said"])})
+        return found
+
     rows = []
     for share in shares:
         for seed in seeds:
@@ -128,7 +133,7 @@ def main(
             rows.append({key: value for key, value in found.items() if key != "said"} | told(found["said"]))
             write(
                 "few_label_mpa.json",
-                {"plan": dataclasses.asdict(plan), "labels_only": control, "mpa": rows, "machine": machine()},
+                {"plan": dataclasses.asdict(plan), "labels_only": control(), "mpa": rows, "machine": machine()},
             )
             print(json.dumps(rows[-1]), flush=True)
 

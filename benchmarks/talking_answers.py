@@ -21,7 +21,7 @@ from pocketvlm.data.scenes import picture_set
 from pocketvlm.distill.vlm.answer_cache import MANIFEST, kept_answers
 from pocketvlm.distill.vlm.pseudo import labelled_numbers, picture_answers, recorded_path
 from pocketvlm.distill.vlm.recipe import load_vlm_recipe
-from pocketvlm.distill.vlm.run import SHIPPED, draw_lists
+from pocketvlm.distill.vlm.run import SHIPPED, answers_folder, taught_list
 from pocketvlm.distill.vlm.scene_list import composer_of
 from pocketvlm.students.vlm import load_vlm
 from pocketvlm.students.vlm.io import TOKENIZER
@@ -39,8 +39,8 @@ def main(teacher: Path, work: Path = Path("runs/talking-answers")) -> None:
     unlabelled = sorted(set(range(len(pictures))) - set(known))
     work.mkdir(parents=True, exist_ok=True)
     said = picture_answers(model, pictures, unlabelled, kept=work)
-    _, taught = draw_lists(recipe.data, pictures, known, said, model.tokenizer.json)
-    name = f"answers-{taught.digest[:16]}"
+    taught = taught_list(recipe.data, pictures, known, said, model.tokenizer.json)
+    name = answers_folder(taught)
     composer = composer_of(pictures, model.config.vision.size, variants=recipe.data.variants)
     kept_answers(work / name, taught, top=recipe.teacher.top, teacher=model, composer=composer, say=print)
     shutil.rmtree(KEPT, ignore_errors=True)

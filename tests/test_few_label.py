@@ -87,7 +87,10 @@ def test_a_run_goes_from_pictures_to_a_summary_and_is_read_again(
     assert runs[0]["history"][-1]["step"] == PLAN.steps
     assert "response" in runs[1]["history"][-1]
     assert load_vlm(work / "distilled-s0" / "student").tokenizer.json == toys.TOKENIZER
-    told = few_label.summary(made, runs)
+    facts = json.loads((work / few_label.FACTS).read_text())
+    written = few_label.result_of(PLAN, made.test, facts, runs)
+    assert json.loads(json.dumps(written))["prepared"]["parameters"] > 1000
+    told = few_label.summary(made.test, runs)
     assert told["distilled"]["gain_over_labels"]["seeds"] == [0, 1]
     for place, name in enumerate(few_label.Mix.names):
         row, control = told["distilled"][name], told["labels"][name]
@@ -95,7 +98,7 @@ def test_a_run_goes_from_pictures_to_a_summary_and_is_read_again(
         assert gain["points"] == pytest.approx(row["mean"] - control["mean"], abs=0.02), place
         low, high = gain["interval_over_scenes"]
         assert low <= gain["points"] <= high
-    assert json.loads(json.dumps(few_label.by_type(made, runs)))["labels"]["types"]
+    assert json.loads(json.dumps(few_label.by_type(made.test, runs)))["labels"]["types"]
     # the mix of one run, counted question by question
     pairs = [(q, a) for q, a in zip([q for e in made.test.entries for q in e.questions], runs[0]["said"], strict=True)]
     short = [(q, a) for q, a in pairs if q.type not in CAPTIONS]

@@ -85,9 +85,14 @@ class StageSection(Section):
     vision_rate: NonNegative = 0.1
     warmup: CountOrZero = 50
 
+    @property
+    def heard(self) -> int:
+        """Scenes of a batch whose answers are the teacher's."""
+        return self.batch - round(self.batch * self.labelled)
+
     @model_validator(mode="after")
     def _sense(self) -> StageSection:
-        if self.labelled == 1 and (self.weights.hears or self.on_policy):
+        if not self.heard and (self.weights.hears or self.on_policy):
             raise ValueError(
                 f"stage {self.name!r} takes all scenes from the labelled ones and gives the teacher's terms a weight, "
                 "which then teach nothing; lower labelled or set those weights and on_policy to 0"

@@ -15,7 +15,7 @@ import torch
 from pocketvlm.data.openmoji import licences as data_licences
 from pocketvlm.data.scenes import PictureSet, picture_set
 from pocketvlm.distill.checkpoint import write_text_atomically
-from pocketvlm.distill.vlm.answer_cache import check_vocabulary, kept_answers
+from pocketvlm.distill.vlm.answer_cache import KeptAnswers, check_vocabulary, kept_answers
 from pocketvlm.distill.vlm.evaluate import evaluate_vlm
 from pocketvlm.distill.vlm.features import trunk_features, without_trunk
 from pocketvlm.distill.vlm.pseudo import (
@@ -50,7 +50,7 @@ class Sources(NamedTuple):
     """What the stages learn from. facts: what is worth reporting of it, plain JSON."""
 
     labelled: Source
-    taught: Source
+    taught: Source | None
     live: Live | None
     facts: dict[str, Any]
 
@@ -114,46 +114,49 @@ def sources_of(
             f"none of {len(pictures)} pictures keeps its labels at data.captions {data.captions:g}, so nothing true is "
             "known of any; raise that share"
         )
+    side, moves = student.config.vision.size, any("vision" in stage.train for stage in recipe.stages)
+
+    def source(scenes: SceneList, answers: KeptAnswers | None = None) -> Source:
+        composer = composer_of(scenes.pictures, side, variants=data.variants)
+        if moves:
+            return Source(scenes, composer=composer, answers=answers)
+        kept = trunk_features(
+            student, scenes, composer, work / "features", bfloat16=recipe.optim.bfloat16, say=say
+        )  # fmt: skip
+        return Source(scenes, kept, answers=answers)
+
+    true = source(labelled_list(data, pictures, known, student.tokenizer.json))
+    facts: dict[str, Any] = {
+        "pictures": {"all": len(pictures), "labelled": len(known)},
+        "answer_tokens": {"labelled": true.scenes.tokens},
+    }
+    if all(stage.heard == 0 for stage in recipe.stages):
+        return Sources(true, None, None, facts)
     unlabelled = sorted(set(range(len(pictures))) - set(known))
     if isinstance(teacher, Recorded):
-        told, answered = teacher.folder, recorded_answers(teacher.folder, pictures, unlabelled)
+        said = recorded_answers(teacher.folder, pictures, unlabelled)
     else:
-        told, answered = work, picture_answers(teacher, pictures, unlabelled, kept=work)
+        said = picture_answers(teacher, pictures, unlabelled, kept=work)
     say(f"the teacher named {len(unlabelled)} pictures")
-    side = student.config.vision.size
-    true, taught = draw_lists(data, pictures, known, answered, student.tokenizer.json)
-    true_composer = composer_of(true.pictures, side, variants=data.variants)
-    composer = composer_of(pictures, side, variants=data.variants)
-    theirs = composer
-    if isinstance(teacher, Vlm) and hears and teacher.config.vision.size != side:
+    scenes = taught_list(data, pictures, known, said, student.tokenizer.json)
+    answers = live = None
+    if isinstance(teacher, Recorded):
+        if hears:
+            answers = kept_answers(teacher.folder / answers_folder(scenes), scenes, top=recipe.teacher.top)
+    elif hears:
         theirs = composer_of(pictures, teacher.config.vision.size, variants=data.variants)
-    answers = None
-    if any(stage.weights.hears for stage in recipe.stages):
-        answers = kept_answers(
-            told / f"answers-{taught.digest[:16]}", taught, top=recipe.teacher.top,
-            teacher=teacher if isinstance(teacher, Vlm) else None, composer=theirs, places=recipe.teacher.places,
-            say=say,
-        )  # fmt: skip
-    facts = {
-        "pictures": {"all": len(pictures), "labelled": len(known)},
-        "teacher_right_about_unlabelled": {
-            key: round(value, 4) for key, value in agreement(taught.pictures, pictures, unlabelled).items()
-        },
-        "answer_tokens": {"labelled": true.tokens, "taught": taught.tokens},
-        "answer_cache_MB": 0.0 if answers is None else round(answers.bytes / 1e6, 1),
-    }
-    live = None
-    if isinstance(teacher, Vlm) and any(stage.on_policy for stage in recipe.stages):
-        live = Live(teacher, theirs)
-    if any("vision" in stage.train for stage in recipe.stages):
-        return Sources(
-            Source(true, composer=true_composer), Source(taught, composer=composer, answers=answers), live, facts
-        )
-    kept = [
-        trunk_features(student, found, c, work / "features", bfloat16=recipe.optim.bfloat16, say=say)
-        for found, c in ((true, true_composer), (taught, composer))
-    ]
-    return Sources(Source(true, kept[0]), Source(taught, kept[1], answers=answers), live, facts)
+        if any(stage.on_policy for stage in recipe.stages):
+            live = Live(teacher, theirs)
+        if any(stage.weights.hears for stage in recipe.stages):
+            answers = kept_answers(
+                work / answers_folder(scenes), scenes, top=recipe.teacher.top, teacher=teacher,
+                composer=theirs, places=recipe.teacher.places, say=say,
+            )  # fmt: skip
+    told = agreement(scenes.pictures, pictures, unlabelled)
+    facts["teacher_right_about_unlabelled"] = {key: round(value, 4) for key, value in told.items()}
+    facts["answer_tokens"]["taught"] = scenes.tokens
+    facts["answer_cache_MB"] = 0.0 if answers is None else round(answers.bytes / 1e6, 1)
+    return Sources(true, source(scenes, answers), live, facts)
 
 
 def draw_lists(
@@ -171,6 +174,34 @@ def draw_lists(
         SceneList.draw(few, tokenizer_json, scenes=data.labelled_scenes, seed=data.seed + _LABELLED, **shared),
         SceneList.draw(said, tokenizer_json, scenes=data.scenes, seed=data.seed + _TAUGHT, **shared),
     )
+
+
+def labelled_list(data: DataSection, pictures: PictureSet, known: Sequence[int], tokenizer_json: bytes) -> SceneList:
+    """Scenes of the labelled pictures with true answers."""
+    return SceneList.draw(
+        subset(pictures, known), tokenizer_json, scenes=data.labelled_scenes, seed=data.seed + _LABELLED,
+        questions=data.questions, length=data.length, variants=data.variants,
+    )  # fmt: skip
+
+
+def taught_list(
+    data: DataSection,
+    pictures: PictureSet,
+    known: Sequence[int],
+    said: Mapping[str, Mapping[str, str]],
+    tokenizer_json: bytes,
+) -> SceneList:
+    """Scenes of all pictures; answers follow from labels where they are known and from what the teacher said of the
+    others (`picture_answers`)."""
+    return SceneList.draw(
+        pseudo_labelled(pictures, known, said), tokenizer_json, scenes=data.scenes, seed=data.seed + _TAUGHT,
+        questions=data.questions, length=data.length, variants=data.variants,
+    )  # fmt: skip
+
+
+def answers_folder(scenes: SceneList) -> str:
+    """Name of the folder of a list's `kept_answers`."""
+    return f"answers-{scenes.digest[:16]}"
 
 
 def train_student(

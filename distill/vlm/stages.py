@@ -169,7 +169,7 @@ class StageRun:
         self._sums: dict[str, list[float]] = {}
 
     def _check(self, stage: StageSection) -> None:
-        if stage.labelled < 1 and self.taught is None:
+        if stage.heard and self.taught is None:
             raise UsageError(
                 f"stage {stage.name!r} takes {1 - stage.labelled:.0%} of its scenes from those a teacher answered, and "
                 "no teacher is given; name one, or set labelled to 1"
@@ -295,8 +295,8 @@ class StageRun:
 
     def _loss(self, stage: StageSection, step: int, own_step: int) -> tuple[Tensor, dict[str, Tensor]]:
         recipe, seed = self.recipe, self.recipe.optim.seed
-        true = round(stage.batch * stage.labelled)
-        heard = stage.batch - true
+        heard = stage.heard
+        true = stage.batch - heard
         weights = stage.weights
         seen: list[Tensor] = []
         lists: list[tuple[SceneList, list[int]]] = []

@@ -19,10 +19,11 @@ from pocketvlm.distill.vlm.recipe import VlmRecipe, load_vlm_recipe
 from pocketvlm.distill.vlm.run import (
     SHIPPED,
     Recorded,
+    answers_folder,
     distill_vlm,
-    draw_lists,
     open_vlm_teacher,
     sources_of,
+    taught_list,
     train_student,
 )
 from pocketvlm.edge.errors import IntegrityError, UnknownNameError, UsageError
@@ -98,8 +99,8 @@ def test_the_shipped_answers_are_of_the_shipped_recipe() -> None:
     known = labelled_numbers(pictures, recipe.data.captions)
     unlabelled = sorted(set(range(len(pictures))) - set(known))
     answered = recorded_answers(opened.folder, pictures, unlabelled)
-    _, taught = draw_lists(recipe.data, pictures, known, answered, opened.tokenizer_json)
-    kept = kept_answers(opened.folder / f"answers-{taught.digest[:16]}", taught, top=recipe.teacher.top)
+    taught = taught_list(recipe.data, pictures, known, answered, opened.tokenizer_json)
+    kept = kept_answers(opened.folder / answers_folder(taught), taught, top=recipe.teacher.top)
     first = kept.of([0, len(taught) - 1])
     assert len(kept.tensors["ids"]) == taught.tokens
     assert first.relations is None
