@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from vlm_toys import FAMILIES, drop_chat_template, save_toy
+from hf_vlm_toys import FAMILIES, drop_chat_template, save_toy
 
 from pocketvlm.edge.errors import UnknownNameError, UsageError
 from pocketvlm.teachers.vlm import HfVlm, VlmTeacher, load_hf_vlm, vocabulary_id
