@@ -134,11 +134,11 @@ def recalibrated(recalibrator: Recalibrator, head: Head, *, weight: float = 1.0,
 
     def loss(model: Vlm, drawn: Lessons, pixels: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         hidden = model.hidden(pixels, rows)
-        text = hidden[:, model.prefix :]
+        text = hidden[:, -rows.ids.shape[1] :]
         logits = model.decoder.logits(text.flatten(0, 1)[rows.places])
         terms = recalibration(
             recalibrator,
-            student=question_states(hidden, rows, model.prefix),
+            student=question_states(hidden, rows),
             teacher=drawn.scored,
             head=head,
             regularise=regularise,
@@ -148,11 +148,11 @@ def recalibrated(recalibrator: Recalibrator, head: Head, *, weight: float = 1.0,
     return loss
 
 
-def question_states(hidden: Tensor, rows: Rows, prefix: int) -> list[Tensor]:
+def question_states(hidden: Tensor, rows: Rows) -> list[Tensor]:
     """Of each row the hidden states of picture and question but the last place, which predicts the answer: [Q_i, W].
 
     Args:
-        hidden: [B, prefix + T, W] of `Vlm.hidden`; rows: one conversation of one turn in each.
+        hidden: [B, L, W] of `Vlm.hidden`, the text last; rows: one conversation of one turn in each.
 
     Raises:
         UsageError: rows with several conversations.
@@ -165,7 +165,8 @@ def question_states(hidden: Tensor, rows: Rows, prefix: int) -> list[Tensor]:
     length = rows.ids.shape[1]
     owner, place = rows.places // length, rows.places % length
     first = torch.full((len(hidden),), length, device=hidden.device).scatter_reduce(0, owner, place, "amin")
-    return [row[: prefix + int(end)] for row, end in zip(hidden, first.tolist())]
+    before = hidden.shape[1] - length
+    return [row[: before + int(end)] for row, end in zip(hidden, first.tolist())]
 
 
 def _to(scored: Scored, device: torch.device) -> Scored:

@@ -40,8 +40,9 @@ class LayerStates:
         self.layers = tuple(layers)
         self.found: dict[int, Tensor] = {}
 
-    def visual(self, prefix: int) -> list[Tensor]:
-        """[B, K, W] of each layer: the picture's places, `prefix` being `Vlm.prefix`.
+    def visual(self, text: int) -> list[Tensor]:
+        """[B, K, W] of each layer: the picture's places, which stand between the beginning and `text` tokens (T of the
+        rows).
 
         Raises:
             UsageError: the model has not run since.
@@ -51,7 +52,7 @@ class LayerStates:
                 "hidden states of inner layers were asked for, but the model has not run inside layer_states; call it "
                 "there first"
             )
-        return [self.found[layer][:, 1:prefix] for layer in self.layers]
+        return [self.found[layer][:, 1 : self.found[layer].shape[1] - text] for layer in self.layers]
 
 
 @contextlib.contextmanager

@@ -104,16 +104,17 @@ class BuiltinVlm:
         rows = rows_of([[talk] for talk in talks], length).to(self.device)
         with full_float32():
             hidden = model.hidden(pixels, rows).float()
+        before = hidden.shape[1] - length
         scored = []
         for place, (question, answer) in enumerate(talks):
-            whole = hidden[place, : model.prefix + len(question) + len(answer) - 1]
+            whole = hidden[place, : before + len(question) + len(answer) - 1]
             scored.append(
                 Scored(
                     ids=torch.tensor(answer, device=self.device),
                     ends=answer_ends(model, pairs[place][1]),
                     logits=self.head(whole[len(whole) - len(answer) :]),
                     hidden=whole,
-                    visual=torch.arange(1, model.prefix, device=self.device),
+                    visual=torch.arange(1, before, device=self.device),
                 )
             )
         return scored

@@ -271,7 +271,7 @@ def load_hf_vlm(
         )
     wording = Wording(processor, config.model_type, template, spec)
     teacher = HfVlm(model, processor, wording, name=spec, device=where, batch=batch)
-    _refuse_foresight(teacher)
+    _refuse_surprises(teacher)
     return teacher
 
 
@@ -294,11 +294,12 @@ def _image_id(config: Any) -> int | None:
     return getattr(config, "image_token_index", None) if found is None else found
 
 
-def _refuse_foresight(teacher: HfVlm) -> None:
-    """What is predicted must not depend on what comes after it.
+def _refuse_surprises(teacher: HfVlm) -> None:
+    """What is predicted must not depend on what comes after it, and must follow from the hidden states.
 
     Raises:
-        UsageError: it does, for two answers that begin alike, or padding changes what is read.
+        UsageError: it depends on it, for two answers that begin alike, or padding changes what is read, or the last
+        hidden states are not those that the head reads.
     """
     grey = torch.full((2, 64, 64, 3), 128, dtype=torch.uint8)
     short, long = "yes", "yes, it is yes and no and yes"
@@ -307,6 +308,11 @@ def _refuse_foresight(teacher: HfVlm) -> None:
     # the end of the short answer is predicted where the long one goes on
     both = next((i for i, (a, b) in enumerate(zip(one.ids.tolist(), two.ids.tolist())) if a != b), 0) + 1
     allowed = _SAME[teacher.dtype] * float(one.logits.std() + 1e-6)
+    if float((teacher.head(one.answer_hidden) - one.logits).abs().max()) > allowed:
+        raise UsageError(
+            f"{teacher.name!r} does more between its last hidden states and its logits than its output layer, so "
+            "hidden states would not be those of its answers; ask it as a black box and record its answers"
+        )
     for found in (two.logits[:both], other.logits[:both]):
         if not torch.isfinite(found).all() or float((found - one.logits[:both]).abs().max()) > allowed:
             raise UsageError(

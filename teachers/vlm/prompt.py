@@ -16,7 +16,8 @@ from pocketvlm.teachers.vlm.base import completed
 QUESTION, ANSWER, IMAGE = "{question}", "{answer}", "<image>"
 # families that were trained on a bare question
 _BARE = {"paligemma": f"{IMAGE}{QUESTION}{ANSWER}"}
-_PROBE = ("What?", "This.")
+# an answer that no template writes by itself
+_PROBE = ("What?", "Zyx wvu.")
 
 
 class Wording:
@@ -38,10 +39,10 @@ class Wording:
                 f"{name!r} comes without a chat template, so its prompts would be guesswork and its answers poor; give "
                 f"one as template, such as 'USER: {IMAGE}\\n{QUESTION} ASSISTANT: {ANSWER}'"
             )
-        if self.template is not None and [self.template.count(part) for part in (IMAGE, QUESTION, ANSWER)] != [1, 1, 1]:
+        if self.template is not None and not _complete(self.template):
             raise UsageError(
-                f"the template {self.template!r} must hold {IMAGE}, {QUESTION} and {ANSWER} once each; a part would be "
-                "missing or asked twice, so write it like "
+                f"the template {self.template!r} must hold {IMAGE}, {QUESTION} and {ANSWER} once each, the answer "
+                "behind both; a part would be missing or come too late, so write it like "
                 f"'USER: {IMAGE}\\n{QUESTION} ASSISTANT: {ANSWER}'"
             )
         if not getattr(self._tokenizer, "is_fast", False):
@@ -49,7 +50,10 @@ class Wording:
                 f"{name!r} comes with a slow tokenizer, which does not tell which characters a token stands for; "
                 "answers could not be aligned, so use a checkpoint with tokenizer.json"
             )
-        self.end = self._end(name)
+        _, rest = self._texts(*_PROBE)
+        # what the template writes between prompt and answer, in characters
+        self._lead = rest.index(_PROBE[1])
+        self.end = self._end(name, rest[self._lead + len(_PROBE[1]) :].strip())
 
     def prompt(self, question: str) -> str:
         """What stands before the answer, the picture as its marker."""
@@ -66,7 +70,7 @@ class Wording:
                 f"the answer to {question[:60]!r} is empty, so there is nothing to read; leave the pair out"
             )
         prompt, rest = self._texts(question, answer)
-        start = rest.index(answer)
+        start = self._lead if rest.startswith(answer, self._lead) else rest.index(answer)
         stop = start + len(answer)
         tokens = None if self._alone else self._behind(prompt, rest)
         kept = [token for token in tokens or self._tokens(rest) if token[1] < stop]
@@ -118,10 +122,8 @@ class Wording:
         )
         return [(number, first, end) for number, (first, end) in zip(found["input_ids"], found["offset_mapping"])]
 
-    def _end(self, name: str) -> int:
+    def _end(self, name: str, behind: str) -> int:
         """The first token that the template writes behind an answer, else the tokenizer's end of text."""
-        _, rest = self._texts(*_PROBE)
-        behind = rest[rest.index(_PROBE[1]) + len(_PROBE[1]) :].strip()
         tokens = self._tokens(behind) if behind else []
         if tokens:
             return tokens[0][0]
@@ -132,3 +134,9 @@ class Wording:
                 "answers would have no end, so give a template that does"
             )
         return int(end)
+
+
+def _complete(template: str) -> bool:
+    if [template.count(part) for part in (IMAGE, QUESTION, ANSWER)] != [1, 1, 1]:
+        return False
+    return max(template.index(IMAGE), template.index(QUESTION)) < template.index(ANSWER)

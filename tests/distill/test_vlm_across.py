@@ -376,10 +376,10 @@ def test_lessons_are_the_same_pairs_in_both_tokenizers(teacher: BuiltinVlm) -> N
             one.logits, teacher.read(pictures[i : i + 1], [PAIRS[i]])[0].logits, rtol=2e-2, atol=2e-2
         )
     hidden = student.hidden(drawn.pixels, rows)
-    for i, found, whole in zip(order, question_states(hidden, rows, student.prefix), hidden):
+    for i, found, whole in zip(order, question_states(hidden, rows), hidden):
         assert torch.equal(found, whole[: student.prefix + len(student.tokenizer.question(PAIRS[i][0])) - 1])
     with pytest.raises(UsageError, match="pack one pair a row"):
-        question_states(hidden, rows._replace(turns=rows.turns.clamp(min=1)), student.prefix)
+        question_states(hidden, rows._replace(turns=rows.turns.clamp(min=1)))
     with pytest.raises(UsageError, match="there is nothing to learn"):
         next(lesson_batches([], student, batch=2))
     with pytest.raises(UsageError, match="same pictures in both sizes"):
@@ -477,9 +477,9 @@ def test_inner_layers_are_those_of_the_last_pass_and_the_student_stays_as_it_is(
     rows = rows_of([[(student.tokenizer.question("a"), student.tokenizer.answer("b"))]] * 2, 12)
     with layer_states(student, [0, 2]) as states:
         with pytest.raises(UsageError, match="has not run"):
-            states.visual(student.prefix)
+            states.visual(12)
         hidden = student.hidden(_pictures(2), rows)
-        first, last = states.visual(student.prefix)
+        first, last = states.visual(12)
     torch.testing.assert_close(student.decoder.norm(last), hidden[:, 1 : student.prefix])
     assert not torch.allclose(first, last)
     objective = EmbeddingDistillation(32, 5, 2)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from vlm_toys import FAMILIES, drop_chat_template, save_toy
+from hf_vlm_toys import FAMILIES, drop_chat_template, save_toy
 
 from pocketvlm.edge.errors import UnknownNameError, UsageError
 from pocketvlm.teachers.vlm import HfVlm, VlmTeacher, load_hf_vlm, vocabulary_id
@@ -140,8 +140,9 @@ def test_a_template_of_the_user_takes_the_place_of_a_missing_one(toys: dict[str,
     folder = drop_chat_template(save_toy("llava", tmp_path / "bare"))
     with pytest.raises(UsageError, match="without a chat template"):
         load_hf_vlm(str(folder))
-    with pytest.raises(UsageError, match="once each"):
-        load_hf_vlm(str(folder), template="<image>{question}")
+    for template in ("<image>{question}", "<image>{answer} {question}", "<image>{question}{question}{answer}"):
+        with pytest.raises(UsageError, match="once each, the answer behind both"):
+            load_hf_vlm(str(folder), template=template)
     given = load_hf_vlm(str(folder), template="USER: <image>\n{question} ASSISTANT: {answer}</s>")
     own = load_hf_vlm(str(toys["llava"]))
     one, two = given.read(_pictures(1), PAIRS[:1])[0], own.read(_pictures(1), PAIRS[:1])[0]
@@ -168,6 +169,30 @@ def test_who_sees_the_answer_is_refused(toys: dict[str, Path], monkeypatch: pyte
     monkeypatch.setattr(hf_module.HfVlm, "__init__", forgetful)
     with pytest.raises(UsageError, match="teach what it was told"):
         load_hf_vlm(str(toys["paligemma"]))
+
+
+def test_hidden_states_that_its_head_does_not_read_are_refused(
+    toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HfVlm, "head", lambda self, hidden: self._model.get_output_embeddings()(hidden * 1.5))
+    with pytest.raises(UsageError, match="between its last hidden states and its logits"):
+        load_hf_vlm(str(toys["llava"]))
+
+
+def test_an_answer_is_found_behind_what_the_template_writes_before_it(toys: dict[str, Path]) -> None:
+    """An answer of one letter that the template has, too."""
+    template = "USER: <image>\n{question} ASSISTANT: {answer}</s>"
+    wording = load_hf_vlm(str(toys["llava"]), template=template.replace("{answer}", "no note: {answer}")).wording
+    prompt, rest = wording._texts("Is it?", "n")
+    assert (prompt[-8:], rest) == ("no note:", " n</s>")
+    chat = load_hf_vlm(str(toys["llava"])).wording
+    chat._processor.chat_template = chat._processor.chat_template.replace(
+        "{{ part['text'] }}", "no: {{ part['text'] }}"
+    )
+    later = type(chat)(chat._processor, "llava", None, "x")
+    ids, ends = later.answer("Is it?", "n")
+    assert ends == (*[0] * (len(ends) - 2), 1, 2)
+    assert len(ids) == len(ends) > 3
 
 
 def test_half_precision_and_small_batches(toys: dict[str, Path], teachers: dict[str, HfVlm]) -> None:
