@@ -10,7 +10,7 @@
 
 free measures the teacher as it is with every setting that it can do, on scenes of the teacher pool, by which settings
 are chosen, or of the test pool, whose pictures are of other concepts. train makes its copy whose tokens are pooled to
-4, 9 or 36, drawn anew in each step (M3's idea), and trains connector and decoder on scenes of the teacher pool; the
+9 or left 36, drawn anew in each step (M3's idea), and trains connector and decoder on scenes of the teacher pool; the
 vision trunk stands still. nested measures that one beside the teacher. speed times the prefill of the teacher, in torch
 and, decoder alone, in ONNX Runtime, and of a size with 576 visual tokens with random weights, as time does not depend
 on what is learnt.
@@ -47,7 +47,7 @@ from pocketvlm.students.vlm.flops import decoder_flops, picture_flops
 from pocketvlm.students.vlm.model import Shown
 
 RESULT, IMAGE = "visual_tokens.json", Path(__file__).resolve().parents[1] / "docs" / "images" / "visual-tokens.png"
-DRAWN, FOLD, ROW_LENGTH = (4, 9, 36), 0, 123
+DRAWN, FOLD, ROW_LENGTH = (9, 36), 0, 123
 LARGE = "vlm-160m"
 # a quarter of the tokens on average, all of them in the first layer
 EARLY = (36, 4, 4, 4, 3, 3)
@@ -60,9 +60,9 @@ def train(source: Path, out: Path, training: VlmTraining, batch: int) -> dict[st
     model = build_vlm(config, teacher.tokenizer.json, load_weights=False)
     model.load_state_dict(teacher.state_dict())
     pictures = picture_set("teacher", FOLD)
-    composer = Composer(SceneTable.build(pictures, config.vision.size, variants=2), torch.device("cpu"))
+    composer = Composer(SceneTable.build(pictures, config.vision.size), torch.device("cpu"))
     stream = SceneStream(
-        pictures, model.tokenizer.json, batch=batch, questions=8, length=ROW_LENGTH, variants=2, seed=11
+        pictures, model.tokenizer.json, batch=batch, questions=8, length=ROW_LENGTH, variants=1, seed=11
     )
     torch.manual_seed(0)
     begun, spent = time.monotonic(), time.process_time()
@@ -111,7 +111,7 @@ def measure_nested(source: Path, nested: Path, pool: str, scenes: int) -> dict[s
     whole: list[Asked] = []
     for one, number in [
         (teacher, teacher.connector.tokens),
-        *((model, size) for size in reversed(model.connector.sizes)),
+        *((model, size) for size in (9, 36, 4)),
     ]:
         if one is model:
             one.reduce_tokens(Reduction(method="connector", keep=number))
@@ -175,7 +175,7 @@ def measure_speed(source: Path, rounds: int) -> dict[str, Any]:
     texts = ["What is at the top left?", "a small dolphin"]
     large = build_vlm(load_vlm_config(LARGE), train_vlm_tokenizer(texts, 400)).eval()
     rows = []
-    for model, many in ((load_vlm(source), rounds), (large, max(rounds // 8, 3))):
+    for model, many in ((load_vlm(source), rounds), (large, max(rounds // 4, 2))):
         quarter = reduction_of("pool", model.connector.tokens // 4)
         plan: list[Reduction | None] = [None, quarter]
         times = prefill_times(model, plan, rounds=many)
@@ -195,43 +195,34 @@ def measure_speed(source: Path, rounds: int) -> dict[str, Any]:
 
 
 def report() -> None:
-    """The picture and the tables of what the stages left."""
+    """The picture and the tables of what the stages have left so far; of the test pool where there is one."""
     found = json.loads((RESULTS / RESULT).read_text(encoding="utf-8"))
-    points = [_point(row) for row in found["free-test"]["points"]]
+    pools = [pool for pool in ("teacher", "test") if f"free-{pool}" in found]
+    measured = {pool: [_point(row) for row in found[f"free-{pool}"]["points"]] for pool in pools}
+    points = measured[pools[-1]]
     first = points[0]
     shown = [point for point in points if "renumbered" not in point.name]
-    flops = {(point.name, point.keep): point.flops for point in points}
-    for row in found["nested-test"]["points"][1:]:
-        alike = flops.get(("pool", row["keep"])) or (first.flops if row["keep"] == first.keep else None)
-        if alike is not None:
-            tokens = (row["keep"],) * len(first.tokens)
-            shown.append(
-                Point(
-                    "pool, trained on", row["keep"], "kept", tokens, row["accuracy"], row["kept"],
-                    tuple(row["interval"]), alike, first.ms,
-                )
-            )  # fmt: skip
-    plot(shown, [IMAGE], f"vlm-29m, {found['free-test']['scenes']} scenes of the test pool")
-    chosen = {(row["name"], row["keep"]): row for row in found["free-teacher"]["points"]}
-    lines = [
-        "| method | kept | a layer | teacher pool | test pool | of all tokens' | GFLOPs | decoder | with picture |"
-    ]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for point in points:
-        own = chosen[point.name, point.keep]
-        lines.append(
-            f"| {point.name} | {point.keep} | {point.mean_tokens:.1f} | {100 * own['accuracy']:.1f} | "
-            f"{100 * point.accuracy:.1f} | {100 * point.kept:.0f} % ({100 * point.interval[0]:.0f}–"
-            f"{100 * point.interval[1]:.0f}) | {point.flops['decoder'] / 1e9:.2f} | "
-            f"{first.ms['decoder_cpu'] / point.ms['decoder_cpu']:.2f} | "
-            f"{first.ms['whole_cpu'] / point.ms['whole_cpu']:.2f} |"
-        )
-    print("\n".join(lines))
-    for pool in ("teacher", "test"):
-        for row in found[f"nested-{pool}"]["points"]:
-            print(pool, row)
-    for row in found["speed"]["rows"]:
-        print(row)
+    alike = {point.keep: point for point in points if point.name in ("pool", "all tokens")}
+    for row in found.get(f"nested-{pools[-1]}", {"points": []})["points"][1:]:
+        if row["keep"] in alike:
+            changed = {"accuracy": row["accuracy"], "kept": row["kept"], "interval": tuple(row["interval"])}
+            shown.append(dataclasses.replace(alike[row["keep"]], name="pool, trained on", **changed))
+    plot(shown, [IMAGE], f"vlm-29m, {found[f'free-{pools[-1]}']['scenes']} scenes of the {pools[-1]} pool")
+    print("| method | kept | a layer | " + " | ".join(f"{pool} pool | of all tokens'" for pool in pools), end="")
+    print(" | FLOPs | decoder | with picture |\n|---|" + "---:|" * (5 + 2 * len(pools)))
+    for place, point in enumerate(points):
+        cells = [point.name, str(point.keep), f"{point.mean_tokens:.1f}"]
+        for one in (measured[pool][place] for pool in pools):
+            low, high = one.interval
+            cells += [f"{100 * one.accuracy:.1f}", f"{100 * one.kept:.0f} ({100 * low:.0f}–{100 * high:.0f})"]
+        cells.append(f"{first.flops['decoder'] / point.flops['decoder']:.2f}x less")
+        times = measured[pools[0]]
+        cells += [f"{times[0].ms[key] / times[place].ms[key]:.2f}x" for key in ("decoder_cpu", "whole_cpu")]
+        print("| " + " | ".join(cells) + " |")
+    for name, part in found.items():
+        if not name.startswith("free"):
+            for row in part.get("rows", part.get("points", [])):
+                print(name, row)
 
 
 def _point(row: dict[str, Any]) -> Point:
@@ -247,8 +238,8 @@ def main(
     scenes: int = 100,
     rounds: int = 15,
     minutes: Annotated[float, tyro.conf.arg(help="Of training, by the clock.")] = 20.0,
-    steps: Annotated[int, tyro.conf.arg(help="Of training at most.")] = 600,
-    batch: int = 16,
+    steps: Annotated[int, tyro.conf.arg(help="Of training at most.")] = 1000,
+    batch: int = 8,
     rate: float = 3e-4,
 ) -> None:
     torch.set_num_threads(1)
@@ -259,7 +250,7 @@ def main(
         train(
             model,
             nested,
-            VlmTraining(steps=steps, seconds=60 * minutes, rate=rate, warmup=20, bfloat16=True, log_every=20),
+            VlmTraining(steps=steps, seconds=60 * minutes, rate=rate, warmup=10, bfloat16=True, log_every=10),
             batch,
         )
         return

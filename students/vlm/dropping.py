@@ -126,7 +126,7 @@ def run(
     positions: Tensor,
     text: Tensor,
     counts: tuple[int, ...],
-    asking: Asking,
+    asking: Asking | None,
     *,
     back: tuple[int, ...],
     method: str = "",
@@ -140,7 +140,8 @@ def run(
 
     Args:
         x: embeddings [B, 1 + counts[0] + T, W]; positions: int64 of the same. text: bool [B or 1, T, T], which token of
-            the text sees which. back: for each layer, how far before its position a text token lies in the cache.
+            the text sees which. asking: None where no layer sees fewer than the one before. back: for each layer, how
+            far before its position a text token lies in the cache.
         renumber: turn tokens by their place among those that are there, not by their position.
         cached: also give keys and values, as `Decoder.empty_cache` lays them out, for `Decoder.step` to go on.
 
@@ -157,7 +158,7 @@ def run(
     for layer, module in enumerate(decoder.layers):
         block = cast(Block, module)
         if counts[layer] < count:
-            if method == "pyramid":
+            if method == "pyramid" and asking is not None:
                 asked = instruction_scores(block, x, cos, sin, visible, asking.places + 1 + count)
                 looked = (asked * asking.weights[:, :, None]).sum(dim=1)
             places = looked[:, 1 : 1 + count].topk(counts[layer], dim=1).indices.sort(dim=1).values
@@ -166,7 +167,7 @@ def run(
             cos, sin = _turned(decoder, positions, count, back[layer], renumber)
             visible = seen_by(1 + count, text)
         q, k, v = block.self_attn.qkv(block.input_layernorm(x), cos, sin)
-        if method == "aim" and layer + 1 < len(counts) and counts[layer + 1] < count:
+        if asking is not None and method == "aim" and layer + 1 < len(counts) and counts[layer + 1] < count:
             ahead = asking.valid.new_ones(len(x), 1 + count)
             looked = importance(q, k, visible, torch.cat([ahead, asking.valid], dim=1))
         x = x + block.self_attn.attend(q, k, v, visible)

@@ -245,11 +245,9 @@ class Vlm(nn.Module):
         text = (rows.turns[:, :, None] == rows.turns[:, None, :]) & (order[:, None] >= order)
         answers = _answers(rows)
         asked = (rows.turns >= 0) & ~answers
-        last = torch.zeros_like(answers).flatten().index_fill(0, rows.places, True).view_as(answers) & asked
-        # as many as the row with most conversations has, the rest without weight
-        weights, places = last.float().topk(max(int(last.sum(dim=1).max()), 1), dim=1)
-        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
-        asking = Asking(places, weights, asked)
+        # a device is waited for only where something is dropped
+        inside = self.reduction is not None and self.reduction.inside
+        asking = _asking(rows, asked) if inside else None
         shown = self.show(self.look(pixels), drawn)
         return self._run(shown, rows.ids, rows.positions, text, asked, asking, cached=False)[0]
 
@@ -260,7 +258,7 @@ class Vlm(nn.Module):
         at: Tensor,
         text: Tensor,
         asked: Tensor,
-        asking: Asking,
+        asking: Asking | None,
         *,
         cached: bool,
     ) -> Cached:
@@ -370,6 +368,13 @@ def _answers(rows: Rows) -> Tensor:
     before = before.index_fill(0, rows.places, True).view(batch, length)
     follows = before[:, :-1] & (rows.turns[:, 1:] == rows.turns[:, :-1])
     return torch.cat([torch.zeros_like(before[:, :1]), follows], dim=1)
+
+
+def _asking(rows: Rows, asked: Tensor) -> Asking:
+    """The last tokens of all questions of a row, at equal weights, as many places as the row with most of them has."""
+    last = torch.zeros_like(asked).flatten().index_fill(0, rows.places, True).view_as(asked) & asked
+    weights, places = last.float().topk(max(int(last.sum(dim=1).max()), 1), dim=1)
+    return Asking(places, weights / weights.sum(dim=1, keepdim=True).clamp(min=1), asked)
 
 
 def build_vlm(

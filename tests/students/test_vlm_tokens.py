@@ -15,7 +15,7 @@ from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm, save_vlm, train_vlm
 from pocketvlm.students.vlm.condense import condense
 from pocketvlm.students.vlm.config import Reduction, VisionConfig, VlmConfig
 from pocketvlm.students.vlm.decoder import Block
-from pocketvlm.students.vlm.dropping import layer_counts
+from pocketvlm.students.vlm.dropping import importance, layer_counts
 from pocketvlm.students.vlm.flops import decoder_flops
 from pocketvlm.students.vlm.model import Shown, rows_of
 from pocketvlm.students.vlm.reduce import even_places, merge_alternating, pool_grid, received_scores
@@ -209,6 +209,28 @@ def test_dropping_inside_is_what_the_definitions_say(model: Vlm, reduction: Redu
         assert used.sum(1).tolist() == [1 + count + longest for count in model.counts]
     finally:
         model.float()
+
+
+def test_importance_is_a_walk_of_five_steps_from_the_valid_tokens() -> None:
+    q, k = _random(2, 4, 6, 8), _random(2, 2, 6, 8, seed=1)
+    visible = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    valid = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    found = importance(q, k, visible, valid)
+    for batch in range(2):
+        squares = [0.0] * 6
+        for head in range(4):
+            walk = []
+            for i in range(6):
+                dots = [float(q[batch, head, i] @ k[batch, head // 2, j]) / math.sqrt(8) / 0.1 for j in range(i + 1)]
+                shares = [math.exp(dot - max(dots)) for dot in dots]
+                walk.append([share / sum(shares) for share in shares] + [0.0] * (5 - i))
+            number = int(valid[batch].sum())
+            at = [1 / number if i < number else 0.0 for i in range(6)]
+            for _ in range(5):
+                at = [sum(at[i] * walk[i][j] for i in range(6)) for j in range(6)]
+            squares = [old + new**2 / 4 for old, new in zip(squares, at)]
+        expected = torch.tensor([math.sqrt(value) for value in squares], dtype=found.dtype)
+        torch.testing.assert_close(found[batch], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_schedules_are_the_papers_where_they_say_it() -> None:
