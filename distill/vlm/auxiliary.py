@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.students.build import seeded
+from pocketvlm.students.vlm.decoder import Block
 from pocketvlm.students.vlm.model import Vlm
 
 CONTRASTIVE = 0.3
@@ -71,12 +72,14 @@ def layer_states(model: Vlm, layers: Sequence[int]) -> Iterator[LayerStates]:
     states = LayerStates(layers)
 
     def keep(layer: int) -> Any:
-        def hook(module: nn.Module, given: Any, output: Tensor) -> None:
-            states.found[layer] = output
+        def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            states.found[layer] = given[0]
 
         return hook
 
-    handles = [model.decoder.layers[layer].register_forward_hook(keep(layer)) for layer in layers]
+    # what leaves a layer is what the next norm takes; a model that drops tokens inside calls no layer as a whole
+    norms = [*(cast(Block, block).input_layernorm for block in model.decoder.layers), model.decoder.norm]
+    handles = [norms[layer + 1].register_forward_pre_hook(keep(layer)) for layer in layers]
     try:
         yield states
     finally:
