@@ -93,15 +93,18 @@ class _Norm(nn.Module):
     """A root-mean-square norm as the operators that runtimes know as one."""
 
     average: Tensor
+    least: Tensor
 
     def __init__(self, norm: RMSNorm, products: bool) -> None:
         super().__init__()
         self.weight, self.eps, self.products = norm.weight, norm.eps, products
         self.register_buffer("average", torch.full_like(norm.weight.detach(), 1 / len(norm.weight))[None])
+        self.register_buffer("least", torch.full_like(norm.weight.detach()[:1], norm.eps))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = F.linear(x * x, self.average) if self.products else x.pow(2).mean(-1, keepdim=True)
-        return x / torch.sqrt(mean + self.eps) * self.weight
+        if self.products:
+            return x / torch.sqrt(F.linear(x * x, self.average, self.least)) * self.weight
+        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
 class _Layer(nn.Module):

@@ -138,7 +138,7 @@ class VisionTower(nn.Module):
             last, inner = trunk.forward_intermediates(x, indices=list(self.levels))
         if last.ndim == 3:
             last = last[:, self.prefix :]
-            side = round(last.shape[1] ** 0.5)
+            side = round(int(last.shape[1]) ** 0.5)  # a number for tracers too
             last = last.transpose(1, 2).unflatten(2, (side, side))
         elif getattr(trunk, "output_fmt", None) == "NHWC":
             last = last.permute(0, 3, 1, 2)

@@ -156,7 +156,7 @@ def test_a_distilled_stage_comes_nearer_to_the_teacher(sources: Any, tmp_path: P
 def test_half_precision_trains_from_both_lists_and_keeps_weights_whole(sources: Any, tmp_path: Path) -> None:
     recipe = _recipe({"name": "a", "weights": ALL, "labelled": 0.5}, optim={"bfloat16": True})
     after, history = _run(sources, recipe, tmp_path)
-    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert {value.dtype for value in after.values() if value.is_floating_point()} == {torch.float32}
     whole, exact = _run(sources, _recipe({"name": "a", "weights": ALL, "labelled": 0.5}), tmp_path / "exact")
     for name in ("answer", "response", "visual", "relation"):
         assert history[-1][name] == pytest.approx(exact[-1][name], rel=0.05), name
