@@ -191,20 +191,27 @@ def _looked_up(make: _Nodes, blocks: Blocks) -> str:
 
 
 def _matrices_in_blocks(make: _Nodes, bits: int) -> None:
-    """Every MatMul by a constant becomes a MatMulNBits, in place."""
+    """Every product by a constant becomes a MatMulNBits, in place. A linear layer without a bias is a MatMul for inputs
+    of three dimensions, a Gemm with a transposed matrix for two."""
     graph, to_array = make.graph, make.onnx.numpy_helper.to_array
     constants = {entry.name: entry for entry in graph.initializer}
     nodes = list(graph.node)
     del graph.node[:]
     for node in nodes:
-        if node.op_type != "MatMul" or node.input[1] not in constants:
+        layer = node.op_type == "Gemm" and len(node.input) == 2 and _attribute(node, "transB") == 1
+        if not (node.op_type == "MatMul" or layer) or node.input[1] not in constants:
             graph.node.append(node)
             continue
         name = node.input[1]
-        blocks = pack_blocks(to_array(constants[name]).T, bits)
+        weight = to_array(constants[name])
+        blocks = pack_blocks(weight if layer else weight.T, bits)
         make.constants(name, blocks)
         make.product(node.input[0], name, blocks, node.output[0])
     _drop_dead(graph)
+
+
+def _attribute(node: Any, name: str) -> int:
+    return next((entry.i for entry in node.attribute if entry.name == name), 0)
 
 
 def _simplify_reshapes(model: Any) -> None:
