@@ -21,7 +21,6 @@ from pocketvlm.edge.errors import IntegrityError, require
 from pocketvlm.edge.vlm_bundle import VlmContract
 from pocketvlm.edge.vlm_onnxruntime import cache_names
 from pocketvlm.export.targets.coreml import fix_identifiers
-from pocketvlm.export.targets.coreml_compress import store_compressed
 from pocketvlm.export.targets.onnx import quiet
 from pocketvlm.export.vlm.graphs import Picture, Step, checked_step, empty_caches
 from pocketvlm.students.vlm.model import Vlm
@@ -78,7 +77,7 @@ class CoreMLWriter:
             with quiet():
                 converted = convert(module, example, inputs, outputs, states)
                 if precision == "w8":
-                    converted = store_compressed(converted, precision)
+                    converted = _in_int8(converted, contract.context_length * contract.head_width)
                 converted.short_description = f"{contract.name}: {part}, {precision}"
                 converted.version = pocketvlm.__version__
                 converted.user_defined_metadata["pocketvlm.contract_sha256"] = contract.digest()
@@ -148,6 +147,17 @@ def convert(module: nn.Module, example: tuple[Tensor, ...], inputs: list[Any], o
         compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
         skip_model_load=True,
     )
+
+
+def _in_int8(converted: Any, tables: int) -> Any:
+    """Weights in int8 with a scale per output channel; what is no larger than the tables of positions, of that many
+    elements, stays float16 with them."""
+    import coremltools.optimize.coreml as cto
+
+    linear = cto.OpLinearQuantizerConfig(
+        mode="linear_symmetric", dtype="int8", granularity="per_channel", weight_threshold=tables + 1
+    )
+    return cto.linear_quantize_weights(converted, cto.OptimizationConfig(global_config=linear))
 
 
 def check_package(path: Path, inputs: list[str], outputs: list[str], states: list[str]) -> int:

@@ -79,7 +79,7 @@ class ExecuTorchWriter:
 
     def _decoder(self, precision: str, path: Path) -> dict[str, Any] | None:
         contract = self._contract
-        words = _quantized(self._model, self._step, precision)
+        words = quantized(self._model, self._step, precision)
         caches = tuple(empty_caches(self._model.decoder))
         length = torch.export.Dim("length", min=2, max=contract.longest_prompt)
         kept: tuple[None, ...] = (None,) * len(caches)
@@ -104,7 +104,8 @@ class ExecuTorchWriter:
         return write_program(programs, "fp32", constants, path)
 
 
-def _quantized(model: Vlm, step: Step, precision: str) -> Words:
+def quantized(model: Vlm, step: Step, precision: str) -> Words:
+    """The decoder with its weights at this precision, as it is lowered."""
     weight = model.decoder.embed_tokens.weight.detach()
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     head.weight = nn.Parameter(weight, requires_grad=False)
