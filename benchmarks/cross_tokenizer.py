@@ -3,7 +3,7 @@
     python -m benchmarks.cross_tokenizer --teacher runs/talking-teacher
 
 The student (frozen EfficientNet-Lite0 at 96 px, a decoder of about a million parameters, a vocabulary of 1,024 against
-the teacher's 8,192) learns questions about scenes of the student pool's pictures with their right answers. The three
+the teacher's 12,288) learns questions about scenes of the student pool's pictures with their right answers. The three
 runs see the same batches in the same order for the same steps, from the same weights; the second adds the divergence of
 spans, the third the recalibrator, which here is trained with the student from the first step on and not before it.
 Scored on scenes of the test pool's pictures, and on new scenes of those it learnt from. --toy only shows that it runs.

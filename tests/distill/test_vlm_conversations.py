@@ -13,7 +13,7 @@ from PIL import Image
 
 from pocketvlm.data.conversations import read_conversations
 from pocketvlm.data.report import BadSampleReport
-from pocketvlm.data.sample import Sample, Turn
+from pocketvlm.data.sample import ImageRef, Sample, Turn
 from pocketvlm.distill.vlm.batches import batches
 from pocketvlm.distill.vlm.conversations import (
     ConversationStream,
@@ -30,6 +30,7 @@ from pocketvlm.students.vlm import Vlm, build_vlm, train_vlm_tokenizer
 from pocketvlm.students.vlm.config import VlmConfig
 from pocketvlm.students.vlm.model import rows_of
 from pocketvlm.students.vlm.tokenizer import ASSISTANT, EOS, USER
+from pocketvlm.teachers.vlm import recorded_answers
 
 SIDE = 48
 TOKENIZER = train_vlm_tokenizer(["what colour is it? red green blue", "is it big? yes no"] * 4, 420)
@@ -148,6 +149,16 @@ def test_the_loop_learns_from_them(tmp_path: Path, model: Vlm) -> None:
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     pixels, _ = stream.make(0)
     assert set(model.generate(pixels, ["What colour is it?"] * 3)) <= {*COLOURS, "yes"}
+
+
+def test_recorded_answers_are_such_conversations_too(tmp_path: Path, model: Vlm) -> None:
+    lines = [{"id": f"{name}.png", "question": "What colour?", "answer": name} for name in COLOURS]
+    (tmp_path / "said.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    _colours(tmp_path)
+    pictures = [Sample(f"set/{name}.png", ImageRef(path=tmp_path / f"{name}.png")) for name in COLOURS]
+    samples = recorded_answers(tmp_path / "said.jsonl", pictures, BadSampleReport("refuse"))
+    _, rows = ConversationStream(samples, model, BadSampleReport("refuse"), batch=3).make(0)
+    assert sorted(rows.targets.tolist()) == sorted(token for name in COLOURS for token in model.tokenizer.answer(name))
 
 
 def test_what_does_not_fit_into_a_row_is_counted(tmp_path: Path, model: Vlm) -> None:
