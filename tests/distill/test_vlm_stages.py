@@ -16,6 +16,7 @@ import pytest
 import torch
 from vlm_toys import OTHER_TOKENIZER, PICTURES, SIDE, made_list, tiny
 
+from pocketvlm.distill.checkpoint import latest_checkpoint, step_of
 from pocketvlm.distill.vlm.answer_cache import kept_answers
 from pocketvlm.distill.vlm.features import trunk_features, without_trunk
 from pocketvlm.distill.vlm.on_policy import sampled_answers, sampled_rows
@@ -213,7 +214,7 @@ from vlm_toys import PICTURES, SIDE, made_list, tiny
 from pocketvlm.distill.vlm.recipe import load_vlm_recipe
 from pocketvlm.distill.vlm.scene_list import composer_of
 from pocketvlm.distill.vlm.stages import Source, StageRun
-model, scenes = tiny(), made_list(6)
+scenes = made_list(6)
 recipe = load_vlm_recipe({{
     "stages": [{{"name": "a", "steps": 6, "batch": 4, "labelled": 1.0, "train": ["connector", "decoder", "vision"]}}],
     "optim": {{"every": 2, "log_every": 3}},
@@ -222,29 +223,34 @@ step, done = torch.optim.AdamW.step, 0
 def dying(self, *args, **kwargs):
     global done
     done += 1
-    if done > int(sys.argv[2]):
+    if done > int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *args, **kwargs)
 torch.optim.AdamW.step = dying
 source = Source(scenes, composer=composer_of(PICTURES, SIDE, variants=2))
-StageRun(model, recipe, source, None, Path(sys.argv[1])).run(resume=True)
-torch.save(model.state_dict(), Path(sys.argv[1]) / "end.pt")
+for folder in map(Path, sys.argv[2:]):
+    model = tiny()
+    StageRun(model, recipe, source, None, folder).run(resume=True)
+    torch.save(model.state_dict(), folder / "end.pt")
 """
 
 
 def test_a_killed_process_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
-    """SIGKILL of a real process, twice; the third comes to the end."""
+    """SIGKILL of a real process between two checkpoints; another comes to the end of that run and of a whole one."""
     code = _VICTIM.format(tests=str(Path(__file__).parent))
-    ends = []
-    for folder, allowed in (("whole", [99]), ("cut", [3, 2, 99])):
-        for steps in allowed:
-            done = subprocess.run(
-                [sys.executable, "-c", code, str(tmp_path / folder), str(steps)],
-                env=dict(os.environ), capture_output=True, text=True, timeout=120,
-            )  # fmt: skip
-            assert done.returncode == (0 if steps == 99 else -signal.SIGKILL), done.stderr
-        ends.append(torch.load(tmp_path / folder / "end.pt", weights_only=True))
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    folders = [str(tmp_path / name) for name in ("cut", "whole")]
+    for allowed, wanted, runs in ((3, -signal.SIGKILL, folders[:1]), (99, 0, folders)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(allowed), *runs],
+            env=dict(os.environ), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == wanted, done.stderr
+        if allowed == 3:
+            left = latest_checkpoint(tmp_path / "cut" / "checkpoints")
+            assert left is not None
+            assert step_of(left) == 2
+    cut, whole = (torch.load(Path(folder) / "end.pt", weights_only=True) for folder in folders)
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
 
 
 def test_a_run_is_not_mixed_with_another(sources: Any, tmp_path: Path) -> None:
