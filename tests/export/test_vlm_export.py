@@ -150,7 +150,7 @@ def test_parity_fails_where_a_file_says_something_else(bundle: Path, student: Vl
     cases, noise, _ = record_cases(student, ASKED)
     edge = EdgeVLM.load(bundle, threads=1)
     picture = edge.backend.picture
-    edge.backend.picture = lambda pixels: picture(pixels) * np.float32(1.5)  # type: ignore[method-assign]
+    edge.backend.picture = lambda pixels: -picture(pixels)  # type: ignore[method-assign]
     checked = compare(edge, cases, noise, ([True, True, False, True], [False, True, True, False]))
     assert len(checked.failures) == 3
     assert (checked.lost, checked.gained, checked.loss) == (2, 1, 25.0)
