@@ -71,12 +71,14 @@ def layer_states(model: Vlm, layers: Sequence[int]) -> Iterator[LayerStates]:
     states = LayerStates(layers)
 
     def keep(layer: int) -> Any:
-        def hook(module: nn.Module, given: Any, output: Tensor) -> None:
-            states.found[layer] = output
+        def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            states.found[layer] = given[0]
 
         return hook
 
-    handles = [model.decoder.layers[layer].register_forward_hook(keep(layer)) for layer in layers]
+    # what a layer gives is what the norm behind it is given, however the decoder runs its layers
+    behind: list[Any] = [*(layer.input_layernorm for layer in list(model.decoder.layers)[1:]), model.decoder.norm]
+    handles = [behind[layer].register_forward_pre_hook(keep(layer)) for layer in layers]
     try:
         yield states
     finally:

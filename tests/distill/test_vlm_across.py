@@ -486,7 +486,7 @@ def test_inner_layers_are_those_of_the_last_pass_and_the_student_stays_as_it_is(
     sum(objective(student=[first, last], teacher=torch.randn(2, 5)).values()).backward()  # type: ignore[union-attr]
     assert student.decoder.layers[0].self_attn.q_proj.weight.grad is not None
     assert student.connector.first.weight.grad is not None
-    assert not any(layer._forward_hooks for layer in student.decoder.layers)
+    assert not any(module._forward_pre_hooks for module in student.decoder.modules())
     for wrong in ([], [0, 0], [3], [-1]):
         with pytest.raises(UsageError, match="different numbers from 0 to 2"), layer_states(student, wrong):
             pass
