@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.students.build import seeded
-from pocketvlm.students.vlm.decoder import Block
 from pocketvlm.students.vlm.model import Vlm
 
 CONTRASTIVE = 0.3
@@ -77,9 +76,9 @@ def layer_states(model: Vlm, layers: Sequence[int]) -> Iterator[LayerStates]:
 
         return hook
 
-    # what leaves a layer is what the next norm takes; a model that drops tokens inside calls no layer as a whole
-    norms = [*(cast(Block, block).input_layernorm for block in model.decoder.layers), model.decoder.norm]
-    handles = [norms[layer + 1].register_forward_pre_hook(keep(layer)) for layer in layers]
+    # what a layer gives is what the norm behind it is given, however the decoder runs its layers
+    behind: list[Any] = [*(layer.input_layernorm for layer in list(model.decoder.layers)[1:]), model.decoder.norm]
+    handles = [behind[layer].register_forward_pre_hook(keep(layer)) for layer in layers]
     try:
         yield states
     finally:
