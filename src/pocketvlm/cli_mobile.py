@@ -39,12 +39,15 @@ def prepare_app(
         str, arg(metavar="NAME", help="auto: ios fp16, android and web int8, else the most faithful.")
     ] = "auto",
     overwrite: Annotated[bool, arg(help="Replace a bundle in --out.")] = False,
+    vlm: Annotated[
+        Path | None, arg(metavar="VLM", help="web: a bundle of 'pocketvlm vlm export' for the screen that answers.")
+    ] = None,
     as_json: Annotated[bool, arg(name="json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Check a bundle and copy what one platform runs: model, tokenizer, conformance vectors, manifest."""
     from pocketvlm.mobile import prepare
 
-    done = prepare(platform, bundle, out, precision, overwrite)
+    done = prepare(platform, bundle, out, precision, overwrite, vlm)
     if as_json:
         told = {"folder": str(done.folder), "target": done.variant.target, "precision": done.variant.precision}
         print(json.dumps({**told, "files": done.files}, indent=2))

@@ -53,6 +53,21 @@ def _toy_pictures(folder: Path, toy: Any) -> tuple[list[Path], list[str]]:
     return paths, [sample.label for sample in samples]
 
 
+def _asked(folder: Path, bundle: Path, cases: Any) -> Path:
+    """A minute model that answers, beside the bundle at fp32 and at int8, and what Python says with it."""
+    from pocketvlm.export.vlm.bundle import export_vlm
+    from pocketvlm.mobile import prepare
+    from pocketvlm.students.vlm import save_vlm
+
+    toy = _module("toy_vlm", ROOT / "tests" / "export" / "toy_vlm.py")
+    save_vlm(toy.toy_vlm(context_length=112), folder / "talker")
+    made = {name: export_vlm(folder / "talker", folder / f"vlm-{name}", ["onnx"], [name]) for name in ("fp32", "int8")}
+    bundles = {name: str(prepare("web", bundle, folder / f"web-{name}", vlm=vlm).folder) for name, vlm in made.items()}
+    written = folder / "asked.json"
+    written.write_text(json.dumps({"bundles": bundles, **cases.asked(made["fp32"], folder / "asked")}))
+    return written
+
+
 def test_the_app_builds_and_does_what_it_says_in_chromium(tmp_path: Path) -> None:
     # a missing tool fails: an app that was not tried has not passed
     assert shutil.which("npm"), "npm is missing, so the web app cannot be built; install Node.js 20.19 or newer"
@@ -64,6 +79,7 @@ def test_the_app_builds_and_does_what_it_says_in_chromium(tmp_path: Path) -> Non
     written.write_text(json.dumps(cases.cases(cases.tokenizers_of(bundle))))
     pictures, names = _toy_pictures(tmp_path / "pictures", toy)
     queries = [text for name in names for text in (name, f"a picture of a {name}", f"two {name}s")][:100]
+    asked = _asked(tmp_path, bundle, cases)
     expected = tmp_path / "expected.json"
     expected.write_text(json.dumps(expectations(bundle, pictures, names[:8], queries, ["fp32", "int8"])))
 
@@ -72,10 +88,10 @@ def test_the_app_builds_and_does_what_it_says_in_chromium(tmp_path: Path) -> Non
     report = tmp_path / "report.json"
     _run(
         "npx", "vitest", "run", "--reporter=json", f"--outputFile={report}",
-        WEB_BUNDLE=str(bundle), PYTHON_CASES=str(written), EXPECTED=str(expected),
+        WEB_BUNDLE=str(bundle), PYTHON_CASES=str(written), EXPECTED=str(expected), ASKED=str(asked),
     )  # fmt: skip
     counts = json.loads(report.read_text())
-    assert counts["numPassedTests"] == counts["numTotalTests"] >= 35, counts
+    assert counts["numPassedTests"] == counts["numTotalTests"] >= 45, counts
 
 
 def test_the_app_asks_nobody_else() -> None:

@@ -13,8 +13,10 @@ import numpy as np
 from PIL import Image
 
 from pocketvlm.edge.contract import ImageSpec, TextSpec
+from pocketvlm.edge.errors import PocketvlmError
 from pocketvlm.edge.preprocess import decode_image, resize_image
 from pocketvlm.edge.tokenizer import Tokenizer
+from pocketvlm.edge.vlm import EdgeVLM
 
 # of each script something, with marks, joiners, look-alikes and controls between
 ALPHABET = [
@@ -157,3 +159,47 @@ def tokenizers_of(*bundles: Path) -> dict[str, tuple[str, TextSpec]]:
         assert bundle.contract.text is not None
         found[str(path)] = (bundle.path("tokenizer.json").read_text(encoding="utf-8"), bundle.contract.text)
     return found
+
+
+QUESTIONS = ("What is this?", "<image>\nbus", "is a taxi top left of the dolphin?", "wo ist die “Büroklammer”", "日本 🐬")
+
+
+def asked(bundle: Path, folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Pictures of odd shapes in `folder` and what Python answers about them at fp32; prompts of odd strings as ids (None
+    where they are refused); ids as text.
+
+    bundle: kind "vlm", onnx fp32.
+    """
+    rng = np.random.default_rng(seed)
+    model = EdgeVLM.load(bundle, "onnxruntime", "fp32")
+    contract = model.contract
+    folder.mkdir()
+    answers = []
+    for i, question in enumerate(QUESTIONS * 2):
+        pixels = rng.integers(0, 256, (24 + 5 * i, 60 - 3 * i, 3), np.uint8)
+        path = folder / f"{i}.png"
+        Image.fromarray(pixels).save(path)
+        answer = model.generate(path, question)
+        told = {"text": answer.text, "ids": answer.ids, "ended": answer.ended}
+        answers.append({"picture": str(path), "question": question, **told})
+    texts = ["", " \x1f\u3000", '"', '""x', "<image>", "a<image>b", "<image><image>", "bus " * 200, *strings(rng)]
+    texts += ["<EOS>", "<0x41>", "<0xFF>", "▁▁a▁", "\ufeffbus", "Σας ΟΔΟΣ"]
+    ends = (contract.template.first_text, contract.vocab_size)
+    rows = [rng.integers(*ends, size).tolist() for size in rng.integers(1, 20, 200)]
+    # bytes, of which few runs are UTF-8
+    rows += [rng.integers(ends[0], ends[0] + 256, size).tolist() for size in rng.integers(1, 6, 200)]
+    return {
+        "contract": contract.to_dict(),
+        "tokenizer": bundle.joinpath(contract.tokenizer).read_text(encoding="utf-8"),
+        "answers": answers,
+        "texts": texts,
+        "ids": [_prompt_ids(model, text) for text in texts],
+        "decoded": [{"ids": row, "text": model.text.decode(row)} for row in rows],
+    }
+
+
+def _prompt_ids(model: EdgeVLM, text: str) -> list[int] | None:
+    try:
+        return model.text.prompt_ids(text)
+    except PocketvlmError:
+        return None

@@ -29,6 +29,29 @@ export interface Contract {
   normalized: boolean;
 }
 
+/** The folder of a model that answers in words, where the bundle brings one; `VLM_MANIFEST` is listed then. */
+export const VLM = "vlm/";
+export const VLM_MANIFEST = `${VLM}bundle.json`;
+
+/** What such a model expects and promises; edge/vlm_bundle.py says what each field means. */
+export interface VlmContract {
+  kind: string;
+  name: string;
+  image: ImageSpec;
+  template: { user: number; assistant: number; end: number; first_text: number; marker: string };
+  prefix: number;
+  context_length: number;
+  vocab_size: number;
+  width: number;
+  tokenizer: string;
+}
+
+export interface VlmManifest {
+  contract: VlmContract;
+  variants: { target: string; precision: string; files: { picture: string; decoder: string } }[];
+  licences?: Licence[];
+}
+
 export type Tower = "image" | "text";
 
 export interface Variant {
@@ -72,20 +95,7 @@ const SCHEMA = [1, 0] as const;
 
 /** Read bundle.json; refuse what this app would misread. */
 export function readManifest(text: string): Manifest {
-  let raw: Manifest;
-  try {
-    raw = JSON.parse(text) as Manifest;
-  } catch {
-    throw new IntegrityError("bundle.json is not JSON, so there is no model to load; prepare the bundle again.");
-  }
-  const found = String(raw?.schema_version ?? "none");
-  const [major, minor] = found.split(".").map(Number);
-  if (major !== SCHEMA[0] || !((minor ?? NaN) <= SCHEMA[1])) {
-    throw new IntegrityError(
-      `The bundle has schema version ${found} and this app reads ${SCHEMA.join(".")}; its fields could mean other ` +
-        "things, so use a matching release of the app.",
-    );
-  }
+  const raw = parsed(text) as Manifest;
   const contract = raw.contract;
   if (contract?.kind !== "dual" || !contract.image || !contract.text || !raw.tokenizer) {
     throw new IntegrityError(
@@ -93,12 +103,7 @@ export function readManifest(text: string): Manifest {
         "prepare a bundle of a dual encoder.",
     );
   }
-  if (contract.image.decode !== "v1") {
-    throw new IntegrityError(
-      `The model wants image decoding '${contract.image.decode}' and this app knows 'v1'; its pixels would be wrong, ` +
-        "so use a newer release of the app.",
-    );
-  }
+  checkDecoding(contract.image);
   if (onnxVariants(raw).length === 0) {
     throw new IntegrityError(
       "The bundle lists no ONNX variant, which is what a browser runs; export it with the target onnx:int8.",
@@ -110,6 +115,49 @@ export function readManifest(text: string): Manifest {
     }
   }
   return raw;
+}
+
+/** Read the bundle.json of a model that answers in words. */
+export function readVlmManifest(text: string): VlmManifest {
+  const raw = parsed(text) as VlmManifest;
+  if (raw.contract?.kind !== "vlm" || !raw.contract.image || !raw.contract.template) {
+    throw new IntegrityError(
+      `The bundle for questions holds a model of kind '${raw.contract?.kind}', which cannot be asked; prepare one of ` +
+        "“pocketvlm vlm export”.",
+    );
+  }
+  checkDecoding(raw.contract.image);
+  if (!raw.variants.some((v) => v.target === "onnx" && v.files.picture && v.files.decoder)) {
+    throw new IntegrityError("The bundle for questions lists no ONNX variant, which is what a browser runs; export it again.");
+  }
+  return raw;
+}
+
+function parsed(text: string): unknown {
+  let raw: { schema_version?: string };
+  try {
+    raw = JSON.parse(text) as typeof raw;
+  } catch {
+    throw new IntegrityError("bundle.json is not JSON, so there is no model to load; prepare the bundle again.");
+  }
+  const found = String(raw?.schema_version ?? "none");
+  const [major, minor] = found.split(".").map(Number);
+  if (major !== SCHEMA[0] || !((minor ?? NaN) <= SCHEMA[1])) {
+    throw new IntegrityError(
+      `The bundle has schema version ${found} and this app reads ${SCHEMA.join(".")}; its fields could mean other ` +
+        "things, so use a matching release of the app.",
+    );
+  }
+  return raw;
+}
+
+function checkDecoding({ decode }: ImageSpec): void {
+  if (decode !== "v1") {
+    throw new IntegrityError(
+      `The model wants image decoding '${decode}' and this app knows 'v1'; its pixels would be wrong, so use a newer ` +
+        "release of the app.",
+    );
+  }
 }
 
 /** Variants with both towers at full width, in the bundle's order. */

@@ -1,6 +1,7 @@
 /** The screen's side of the worker: one promise per call. */
+import type { Said } from "./answerer";
 import type { StageResult } from "./conformance";
-import type { Manifest, Variant } from "./contract";
+import type { Licence, Manifest, Variant } from "./contract";
 import { IntegrityError, UserError } from "./errors";
 import type { Processor } from "./runtime";
 
@@ -25,6 +26,13 @@ export interface Embedded {
   thumbnail?: Blob;
 }
 
+/** The model that answers, once it is open. */
+export interface Asked {
+  name: string;
+  precision: string;
+  licences: Licence[];
+}
+
 export interface Loading {
   file: string;
   loaded: number;
@@ -39,6 +47,9 @@ interface Calls {
   embedLabels: [{ labels: readonly string[]; templates: readonly string[] }, Float32Array[], never];
   embedText: [{ text: string }, Float32Array, never];
   readFile: [{ name: string }, Blob, never];
+  openAnswerer: [Record<string, never>, Asked, never];
+  ask: [{ blob: Blob; name: string; question: string }, Said, string];
+  stopAnswer: [Record<string, never>, void, never];
   conformance: [Record<string, never>, StageResult[], StageResult];
 }
 

@@ -1,8 +1,9 @@
 /** The worker that decodes and runs the model, so that the screen never waits for either. */
+import { Answerer } from "./answerer";
 import { Bundle } from "./bundle";
 import { checkConformance } from "./conformance";
 import { onnxVariants } from "./contract";
-import { decodePicture, fromBitmap } from "./decode";
+import { decodePicture, fromBitmap, loadPicture } from "./decode";
 import { UserError } from "./errors";
 import type { Embedded, EngineCalls, Opened } from "./engine";
 import { Model } from "./model";
@@ -11,10 +12,22 @@ import { hasGpu, loadRuntime } from "./runtime";
 
 const THUMBNAIL = 256;
 let model: Model | null = null;
+let answerer: Promise<Answerer> | null = null;
+let stopped = false;
 
 function current(): Model {
   if (!model) throw new UserError("No model is loaded yet; wait until it is.");
   return model;
+}
+
+/** Opened by the first call; after a failure (no network, say) the next one tries again. */
+function answering(): Promise<Answerer> {
+  if (!answerer) {
+    const opening = Answerer.open(current());
+    opening.catch(() => answerer === opening && (answerer = null));
+    answerer = opening;
+  }
+  return answerer;
 }
 
 async function embed(pixels: Pixels, started: number): Promise<Embedded> {
@@ -48,8 +61,10 @@ async function thumbnail(pixels: Pixels): Promise<Blob> {
 const calls: EngineCalls = {
   async open({ base, precision, processor, threads }, progress) {
     const old = model;
-    model = null;
+    const asked = answerer;
+    model = answerer = null;
     await old?.release();
+    await asked?.then((one) => one.release()).catch(() => undefined);
     const bundle = await Bundle.open(base);
     const variants = onnxVariants(bundle.manifest);
     const variant = Model.choose(variants, precision);
@@ -92,6 +107,21 @@ const calls: EngineCalls = {
   embedLabels: ({ labels, templates }) => current().embedLabels(labels, templates),
   embedText: ({ text }) => current().embedText(text),
   readFile: async ({ name }) => new Blob([await current().bundle.file(name)]),
+  async openAnswerer() {
+    const { manifest, precision } = await answering();
+    return { name: manifest.contract.name, precision, licences: manifest.licences ?? [] };
+  },
+
+  async ask({ blob, name, question }, say) {
+    stopped = false;
+    const opened = await answering();
+    const started = performance.now();
+    const ids = opened.promptIds(question);
+    const pixels = await loadPicture(blob, opened.contract.image, name);
+    return opened.answer(pixels, ids, started, say, () => stopped);
+  },
+
+  stopAnswer: async () => void (stopped = true),
   conformance: (_, progress) => checkConformance(current(), progress),
 };
 

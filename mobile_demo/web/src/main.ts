@@ -1,20 +1,23 @@
-/** Start: threads if they can be had, the model, then the three screens. */
+/** Start: threads if they can be had, the model, then the screens. */
+import { VLM } from "./contract";
 import { Engine, type Opened } from "./engine";
 import { sentence } from "./errors";
 import { isolate, keepOffline } from "./offline";
+import { AskScreen } from "./ui/ask";
 import { drawCard, type Reopen } from "./ui/card";
 import { ClassifyScreen } from "./ui/classify";
 import { byId, icon, megabytes, tell } from "./ui/dom";
 import { SearchScreen } from "./ui/search";
 import { keepSettings, readSettings } from "./ui/settings";
 
-const SCREENS = ["classify", "search", "model"] as const;
+const SCREENS = ["classify", "search", "ask", "model"] as const;
 const TOWERS: Record<string, string> = { image: "picture tower", text: "text tower" };
 
 const settings = readSettings();
 const engine = new Engine();
 const classify = new ClassifyScreen(engine, settings);
 const search = new SearchScreen(engine);
+const ask = new AskScreen(engine);
 let opened: Opened | null = null;
 
 function status(text: string, kind: "busy" | "ready" | "error"): void {
@@ -31,7 +34,7 @@ function ready(): void {
 
 engine.onLoading = ({ file, loaded, total }) => {
   const tower = Object.entries(opened?.files ?? {}).find(([, name]) => name === file)?.[0];
-  const what = TOWERS[tower ?? "image"];
+  const what = file.startsWith(VLM) ? "model for questions" : TOWERS[tower ?? "image"];
   if (loaded < total) status(`Loading ${what} · ${Math.floor((10 * loaded) / total)}0 % of ${megabytes(total)}`, "busy");
   else if (opened) ready();
 };
@@ -47,6 +50,7 @@ async function open(): Promise<void> {
     });
     ready();
     drawCard(opened, engine, reopen);
+    ask.open(opened);
     await Promise.all([classify.open(opened), search.open(opened)]);
     document.documentElement.dataset["ready"] = "true";
     void loadText();
@@ -95,6 +99,8 @@ function showScreen(): void {
     else link.removeAttribute("aria-current");
   }
   if (screen !== "classify") classify.leave();
+  if (screen === "ask") void ask.enter();
+  else ask.leave();
   window.scrollTo(0, 0);
 }
 

@@ -16,7 +16,7 @@ export class Model {
     readonly bundle: Bundle,
     readonly variant: Variant,
     readonly runtime: Runtime,
-    private readonly progress?: Progress,
+    readonly progress?: Progress,
   ) {
     this.contract = bundle.manifest.contract;
   }
@@ -134,7 +134,7 @@ export class Model {
   }
 
   /** The runtime takes one call at a time. */
-  private inTurn<T>(work: () => Promise<T>): Promise<T> {
+  inTurn<T>(work: () => Promise<T>): Promise<T> {
     const next = this.turn.then(work, work);
     this.turn = next.catch(() => undefined);
     return next;

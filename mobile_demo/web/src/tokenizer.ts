@@ -15,8 +15,12 @@ interface Normalizer {
 const FAR_HAN = /[\u{20000}-\u{2A6DF}\u{2A700}-\u{2B81F}\u{2B920}-\u{2CEAF}\u{2F800}-\u{2FA1F}]/gu;
 
 // what Python calls white space; JavaScript counts U+FEFF too and leaves out the separators below U+0020
-const BLANK = /^[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*$/;
+const WHITE = "[\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]";
+const EDGES = new RegExp(`^${WHITE}+|${WHITE}+$`, "g");
 const NOTHING = "There is nothing to read in an empty text; type a word.";
+
+/** Python's `strip`. */
+export const stripped = (text: string) => text.replace(EDGES, "");
 
 export class Tokenizer {
   private readonly library: Library;
@@ -48,7 +52,7 @@ export class Tokenizer {
 
   /** int32 [context_length]: cut so that a closing special token stays, padded on the right. */
   encode(text: string): Int32Array {
-    if (BLANK.test(text)) throw new UserError(NOTHING);
+    if (!stripped(text)) throw new UserError(NOTHING);
     if (!text.isWellFormed()) throw new UserError("The text holds half of a character; type it again.");
     const room = this.spec.context_length - this.before.length - this.after.length;
     const ids = [...this.before, ...this.ordinary(text).slice(0, room), ...this.after];
