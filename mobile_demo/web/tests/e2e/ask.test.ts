@@ -58,27 +58,30 @@ describe.skipIf(!file)("ask", () => {
     await page.click('nav a[href="#ask"]');
     await page.click("#describe");
     expect(await page.textContent("#toast")).toContain("no picture to ask about");
-    await page.setInputFiles("#ask-file", answers[0]!.picture);
+    const long = answers.find(({ ended }) => !ended)!;
+    await page.setInputFiles("#ask-file", long.picture);
     await page.click("#describe");
-    const whole = await answer(page);
-    expect(whole.length).toBeGreaterThan(3);
+    expect((await answer(page)).length).toBeGreaterThan(1);
     expect(await page.textContent("#answer .quiet")).toBe("Describe the picture.");
+    const whole = await ask(page, long.question);
     // stopped with the first piece: what was said stays, and the next answer is whole again
-    await page.evaluate(() => {
-      const watch = new MutationObserver(() => {
-        if (!document.querySelector("#answer .said")?.textContent) return;
-        watch.disconnect();
-        document.getElementById("ask-stop")!.click();
+    let part = whole;
+    for (let tries = 0; part === whole && tries < 5; tries++) {
+      await page.evaluate(() => {
+        const watch = new MutationObserver(() => {
+          if (!document.querySelector("#answer .said")?.textContent) return;
+          watch.disconnect();
+          document.getElementById("ask-stop")!.click();
+        });
+        watch.observe(document.getElementById("answer")!, { childList: true, subtree: true });
+        document.querySelector<HTMLFormElement>("#ask-form")!.requestSubmit();
       });
-      watch.observe(document.getElementById("answer")!, { childList: true, subtree: true });
-      document.getElementById("describe")!.click();
-    });
-    const part = await answer(page);
+      part = await answer(page);
+    }
     expect(part).toMatch(/. …$/);
     expect(whole.startsWith(part.slice(0, -2))).toBe(true);
     expect(part.length).toBeLessThan(whole.length);
-    await page.click("#describe");
-    expect(await answer(page)).toBe(whole);
+    expect(await ask(page, long.question)).toBe(whole);
     expect(complaints).toEqual([]);
     await close();
   });
