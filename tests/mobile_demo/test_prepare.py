@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from pocketvlm.cli import main
-from pocketvlm.edge.bundle import Bundle
+from pocketvlm.edge.bundle import SCHEMA_VERSION, Bundle, describe_files
+from pocketvlm.edge.contract import ImageSpec
 from pocketvlm.edge.errors import IntegrityError, UsageError
 from pocketvlm.edge.model import EdgeModel
+from pocketvlm.edge.vlm_bundle import Template, VlmBundle, VlmContract
 from pocketvlm.mobile import PLATFORMS, prepare
 
 PACKAGE = "coreml/image-fp16.mlpackage"
@@ -177,6 +179,81 @@ def test_a_classifier_is_for_an_app_of_ones_own(
     with pytest.raises(UsageError, match="of kind 'classifier' and the demo apps ask in words"):
         prepare("web", bundle)
     assert prepare("web", bundle, tmp_path / "out").folder.is_dir()
+
+
+@pytest.fixture
+def talker(edge_toys: Any, tmp_path: Path) -> Path:
+    """A bundle of kind "vlm", onnx fp32 and int8; its files are no graphs."""
+    folder = tmp_path / "talker"
+    (folder / "onnx").mkdir(parents=True)
+    names = {"picture": "onnx/picture-{}.onnx", "decoder": "onnx/decoder-{}.onnx"}
+    for name in names.values():
+        for precision in ("fp32", "int8"):
+            (folder / name.format(precision)).write_bytes(name.encode())
+    (folder / "tokenizer.json").write_text("{}")
+    contract = VlmContract(
+        kind="vlm",
+        name="talker",
+        model_id="talker@1",
+        image=ImageSpec(size=32, resize="pad", filter="bilinear"),
+        template=Template(begin=1, user=3, assistant=4, end=2, pad=0, first_text=6),
+        prefix=2,
+        context_length=40,
+        vocab_size=300,
+        width=32,
+        layers=1,
+        kv_heads=1,
+        head_width=8,
+    )
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "kit_version": "0",
+        "created": "2026-01-01T00:00:00+00:00",
+        "contract": contract.to_dict(),
+        "contract_sha256": contract.digest(),
+        "variants": [
+            {"target": "onnx", "precision": p, "files": {part: name.format(p) for part, name in names.items()}}
+            for p in ("fp32", "int8")
+        ],
+        "files": describe_files(folder),
+        "tokenizer": "tokenizer.json",
+    }
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_model_that_answers_lies_beside_and_the_manifest_vouches_for_it(
+    bundle: Path, talker: Path, tmp_path: Path
+) -> None:
+    done = prepare("web", bundle, tmp_path / "out", vlm=talker)
+    inside = {"bundle.json", "tokenizer.json", "onnx/picture-int8.onnx", "onnx/decoder-int8.onnx"}
+    assert {name for name in done.files if name.startswith("vlm/")} == {f"vlm/{name}" for name in inside}
+    assert [v.precision for v in VlmBundle.load(done.folder / "vlm").variants] == ["int8"]
+    assert EdgeModel.load(done.folder, "onnxruntime").embed_text("a red picture").shape[0] == 1
+    (done.folder / "vlm/bundle.json").write_text("{}")
+    with pytest.raises(IntegrityError, match=r"vlm/bundle.json"):
+        Bundle.load(done.folder)
+    # prepared again without it, nothing of it is left
+    again = prepare("web", bundle, tmp_path / "out", overwrite=True)
+    assert not [name for name in again.files if name.startswith("vlm/")]
+
+
+def test_what_cannot_lie_beside_is_refused(bundle: Path, talker: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--vlm was given and the android app has no screen that asks"):
+        prepare("android", bundle, tmp_path / "out", vlm=talker)
+    with pytest.raises(UsageError, match=r"holds a 'dual' model and one that answers in words"):
+        prepare("web", bundle, tmp_path / "out", vlm=bundle)
+    with pytest.raises(UsageError, match="lie in one another"):
+        prepare("web", bundle, talker / "out", vlm=talker)
+    raw = json.loads((talker / "bundle.json").read_text())
+    for row in raw["variants"]:
+        row["target"] = "executorch"
+    (talker / "bundle.json").write_text(json.dumps(raw))
+    with pytest.raises(
+        UsageError, match=r"export it: pocketvlm vlm export FOLDER --targets onnx --precisions int8 --out"
+    ):
+        prepare("web", bundle, tmp_path / "out", vlm=talker)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_says_what_went_where(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,12 +161,18 @@ def tokenizers_of(*bundles: Path) -> dict[str, tuple[str, TextSpec]]:
     return found
 
 
-QUESTIONS = ("What is this?", "<image>\nbus", "is a taxi top left of the dolphin?", "wo ist die “Büroklammer”", "日本 🐬")
+QUESTIONS = (
+    "What is this?",
+    "<image>\nbus",
+    "is a taxi top left of the dolphin?",
+    "wo ist die “Büroklammer”",
+    "日本 🐬",
+)
 
 
 def asked(bundle: Path, folder: Path, seed: int = 0) -> dict[str, Any]:
-    """Pictures of odd shapes in `folder` and what Python answers about them at fp32; prompts of odd strings as ids (None
-    where they are refused); ids as text.
+    """Pictures of odd shapes in `folder` and what Python answers about them at fp32; prompts of odd strings as ids, or
+    None where they are refused; ids as text.
 
     bundle: kind "vlm", onnx fp32.
     """

@@ -1,7 +1,8 @@
 // @ts-check
 /**
  * Pictures of every screen at phone size, in light and dark, for the docs: node scripts/screenshots.mjs --bundle DIR
- * --pictures DIR --out DIR. The pictures are the user's; those in the docs are OpenMoji's (CC BY-SA 4.0).
+ * --pictures DIR --out DIR [--asked PICTURE --question TEXT]. The pictures are the user's; those in the docs are
+ * OpenMoji's (CC BY-SA 4.0).
  */
 import { readdirSync } from "node:fs";
 import { dirname, join } from "node:path";
@@ -12,7 +13,7 @@ import { serve } from "./serve.mjs";
 
 const DIST = join(dirname(dirname(fileURLToPath(import.meta.url))), "dist");
 const text = { type: /** @type {const} */ ("string"), default: "" };
-const { values } = parseArgs({ options: { bundle: text, pictures: text, out: text } });
+const { values } = parseArgs({ options: { bundle: text, pictures: text, out: text, asked: text, question: text } });
 const browser = await launch();
 
 for (const colorScheme of /** @type {const} */ (["light", "dark"])) {
@@ -53,6 +54,21 @@ for (const colorScheme of /** @type {const} */ (["light", "dark"])) {
     scrollTo(0, card.getBoundingClientRect().top + scrollY - 16);
   });
   await shoot("check");
+
+  if (values.asked) {
+    await page.click('nav a[href="#ask"]');
+    await page.setInputFiles("#ask-file", values.asked);
+    await page.fill("#question", values.question);
+    for (const _ of [0, 1]) {
+      await page.press("#question", "Enter"); // the second time it is open, and its kernels warm
+      await page.waitForSelector('#answer[aria-busy="false"] .said', { timeout: 120_000 });
+    }
+    await page.evaluate(() => {
+      /** @type {HTMLElement} */ (document.activeElement).blur();
+      scrollTo(0, 0);
+    });
+    await shoot("ask");
+  }
   await context.close();
   await served.close();
 }

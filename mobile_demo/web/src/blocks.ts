@@ -1,6 +1,6 @@
 /**
  * Matrices kept in blocks of 8 or 4 bits (MatMulNBits) become plain float32 when a decoder is opened. onnxruntime-web
- * has no kernel for them and would unpack every one again for every token, which takes eight times as long; so the
+ * has no kernel for them and would unpack every one again for every token, which takes several times as long; so the
  * download is that of the packed file, and the memory that of the plain one. The numbers are those of the packed file.
  */
 import { IntegrityError } from "./errors";

@@ -1,11 +1,12 @@
 /** Every screen in both colour schemes against the rules of axe-core; touch targets; no sideways scrolling. */
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
-import type { Browser } from "playwright-core";
+import type { Browser, Page } from "playwright-core";
 import { afterAll, beforeAll, expect, test } from "vitest";
 import { check, guesses, launch, open, pictures } from "./harness";
 
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
+const asked = process.env["ASKED"];
 let browser: Browser;
 beforeAll(async () => void (browser = await launch()));
 afterAll(() => browser.close());
@@ -14,9 +15,7 @@ interface Axe {
   run(options: object): Promise<{ violations: { id: string; nodes: { html: string; failureSummary?: string }[] }[] }>;
 }
 
-test.each(["light", "dark"] as const)("screens are accessible in %s", async (colorScheme) => {
-  const { page, close } = await open(browser, { context: { colorScheme, reducedMotion: "reduce" } });
-  const files = pictures();
+async function rules(page: Page) {
   await page.evaluate(axe);
   const violations = async (): Promise<string[]> => {
     const found = await page.evaluate(() =>
@@ -33,6 +32,13 @@ test.each(["light", "dark"] as const)("screens are accessible in %s", async (col
         .filter(({ box }) => box.height < 40 || box.width < 40)
         .map(({ target, box }) => `${target.outerHTML.slice(0, 80)} ${box.width} x ${box.height}`),
     );
+  return { violations, sideways, small };
+}
+
+test.each(["light", "dark"] as const)("screens are accessible in %s", async (colorScheme) => {
+  const { page, close } = await open(browser, { context: { colorScheme, reducedMotion: "reduce" } });
+  const files = pictures();
+  const { violations, sideways, small } = await rules(page);
 
   await page.setInputFiles("#picture-file", files.good[0]!);
   await guesses(page);
@@ -53,6 +59,21 @@ test.each(["light", "dark"] as const)("screens are accessible in %s", async (col
   expect(await violations()).toEqual([]);
   await page.keyboard.press("Escape");
   await check(page);
+  expect(await violations()).toEqual([]);
+  expect(await small()).toEqual([]);
+  expect(await sideways()).toBeLessThanOrEqual(0);
+  await close();
+});
+
+test.skipIf(!asked).each(["light", "dark"] as const)("the screen that answers is accessible in %s", async (colorScheme) => {
+  const { bundles, answers } = JSON.parse(readFileSync(asked!, "utf8")) as { bundles: { fp32: string }; answers: { picture: string }[] };
+  const { page, close } = await open(browser, { bundle: bundles.fp32, context: { colorScheme, reducedMotion: "reduce" } });
+  const { violations, sideways, small } = await rules(page);
+  await page.click('nav a[href="#ask"]');
+  expect(await violations()).toEqual([]);
+  await page.setInputFiles("#ask-file", answers[0]!.picture);
+  await page.click("#describe");
+  await page.waitForSelector('#answer[aria-busy="false"] .said');
   expect(await violations()).toEqual([]);
   expect(await small()).toEqual([]);
   expect(await sideways()).toBeLessThanOrEqual(0);
