@@ -69,10 +69,10 @@ def table(result: dict[str, Any]) -> str:
         f"threads on {about['cpus']} cores at a load average of {about['load_average'][0]:.0f} "
         "([result](../../benchmarks/results/web_ask.json), `python -m benchmarks.web_ask BUNDLE VLM_BUNDLE`): "
         f"{found['bytes_on_first_visit'] / 1e6:.1f} MB fetched when the screen is first opened (uncompressed), "
-        f"{found['open_ms'] / 1e3:.1f} s until it can answer, then {found['first_token_ms_median']:.0f} ms to the first "
-        f"token (picture of 384 × 384, decoding included) and {found['tokens_per_second_median']:.0f} tokens/s, medians of "
-        f"{found['answers']} answers about scenes of the test pool; {found['same_as_python_fp32']} of them are word for "
-        f"word Python's at fp32, {found['same_as_python']} Python's at {found['precision']}.\n"
+        f"{found['open_ms'] / 1e3:.1f} s until it can answer, then {found['first_token_ms_median']:.0f} ms to the "
+        f"first token (picture of 384 × 384, decoding included) and {found['tokens_per_second_median']:.0f} tokens/s, "
+        f"medians of {found['answers']} answers about scenes of the test pool; {found['same_as_python_fp32']} of them "
+        f"are word for word Python's at fp32, {found['same_as_python']} Python's at {found['precision']}.\n"
     )
 
 

@@ -75,18 +75,19 @@ export class AskScreen {
       tell(this.opened ? "There is no picture to ask about yet; choose one." : "The model is still loading; try again in a moment.");
       return;
     }
+    const { shown } = this;
     const said = h("p", { class: "said" });
     this.answer.replaceChildren(h("p", { class: "quiet" }, question), said);
     this.write(true);
     try {
       const { ended, ids, firstMs, tokensPerSecond } = await this.engine.call(
         "ask",
-        { blob: this.shown, name: this.shown.name, question },
+        { blob: shown, name: shown.name, question },
         { progress: (piece) => said.append(piece) },
       );
       const pace = tokensPerSecond === null ? "" : ` · ${tokensPerSecond.toFixed(tokensPerSecond < 10 ? 1 : 0)} tokens/s`;
       this.time.textContent = ids.length || ended ? `first token ${milliseconds(firstMs)}${pace}` : "";
-      this.time.hidden = !this.time.textContent;
+      this.time.hidden = !this.time.textContent || this.shown !== shown;
       if (!ended) said.append(" …");
     } catch (error) {
       this.answer.replaceChildren();
