@@ -139,7 +139,7 @@ class ConversationStream(IterableDataset[tuple[Tensor, Rows]]):
         seed: int = 0,
         length: int | None = None,
     ) -> None:
-        room = model.config.decoder.context_length - model.prefix
+        room = model.config.decoder.context_length - model.text_start
         self.length = room if length is None else length
         if batch < 1 or not 1 <= self.length <= room:
             raise UsageError(

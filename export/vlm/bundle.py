@@ -57,14 +57,14 @@ def export_vlm(
         progress: called with a line for each file.
 
     Raises:
-        UsageError: no such student, an output folder that may not be written, nothing to write, or a decoder that the
-            export does not know. UnknownNameError: no such target, or no target with such a precision.
+        UsageError: no such student, an output folder that may not be written, nothing to write, a decoder that the
+            export does not know, or visual tokens left out in a way that cannot be exported (`Vlm.for_export`). UnknownNameError: no such target, or no target with such a precision.
         MissingExtraError: a converter is not installed. IntegrityError: see `load_vlm`.
     """
     folder, out = Path(folder), Path(out)
     wanted = plan_files(targets, precisions)
     check_out(out, overwrite)
-    model = load_vlm(folder)
+    model = load_vlm(folder).for_export()
     contract = contract_of(model, identity(model.config.name, sha256_file(folder / SAVED)), resize)
     with staged(out, overwrite) as draft:
         (draft / contract.tokenizer).write_bytes(model.tokenizer.json)
