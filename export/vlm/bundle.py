@@ -58,7 +58,8 @@ def export_vlm(
 
     Raises:
         UsageError: no such student, an output folder that may not be written, nothing to write, a decoder that the
-            export does not know, or visual tokens left out in a way that cannot be exported (`Vlm.for_export`). UnknownNameError: no such target, or no target with such a precision.
+            export does not know, or visual tokens left out in a way that cannot be exported (`Vlm.for_export`).
+        UnknownNameError: no such target, or no target with such a precision.
         MissingExtraError: a converter is not installed. IntegrityError: see `load_vlm`.
     """
     folder, out = Path(folder), Path(out)

@@ -3,6 +3,7 @@ parity that passes and fails when it should, and the commands."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -24,6 +25,7 @@ from pocketvlm.export.vlm.executorch_graph import Decode, Prefill, quantized
 from pocketvlm.export.vlm.graphs import Step, checked_step, empty_caches
 from pocketvlm.export.vlm.parity import check_vlm_parity, compare, greedy, kl, record_cases
 from pocketvlm.students.vlm import Vlm, load_vlm, save_vlm
+from pocketvlm.students.vlm.config import Reduction
 
 _spec = importlib.util.spec_from_file_location("toy_vlm", Path(__file__).with_name("toy_vlm.py"))
 assert _spec
@@ -144,6 +146,18 @@ def test_executorch_says_what_its_quantized_weights_say(saved: Path, student: Vl
     pairs = [[next(stream, "") for stream in streams] for _ in range(6)]
     for number, (pixels, prompt, _) in enumerate(ASKED[:2]):
         assert "".join(pair[number] for pair in pairs) == edge.generate(pixels, prompt, max_new_tokens=5).text
+
+
+def test_a_student_with_fewer_visual_tokens_says_the_same_from_files(tmp_path: Path, student: Vlm) -> None:
+    reduced = copy.deepcopy(student)
+    reduced.reduce_tokens(Reduction(method="even", keep=4))
+    assert reduced.prefix < student.prefix
+    opened = VlmBundle.load(export_vlm(save_vlm(reduced, tmp_path / "s"), tmp_path / "b", ["onnx"], ["fp32"]))
+    assert opened.contract.prefix == reduced.prefix
+    cases, noise, _ = record_cases(load_vlm(tmp_path / "s"), ASKED)
+    assert compare(EdgeVLM.load(opened, threads=1), cases, noise, ([], [])).failures == []
+    whole = EdgeVLM.load(export_vlm(save_vlm(student, tmp_path / "w"), tmp_path / "c", ["onnx"], ["fp32"]), threads=1)
+    assert compare(whole, cases, noise, ([], [])).failures
 
 
 def test_parity_fails_where_a_file_says_something_else(bundle: Path, student: Vlm) -> None:
