@@ -211,11 +211,11 @@ def check_vlm_parity(
 @torch.no_grad()
 def record_cases(model: Vlm, asked: Sequence[tuple[NDArray[np.uint8], str, int]]) -> tuple[list[Case], float, float]:
     """Cases from (pixels, prompt, longest answer), and what float32 costs the student: max |difference| and mean KL."""
-    wide = copy.deepcopy(model).double()
+    wide, steps = copy.deepcopy(model).double(), model.for_export()
     cases, gaps, divergence = [], [], []
     for pixels, prompt, longest in asked:
         rows, ids = torch.from_numpy(pixels)[None], model.prompt_ids(prompt)
-        said = greedy(model, rows, ids, longest)
+        said = greedy(steps, rows, ids, longest)
         row = rows_of([[(ids, said)]], len(ids) + len(said))
         logits = wide(rows, row).numpy()
         narrow = model(rows, row).double().numpy()
@@ -228,7 +228,10 @@ def record_cases(model: Vlm, asked: Sequence[tuple[NDArray[np.uint8], str, int]]
 
 @torch.no_grad()
 def greedy(model: Vlm, pixels: torch.Tensor, ids: list[int], longest: int) -> list[int]:
-    """Ids of `Vlm.generate` for one picture uint8 [1, S, S, 3], the end token included where it comes."""
+    """Ids of `Vlm.generate` for one picture uint8 [1, S, S, 3], the end token included where it comes.
+
+    model: of `Vlm.for_export`.
+    """
     decoder = model.decoder
     x = torch.cat([model.picture(pixels), decoder.embed_tokens(torch.tensor([ids]))], dim=1)
     place, cache = x.shape[1], decoder.empty_cache(1)
