@@ -128,7 +128,9 @@ def store_compressed(model: Any, precision: str) -> Any:
 
     if precision in _PER_CHANNEL:
         linear = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", granularity="per_channel")
-        kept = dict.fromkeys(n for n in cto.get_weights_metadata(model, weight_threshold=1) if FLOAT_WEIGHT in n)
+        kept = dict.fromkeys(
+            n for n in cto.get_weights_metadata(model, weight_threshold=SMALLEST - 1) if FLOAT_WEIGHT in n
+        )
         return cto.linear_quantize_weights(model, cto.OptimizationConfig(global_config=linear, op_name_configs=kept))
     bits = PALETTE_BITS[precision]
     # not coremltools' mode "unique": it sorts float16 values, and numpy 2.3.5 left some out of order on the processor

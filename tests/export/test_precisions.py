@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -519,3 +520,27 @@ def test_every_budget_row_has_its_sources() -> None:
     shipped = load_budgets()
     for precision in PRECISIONS:
         assert all(len(b.source) > 10 for b in shipped.for_precision(precision).metrics.values())
+
+
+def test_a_class_token_does_not_stop_int8_weights(towers: Towers, tmp_path: Path) -> None:
+    """It joins the patches in a list of values, which coremltools cannot look into for constants of any size."""
+    import timm
+
+    class Vit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            size, width = toy.SIZE, towers.contract.embed_dim
+            self.vit = timm.create_model(
+                "vit_tiny_patch16_224", img_size=size, patch_size=size // 4, depth=1, embed_dim=64, num_heads=2,
+                num_classes=width,
+            )  # fmt: skip
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return nn.functional.normalize(self.vit(pixels.permute(0, 3, 1, 2).float() / 255), dim=-1)
+
+    alone = dataclasses.replace(towers, image=Vit().eval(), text=None)
+    how: Any = {"precision": "w8", "folder": tmp_path, "calibration": toy.toy_calibration()}
+    variant = get_target("coreml").lower(alone, **how)
+    notes: Any = variant.notes["image"]
+    assert notes["held_out_cosine_mean"] > 0.999
+    assert "constexpr_affine_dequantize" in notes["kinds"]
