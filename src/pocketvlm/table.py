@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from collections.abc import Sequence
 from typing import Any
+
+_PIPED = 10_000
 
 
 def emit(rows: Sequence[dict[str, Any]], as_json: bool, *, title: str, below: Sequence[str] = ()) -> None:
@@ -27,6 +30,9 @@ def emit(rows: Sequence[dict[str, Any]], as_json: bool, *, title: str, below: Se
     from rich.table import Table
     from rich.text import Text
 
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        # nobody's screen: a path stays in one piece for whatever reads the pipe
+        console = Console(width=_PIPED)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for position, (key, value) in enumerate(rows[0].items() if rows else ()):
         number = isinstance(value, int | float)

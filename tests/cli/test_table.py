@@ -98,3 +98,17 @@ def test_names_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert out.count("a\ufffd[31mred\ufffd\ufffd.png") == 3
     assert not set(out) & set("\x1b\x07\x9b")
+
+
+def test_what_is_piped_keeps_a_path_in_one_piece(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = "/a/" + "very-long-folder/" * 20 + "dolphin.png"
+    monkeypatch.delenv("COLUMNS", raising=False)
+    emit([{"rank": 1, "path": path}], False, title="found")
+    assert path in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "60")
+    emit([{"rank": 1, "path": path}], False, title="found")
+    told = capsys.readouterr().out
+    assert path not in told
+    assert max(map(len, told.splitlines())) <= 60
