@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.results_folder import RESULTS, machine, write
 from pocketvlm.data.scene_questions import ask_about
@@ -27,6 +27,7 @@ from pocketvlm.data.scenes import PictureSet, SceneTable, picture_set
 from pocketvlm.distill.vlm.across import Lesson, aligned, lesson_batches, lesson_pixels, read_lessons, recalibrated
 from pocketvlm.distill.vlm.aligned import shared_spans, token_log_probabilities
 from pocketvlm.distill.vlm.evaluate import evaluate_vlm, table
+from pocketvlm.distill.vlm.features import without_trunk
 from pocketvlm.distill.vlm.genrecal import Recalibrator
 from pocketvlm.distill.vlm.teachers import answer_ends, load_vlm_teacher
 from pocketvlm.distill.vlm.train import VlmTraining, next_token_loss, train_vlm
@@ -47,17 +48,6 @@ CHANGES: dict[str, Any] = {
 VOCABULARY = 1024
 ARMS = ("labels", "aligned", "genrecal-style")
 _SEED = 77
-
-
-class KeptTrunk(nn.Module):
-    """Stands where the frozen vision tower stood: its outputs [B, K, C], computed once, pass through."""
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens = tokens
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features.float()
 
 
 def questions(pictures: PictureSet, scenes: int, each: int) -> tuple[list[Any], list[tuple[str, str]], list[int]]:
@@ -97,9 +87,7 @@ def run_arm(arm: str, model: Vlm, teacher: Any, lessons: list[Lesson], training:
     elif arm == "genrecal-style":
         recalibrator = Recalibrator(model.config.decoder, teacher.width)
         loss = recalibrated(recalibrator, teacher.head)
-    tower = model.vision
-    model.vision = KeptTrunk(tower.tokens)  # type: ignore[assignment]
-    try:
+    with without_trunk(model):
         batches = lesson_batches(lessons, model, batch=batch)
         return train_vlm(
             model,
@@ -110,8 +98,6 @@ def run_arm(arm: str, model: Vlm, teacher: Any, lessons: list[Lesson], training:
             loss_of=loss,
             beside=recalibrator,
         )
-    finally:
-        model.vision = tower
 
 
 def main(

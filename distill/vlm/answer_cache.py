@@ -98,10 +98,10 @@ class KeptAnswers:
 def teach(teacher: Vlm, scenes: SceneList, chosen: Sequence[int], seen: Tensor, top: int, places: bool) -> Taught:
     """One forward of the teacher: what a cache keeps of it. seen: what its `picture` takes."""
     rows = scenes.rows(chosen).to(seen.device)
-    hidden = teacher.hidden(seen, rows)
-    answers = hidden[:, teacher.prefix :].flatten(0, 1)[rows.places]
+    hidden, text = teacher.hidden(seen, rows), rows.ids.shape[1]
+    answers = hidden[:, -text:].flatten(0, 1)[rows.places]
     logs, ids = largest(_log_shares(teacher, answers), top)
-    visual = hidden[:, 1 : teacher.prefix].float()
+    visual = hidden[:, 1:-text].float()
     if not places:
         return Taught(ids, logs, None, None, gram_root(visual))
     place_logs, place_ids = largest(_log_shares(teacher, visual.flatten(0, 1)), top)

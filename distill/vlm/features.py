@@ -39,13 +39,23 @@ class KeptTrunk(nn.Module):
 
 @contextlib.contextmanager
 def without_trunk(model: Vlm) -> Iterator[Vlm]:
-    """Inside, the model takes `Features` where it took pixels, and has no parameters of vision; after, all is back."""
+    """Inside, the model takes `Features` where it took pixels, and has no parameters of vision; after, all is back, and
+    the tower is in the mode that the model is in then.
+
+    Raises:
+        UsageError: a model that leaves out visual tokens by what its tower attends to, which features do not tell.
+    """
+    if model.reduction is not None and model.reduction.scored and model.reduction.score != "distinct":
+        raise UsageError(
+            f"the model scores its visual tokens by {model.reduction.score!r}, which kept features of its tower do not "
+            "tell; train it with its pixels by adding vision to train, or choose another reduction"
+        )
     tower = model.vision
     model.vision = KeptTrunk(tower)  # type: ignore[assignment]
     try:
         yield model
     finally:
-        model.vision = tower
+        model.vision = tower.train(model.training)
 
 
 class Features:

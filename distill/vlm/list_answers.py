@@ -29,7 +29,7 @@ def list_answers(
     # alike lengths together, so that little is padded and captions do not hold up short answers
     order = sorted(asked, key=question)
     said: dict[tuple[int, int], str] = {}
-    was = model.training
+    was, vision = model.training, model.vision.training
     model.eval()
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
@@ -38,4 +38,5 @@ def list_answers(
         answers = model.generate(seen([index for index, _ in part]), prompts, max_new_tokens=longest)
         said |= dict(zip(part, answers))
     model.train(was)
+    model.vision.train(vision)
     return [Asked(index, scenes.entries[index].questions[place], said[index, place]) for index, place in asked]

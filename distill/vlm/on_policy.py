@@ -61,10 +61,12 @@ def sampled_rows(
 ) -> Rows:
     """`rows_of` the questions of these talks with drawn answers in place of theirs."""
     questions = [(number, question) for number, found in enumerate(talks) for question, _ in found]
-    was = model.training
+    was, vision = model.training, model.vision.training
     model.eval()
     drawn = iter(sampled_answers(model, seen, questions, longest=longest, temperature=temperature, seed=seed))
     model.train(was)
+    # which may stand still while the rest trains
+    model.vision.train(vision)
     made = [[(question, next(drawn)) for question, _ in found] for found in talks]
     room = model.config.decoder.context_length - model.prefix
     width = min(room, max(sum(len(q) + len(a) - 1 for q, a in row) for row in made))

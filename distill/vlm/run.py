@@ -35,12 +35,14 @@ from pocketvlm.edge.errors import UsageError, unknown_name
 from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm, load_vlm_config, save_vlm
 from pocketvlm.students.vlm.io import MANIFEST as MODEL
 from pocketvlm.students.vlm.io import TOKENIZER
+from pocketvlm.teachers.files import write_atomic
 from pocketvlm.teachers.lit import weights_licences
 
 STUDENT, SCORES, WORDS = "student", "eval.json", "words.safetensors"
 # what the built-in talking teacher said once (benchmarks/talking_answers.py), for those who have no copy of it
 SHIPPED = "openmoji-talking"
 MINILM = "minilm"
+_MARK = ".pocketvlm-vlm-run"
 # streams of scenes: of a recipe's seed, far from those that score
 _LABELLED, _TAUGHT = 11, 500_011
 _SCORED_SCENES = 500
@@ -125,6 +127,20 @@ def sources_of(
         )  # fmt: skip
         return Source(scenes, kept, answers=answers)
 
+    unlabelled = sorted(set(range(len(pictures))) - set(known))
+    answers = live = scenes = None
+    if isinstance(teacher, Recorded):
+        # before anything is computed
+        said = recorded_answers(teacher.folder, pictures, unlabelled)
+        scenes = taught_list(data, pictures, known, said, student.tokenizer.json)
+        kept = teacher.folder / answers_folder(scenes)
+        if hears and not kept.is_dir():
+            raise UsageError(
+                f"what the teacher said in {str(teacher.folder)!r} is of other scenes than this recipe draws; take the "
+                f"recipe that it was kept with (of {SHIPPED}: {SHIPPED}), or give the teacher itself"
+            )
+        if hears:
+            answers = kept_answers(kept, scenes, top=recipe.teacher.top, places=recipe.teacher.places)
     true = source(labelled_list(data, pictures, known, student.tokenizer.json))
     facts: dict[str, Any] = {
         "pictures": {"all": len(pictures), "labelled": len(known)},
@@ -132,18 +148,14 @@ def sources_of(
     }
     if all(stage.heard == 0 for stage in recipe.stages):
         return Sources(true, None, None, facts)
-    unlabelled = sorted(set(range(len(pictures))) - set(known))
-    if isinstance(teacher, Recorded):
-        said = recorded_answers(teacher.folder, pictures, unlabelled)
-    else:
+    if not isinstance(teacher, Recorded):
         said = picture_answers(teacher, pictures, unlabelled, kept=work)
+        # with it, what is kept here is a teacher for other runs
+        write_atomic(work / TOKENIZER, teacher.tokenizer.json)
+        scenes = taught_list(data, pictures, known, said, student.tokenizer.json)
+    assert scenes is not None, "drawn from what either kind of teacher said"
     say(f"the teacher named {len(unlabelled)} pictures")
-    scenes = taught_list(data, pictures, known, said, student.tokenizer.json)
-    answers = live = None
-    if isinstance(teacher, Recorded):
-        if hears:
-            answers = kept_answers(teacher.folder / answers_folder(scenes), scenes, top=recipe.teacher.top)
-    elif hears:
+    if hears and not isinstance(teacher, Recorded):
         theirs = composer_of(pictures, teacher.config.vision.size, variants=data.variants)
         if any(stage.on_policy for stage in recipe.stages):
             live = Live(teacher, theirs)
@@ -223,10 +235,30 @@ def train_student(
     if sources.labelled.features is None:
         return run()
     with without_trunk(model):
-        history = run()
-    # the trunk was away when the others were set to evaluation, and its batch norms would follow whatever is scored
-    model.eval()
-    return history
+        return run()
+
+
+def _make_room(out: Path, resume: bool, overwrite: bool, read: tuple[str | Path, ...]) -> None:
+    """An empty `out`, but for what a run that is resumed left there."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{str(out)!r} is a file, and a run needs a folder to write into; name another")
+    if resume and overwrite:
+        raise UsageError(f"the run in {str(out)!r} cannot be both resumed and replaced; give resume or overwrite")
+    if resume or not out.exists() or not any(out.iterdir()):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _MARK).write_text("made by 'pocketvlm vlm distill'; its --overwrite deletes this folder\n", "utf-8")
+        return
+    if not overwrite:
+        raise UsageError(
+            f"folder {str(out)!r} is not empty, so two runs would be mixed; pass resume to go on with the one "
+            "there, overwrite to replace it, or choose another folder"
+        )
+    inside = [str(path) for path in read if Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve())]
+    if inside or not (out / _MARK).is_file():
+        why = f"{inside[0]} is in it and is read" if inside else "its files are not those of such a run"
+        raise UsageError(f"folder {str(out)!r} is not replaced, because {why}; choose another folder")
+    shutil.rmtree(out)
+    _make_room(out, False, False, ())
 
 
 def distill_vlm(
@@ -255,16 +287,13 @@ def distill_vlm(
     Returns what eval.json holds.
 
     Raises:
-        UsageError: a folder that is not empty, a teacher of another vocabulary, or as `sources_of` and `StageRun`.
+        UsageError: a folder that is not empty or not a run's to replace, a teacher of another vocabulary, or as
+            `sources_of` and `StageRun`.
     """
-    if out.exists() and any(out.iterdir()) and not resume:
-        if not overwrite:
-            raise UsageError(
-                f"folder {str(out)!r} is not empty, so two runs would be mixed; pass resume to go on with the one "
-                "there, overwrite to replace it, or choose another folder"
-            )
-        shutil.rmtree(out)
     opened = open_vlm_teacher(teacher)
+    if not (Path(student) / MODEL).is_file():
+        load_vlm_config(student)
+    _make_room(out, resume, overwrite, (teacher, student))
     if isinstance(opened, Vlm) and recipe.optim.bfloat16:
         opened.to(torch.bfloat16)
     tokenizer = opened.tokenizer_json if isinstance(opened, Recorded) else opened.tokenizer.json

@@ -38,6 +38,7 @@ from pocketvlm.distill.vlm.on_policy import sampled_rows
 from pocketvlm.distill.vlm.recipe import StageSection, VlmRecipe, WeightsSection
 from pocketvlm.distill.vlm.scene_list import SceneList
 from pocketvlm.edge.errors import UsageError
+from pocketvlm.students.vlm.connectors import Fusion
 from pocketvlm.students.vlm.model import Rows, Vlm
 
 HISTORY = "history.json"
@@ -93,8 +94,9 @@ def stage_terms(
 
     seen, rows: the batch, pictures with the teacher's answers first; taught: what was kept of those, or None.
     """
-    hidden = model.hidden(seen, rows)
-    logits = model.decoder.logits(hidden[:, model.prefix :].flatten(0, 1)[rows.places])
+    hidden, text = model.hidden(seen, rows), rows.ids.shape[1]
+    # from the end: a connector or a reduction may give another number of visual tokens than `prefix` counts
+    logits = model.decoder.logits(hidden[:, -text:].flatten(0, 1)[rows.places])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     terms = {"answer": F.cross_entropy(logits, rows.targets)} if weights.answer else {}
     if taught is None:
@@ -109,7 +111,7 @@ def stage_terms(
                 "weights.visual was given, but the teacher's answers were kept without the picture's places; keep them "
                 "again with teacher.places=true"
             )
-        places = hidden[: len(taught.place_ids), 1 : model.prefix].flatten(0, 1)
+        places = _as_many(hidden[: len(taught.place_ids), 1:-text], taught.place_ids).flatten(0, 1)
         terms["visual"] = kept_divergence(
             student=model.decoder.logits(places),
             ids=taught.place_ids.flatten(0, 1),
@@ -122,9 +124,18 @@ def stage_terms(
                 "weights.relation was given, but the teacher's answers were kept without relations of its visual "
                 "tokens; give the teacher itself, or set it to 0"
             )
-        own = hidden[: len(taught.relations), 1 : model.prefix]
+        own = _as_many(hidden[: len(taught.relations), 1:-text], taught.relations)
         terms["relation"] = relation_distance(student=own, teacher=taught.relations)
     return terms
+
+
+def _as_many(own: Tensor, theirs: Tensor) -> Tensor:
+    if own.shape[1] != theirs.shape[1]:
+        raise UsageError(
+            f"the student has {own.shape[1]} visual tokens and {theirs.shape[1]} of the teacher's were kept, so place "
+            "i of one is another place of the other; set weights.visual and weights.relation to 0"
+        )
+    return own
 
 
 def _on_policy_terms(
@@ -135,7 +146,7 @@ def _on_policy_terms(
         model, seen, [entry.talks for entry in (taught.scenes.entries[i] for i in chosen)],
         temperature=stage.temperature, seed=seed,
     )  # fmt: skip
-    own = model.hidden(seen, rows)[:, model.prefix :].flatten(0, 1)[rows.places]
+    own = model.hidden(seen, rows)[:, -rows.ids.shape[1] :].flatten(0, 1)[rows.places]
     with torch.no_grad():
         logits = live.teacher(taught.scenes.pixels(chosen, live.composer), rows)
     found = token_divergence(student=model.decoder.logits(own), teacher=logits, direction=stage.weights.direction)
@@ -178,6 +189,11 @@ class StageRun:
             raise UsageError(
                 f"stage {stage.name!r} gives weights to what the teacher said, and no answers of it were kept; keep "
                 "them with kept_answers, or set response, visual and relation to 0"
+            )
+        if stage.on_policy and (self.model.reduction is not None or isinstance(self.model.connector, Fusion)):
+            raise UsageError(
+                f"stage {stage.name!r} lets the student answer, and this student leaves visual tokens out or fuses "
+                "them with the question, which the sampler does not; set on_policy to 0"
             )
         if stage.on_policy and self.live is None:
             raise UsageError(

@@ -62,7 +62,9 @@ def layer_counts(reduction: Reduction | None, tokens: int, layers: int) -> tuple
         share = keep / tokens
         # 36 * 0.5 must not become 17 by rounding of powers
         stages = [tokens, *(int(tokens * share ** (stage / 3) + 1e-9) for stage in (1, 2)), keep]
-        return tuple(stages[sum(layer >= layers * stage // 4 for stage in (1, 2, 3))] for layer in range(layers))
+        # the first layer sees them all, of however few layers
+        ends = [max(1, layers * stage // 4) for stage in (1, 2, 3)]
+        return tuple(stages[sum(layer >= end for end in ends)] for layer in range(layers))
     if reduction.method == "aim":
         behind = (layer - layers // 2 for layer in range(layers))
         return tuple(max(0, int(keep * (1 - max(n, 0) * 3.5 / layers) + 1e-9)) for n in behind)

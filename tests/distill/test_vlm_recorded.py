@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vlm_toys import PICTURES, tiny
+from vlm_toys import PICTURES, SIDE, made_list, tiny
 
 from pocketvlm.data.scenes import picture_set
-from pocketvlm.distill.vlm.answer_cache import kept_answers
+from pocketvlm.distill.vlm.answer_cache import kept_answers, teach
 from pocketvlm.distill.vlm.evaluate import evaluate_vlm
+from pocketvlm.distill.vlm.on_policy import sampled_rows
 from pocketvlm.distill.vlm.pseudo import labelled_numbers, recorded_answers
-from pocketvlm.distill.vlm.recipe import VlmRecipe, load_vlm_recipe
+from pocketvlm.distill.vlm.recipe import VlmRecipe, WeightsSection, load_vlm_recipe
 from pocketvlm.distill.vlm.run import (
     SHIPPED,
     Recorded,
@@ -26,8 +27,11 @@ from pocketvlm.distill.vlm.run import (
     taught_list,
     train_student,
 )
+from pocketvlm.distill.vlm.scene_list import composer_of
+from pocketvlm.distill.vlm.stages import stage_terms
 from pocketvlm.edge.errors import IntegrityError, UnknownNameError, UsageError
 from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm, save_vlm
+from pocketvlm.students.vlm.config import Reduction
 from pocketvlm.students.vlm.io import TOKENIZER
 from pocketvlm.teachers.files import sha256_file
 
@@ -46,7 +50,6 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, P
     run = tmp_path / "run"
     distill_vlm(teacher, str(student), _recipe(response=1.0), run, scored_scenes=2)
     said = shutil.copytree(run / "kept", tmp_path / "said")
-    shutil.copy(teacher / TOKENIZER, said / TOKENIZER)
     return student, run, said
 
 
@@ -73,6 +76,56 @@ def test_scores_are_those_of_the_saved_student(made: tuple[Path, Path, Path], tm
     assert not any(part.training for part in model.modules())
 
 
+def test_overwrite_deletes_nothing_but_a_run(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    student, run, said = made
+    holiday = tmp_path / "mine" / "holiday.txt"
+    holiday.parent.mkdir()
+    holiday.write_text("photos")
+    with pytest.raises(UsageError, match="not those of such a run"):
+        distill_vlm(said, str(student), _recipe(), holiday.parent, overwrite=True)
+    with pytest.raises(UnknownNameError):
+        distill_vlm(tmp_path / "nobody", str(student), _recipe(), run, overwrite=True)
+    with pytest.raises(UsageError, match="is in it and is read"):
+        distill_vlm(said, str(run / "student"), _recipe(), run, overwrite=True)
+    with pytest.raises(UsageError, match="cannot be both"):
+        distill_vlm(said, str(student), _recipe(), run, overwrite=True, resume=True)
+    with pytest.raises(UsageError, match="is a file"):
+        distill_vlm(said, str(student), _recipe(), holiday, overwrite=True)
+    assert holiday.read_text() == "photos"
+    assert (run / "student" / "vlm.json").is_file()
+    distill_vlm(said, str(student), _recipe(response=1.0), run, overwrite=True, scored_scenes=2)
+    assert not (run / "kept" / TOKENIZER).exists()
+
+
+def test_terms_are_of_the_right_tokens_where_visual_tokens_are_fewer(made: tuple[Path, Path, Path]) -> None:
+    model = tiny()
+    scenes = made_list(3)
+    seen, rows = scenes.pixels(range(3), composer_of(PICTURES, SIDE, variants=2)), scenes.rows(range(3))
+    model.reduce_tokens(Reduction(method="pyramid", keep=1))
+    found = stage_terms(model, WeightsSection(), seen, rows, None)["answer"]
+    expected = torch.nn.functional.cross_entropy(model(seen, rows), rows.targets)
+    torch.testing.assert_close(found, expected)
+    heard = teach(model, scenes, range(3), seen, 5, True)
+    shares = model(seen, rows).log_softmax(-1)
+    torch.testing.assert_close(heard.logs[:, 0].float(), shares.max(-1).values, atol=0.01, rtol=0.01)
+    assert heard.relations is not None
+    assert heard.relations.shape[1] == model.counts[-1]
+    terms = {"visual": 1.0, "relation": 1.0}
+    kept = teach(tiny(), scenes, range(3), seen, 5, True)
+    with pytest.raises(UsageError, match="another place of the other"):
+        stage_terms(model, WeightsSection(**terms), seen, rows, kept)
+
+
+def test_an_answer_that_is_drawn_leaves_the_trunk_in_its_mode() -> None:
+    model = tiny().train()
+    model.vision.eval()
+    scenes = made_list(2)
+    seen = scenes.pixels(range(2), composer_of(PICTURES, SIDE, variants=2))
+    sampled_rows(model, seen, [entry.talks for entry in scenes.entries], temperature=1.0, seed=0)
+    assert model.training
+    assert not model.vision.training
+
+
 def test_what_only_the_teacher_could_say_is_refused(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     student, _, said = made
     recipe = _recipe(response=1.0)
@@ -80,7 +133,7 @@ def test_what_only_the_teacher_could_say_is_refused(made: tuple[Path, Path, Path
     with pytest.raises(UsageError, match="set on_policy to 0"):
         distill_vlm(said, str(student), judged, tmp_path / "a")
     more = recipe.model_copy(update={"data": recipe.data.model_copy(update={"scenes": 13})})
-    with pytest.raises(UsageError, match="no finished answers of a teacher"):
+    with pytest.raises(UsageError, match="of other scenes than this recipe draws"):
         distill_vlm(said, str(student), more, tmp_path / "b")
     (path,) = said.glob("said-*.json")
     left = dict(list(json.loads(path.read_text()).items())[1:])

@@ -244,6 +244,10 @@ def test_schedules_are_the_papers_where_they_say_it() -> None:
     assert counts[-6:] == (0,) * 6
     assert layer_counts(_set("pool", 9), 36, 6) == (9,) * 6
     assert layer_counts(None, 36, 6) == (36,) * 6
+    # however few layers there are, the first sees what it is given
+    assert layer_counts(_set("pyramid", 9), 36, 1) == (36,)
+    assert layer_counts(_set("pyramid", 9), 36, 2) == (36, 9)
+    assert layer_counts(_set("pyramid", 9), 36, 3)[::2] == (36, 9)
 
 
 def test_merging_before_is_aims_by_its_definition() -> None:
