@@ -15,6 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from pocketvlm.edge.backends import default_threads
+from pocketvlm.edge.backends.onnxruntime import open_session
 from pocketvlm.edge.errors import IntegrityError
 from pocketvlm.edge.vlm_backends import check_prefix
 from pocketvlm.edge.vlm_bundle import VlmContract
@@ -52,17 +53,7 @@ class OnnxRuntimeVlm:
         return _Decoding(self.decoder, self.contract)
 
     def _open(self, path: Path, taken: dict[str, str], given: set[str]) -> onnxruntime.InferenceSession:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the runtime's own exceptions share no other base
-            raise IntegrityError(
-                f"onnxruntime {onnxruntime.__version__} cannot load {path.name} ({error}); "
-                "nothing can run, so export it again or upgrade onnxruntime"
-            ) from error
+        session = open_session(path, self.threads)
         found = {entry.name: entry.type for entry in session.get_inputs()}
         outputs = {entry.name for entry in session.get_outputs()}
         if found != taken or outputs != given:

@@ -203,7 +203,7 @@ class _Reader:
 def _rows(path: Path, report: BadSampleReport) -> Iterator[tuple[str, Mapping[str, Any]]]:
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
-        yield from _json_lines(path, report)
+        yield from json_lines(path, report, f"{path}", '{"image": …, "caption": …}')
     elif suffix == ".json":
         yield from _json_list(path, report)
     elif suffix in (".csv", ".tsv"):
@@ -214,10 +214,14 @@ def _rows(path: Path, report: BadSampleReport) -> Iterator[tuple[str, Mapping[st
         raise UsageError(f"{path} is no manifest that can be read; its name must end in {', '.join(SUFFIXES)}")
 
 
-def _json_lines(path: Path, report: BadSampleReport) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def json_lines(path: Path, report: BadSampleReport, name: str, example: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of each line; blank lines are passed over, others that are no object are counted by reason.
+
+    name: of the file, in what is reported. example: of a line.
+    """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
+            where = f"{name}:{number}"
             if not line.strip():
                 continue
             try:
@@ -231,7 +235,7 @@ def _json_lines(path: Path, report: BadSampleReport) -> Iterator[tuple[str, Mapp
             if isinstance(row, dict):
                 yield where, row
             else:
-                report.add("not-an-object", where, 'a line must be an object like {"image": …, "caption": …}')
+                report.add("not-an-object", where, f"a line must be an object like {example}")
 
 
 def _json_list(path: Path, report: BadSampleReport) -> Iterator[tuple[str, Mapping[str, Any]]]:

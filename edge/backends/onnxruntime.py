@@ -45,17 +45,7 @@ class OnnxRuntimeBackend:
         return run_in_chunks(call, inputs, self._chunk)
 
     def _open(self, tower: str, path: Path) -> onnxruntime.InferenceSession:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the runtime's own exceptions share no other base
-            raise IntegrityError(
-                f"onnxruntime {onnxruntime.__version__} cannot load {path.name} ({error}); "
-                "nothing can run, so export it again or upgrade onnxruntime"
-            ) from error
+        session = open_session(path, self.threads)
         found_in = [(entry.name, entry.type) for entry in session.get_inputs()]
         found_out = [entry.name for entry in session.get_outputs()]
         if found_in != [_INPUTS[tower]] or "embedding" not in found_out:
@@ -64,3 +54,22 @@ class OnnxRuntimeBackend:
                 "and gives ['embedding']; its inputs would be misread, so export it with this kit"
             )
         return session
+
+
+def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """A graph on the processor, with this many threads for one operator.
+
+    Raises:
+        IntegrityError: onnxruntime cannot load it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's own exceptions share no other base
+        raise IntegrityError(
+            f"onnxruntime {onnxruntime.__version__} cannot load {path.name} ({error}); "
+            "nothing can run, so export it again or upgrade onnxruntime"
+        ) from error

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pocketvlm.data.readers.manifest import json_lines
 from pocketvlm.data.report import BadSampleReport
 from pocketvlm.data.sample import Sample, Turn
 from pocketvlm.edge.errors import UsageError
@@ -51,7 +51,8 @@ def read_answers(path: str | Path, report: BadSampleReport) -> list[Recorded]:
             f"the file of recorded answers {path} does not exist; give JSON Lines with {', '.join(_FIELDS)}"
         )
     kept: dict[tuple[str, str], Recorded] = {}
-    for where, row in _lines(path, report):
+    example = '{"id": …, "question": …, "answer": …}'
+    for where, row in json_lines(path, report, path.name, example):
         found = _recorded(row, where, report)
         if found is None:
             continue
@@ -101,28 +102,6 @@ def recorded_answers(path: str | Path, samples: Sequence[Sample], report: BadSam
             report.note("no-recorded-answer", sample.uid)
     report.refuse_empty(Path(path).name, len(made))
     return made
-
-
-def _lines(path: Path, report: BadSampleReport) -> Iterator[tuple[str, dict[str, Any]]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path.name}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                report.add("not-utf8-text", where, "the line is not UTF-8 and would be misread")
-                continue
-            except ValueError as error:
-                report.add("invalid-json", where, f"the line is not JSON ({error})")
-                continue
-            if isinstance(row, dict):
-                yield where, row
-            else:
-                report.add(
-                    "not-an-object", where, 'a line must be an object like {"id": …, "question": …, "answer": …}'
-                )
 
 
 def _recorded(row: dict[str, Any], where: str, report: BadSampleReport) -> Recorded | None:
