@@ -6,12 +6,12 @@ import itertools
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from vlm_toys import made_pictures
 
 from pocketvlm.data.scene_questions import Question, ask_about
-from pocketvlm.data.scenes import LANGUAGES, Picture, PictureSet, Scene, SceneTable
+from pocketvlm.data.scenes import Scene, SceneTable
 from pocketvlm.data.text_metrics import chrf
 from pocketvlm.distill.vlm.batches import Composer, SceneStream, batches, drawn_scenes
 from pocketvlm.distill.vlm.evaluate import Asked, answer_scenes, evaluate_vlm, scores, table
@@ -22,24 +22,7 @@ from pocketvlm.students.vlm import build_vlm, train_vlm_tokenizer
 from pocketvlm.students.vlm.config import VlmConfig
 
 SIDE = 48
-_INK = {"red": (210, 47, 39), "blue": (30, 80, 160), "green": (92, 158, 49), "yellow": (252, 234, 43)}
-_KINDS = ("animal", "vehicle", "tool", "plant")
-
-
-def _pictures(first: int = 0) -> PictureSet:
-    """Sixteen filled squares, whose colour is their kind's too."""
-    pictures, pixels = [], []
-    for number in range(first, first + 16):
-        colour = list(_INK)[number % 4]
-        drawn = np.full((24, 24, 3), 255, np.uint8)
-        drawn[2 + number % 3 : 22, 2 : 20 + number % 3] = _INK[colour]
-        name = f"thing {'abcdefghijklmnopqrstuvwxyzabcdefgh'[number]}"
-        pictures.append(Picture(f"made/{number}", dict.fromkeys(LANGUAGES, name), _KINDS[number % 4], colour, name))
-        pixels.append(drawn)
-    return PictureSet(pictures, pixels)
-
-
-PICTURES = _pictures()
+PICTURES = made_pictures()
 TOKENIZER = train_vlm_tokenizer(
     [text for i in range(200) for q in ask_about(PICTURES, 0, i, 8)[1] for text in (q.text, q.answer)], 700
 )
