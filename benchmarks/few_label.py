@@ -45,6 +45,7 @@ from pocketvlm.distill.vlm.run import Sources, sources_of, train_student
 from pocketvlm.distill.vlm.scene_list import SceneList, composer_of
 from pocketvlm.distill.vlm.words import load_word_vectors, start_from_words
 from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm, load_vlm_config, save_vlm
+from pocketvlm.teachers.device import describe_device, pick_device
 from pocketvlm.teachers.lit import weights_licences
 
 FOLD, LABELS = 0, 0.1
@@ -140,7 +141,7 @@ class Prepared:
     facts: dict[str, Any]
 
 
-def student_of(plan: Plan, words: Path, tokenizer: bytes, seed: int) -> Vlm:
+def student_of(plan: Plan, words: Path, tokenizer: bytes, seed: int, device: torch.device) -> Vlm:
     """The start of a run: equal for all arms of a seed."""
     changes = {
         "decoder.layers": plan.layers,
@@ -152,7 +153,7 @@ def student_of(plan: Plan, words: Path, tokenizer: bytes, seed: int) -> Vlm:
     config = config.model_copy(update={"licences": (*weights_licences(), *data_licences())})
     model = build_vlm(config, tokenizer, seed=seed)
     start_from_words(model, load_word_vectors(words / "words.safetensors"), seed=seed)
-    return model
+    return model.to(device)
 
 
 def pools(trial: bool) -> tuple[PictureSet, PictureSet]:
@@ -171,22 +172,25 @@ def scored_list(plan: Plan, shown: PictureSet, tokenizer: bytes) -> SceneList:
     return SceneList.draw(shown, tokenizer, scenes=plan.test_scenes, questions=4, seed=_TEST)
 
 
-def prepare(plan: Plan, teacher_folder: Path, words: Path, work: Path, trial: bool) -> Prepared:
+def prepare(plan: Plan, teacher_folder: Path, words: Path, work: Path, trial: bool, device: torch.device) -> Prepared:
     begun = time.monotonic()
 
     def say(line: str) -> None:
         print(f"{time.monotonic() - begun:7.0f} s  {line}", flush=True)
 
-    teacher = load_vlm(teacher_folder)
-    if plan.bfloat16:
-        teacher.to(torch.bfloat16)
-    start = student_of(plan, words, teacher.tokenizer.json, 0)
+    teacher = load_vlm(teacher_folder).to(device, torch.bfloat16 if plan.bfloat16 else None)
+    start = student_of(plan, words, teacher.tokenizer.json, 0, device)
     pictures, shown = pools(trial)
     sources = sources_of(recipe_of("distilled", 0, plan), teacher, start, pictures, work, say)
     say(json.dumps(sources.facts))
     test = scored_list(plan, shown, teacher.tokenizer.json)
     seen = trunk_features(
-        start, test, composer_of(shown, start.config.vision.size), work / "features", bfloat16=plan.bfloat16, say=say
+        start,
+        test,
+        composer_of(shown, start.config.vision.size, device=device),
+        work / "features",
+        bfloat16=plan.bfloat16,
+        say=say,
     )
     facts = sources.facts | {
         "test_pictures": len(shown),
@@ -203,7 +207,7 @@ def run_one(arm: str, seed: int, plan: Plan, made: Prepared, words: Path, work: 
     recipe = recipe_of(arm, seed, plan)
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    model = student_of(plan, words, made.start.tokenizer.json, seed)
+    model = student_of(plan, words, made.start.tokenizer.json, seed, made.start.device)
     began = time.monotonic()
     load = os.getloadavg()[0]
 
@@ -217,7 +221,8 @@ def run_one(arm: str, seed: int, plan: Plan, made: Prepared, words: Path, work: 
         asked = list_answers(model, made.test, made.test_seen)
     save_vlm(model, folder / "student", overwrite=True)
     result = {
-        "arm": arm, "seed": seed, "seconds": round(trained, 1), "load_average": [load, os.getloadavg()[0]],
+        "arm": arm, "seed": seed, "seconds": round(trained, 1), "device": describe_device(model.device),
+        "load_average": [load, os.getloadavg()[0]],
         "history": history, "said": [row.answer for row in asked],
     }  # fmt: skip
     write_text(path, json.dumps(result) + "\n")
@@ -358,7 +363,8 @@ def result_of(plan: Plan, test: SceneList, facts: dict[str, Any], runs: Sequence
         "arms": summary(test, runs),
         "by_type": by_type(test, runs),
         "runs": [
-            {key: run[key] for key in ("arm", "seed", "seconds", "load_average")} | {"history": run["history"][::2]}
+            {key: run.get(key) for key in ("arm", "seed", "seconds", "device", "load_average")}
+            | {"history": run["history"][::2]}
             for run in runs
         ],
         "machine": machine(),
@@ -376,6 +382,8 @@ def main(
     extra: Annotated[tuple[str, ...], tyro.conf.arg(help="Arms of the first seed only.")] = (),
     trial: Annotated[bool, tyro.conf.arg(help="Score on held-out pictures of the student's pool instead.")] = False,
     plan: Plan = _PLAN,
+    device: str = "auto",
+    only_prepare: Annotated[bool, tyro.conf.arg(help="Let the teacher answer, and stop.")] = False,
     name: str = "few_label.json",
 ) -> None:
     """Prepare, run what is missing, and write the result after every run; nothing is prepared where all are done."""
@@ -384,7 +392,9 @@ def main(
     jobs = [(arm, seed) for seed in seeds for arm in arms] + [(arm, seeds[0]) for arm in extra]
     made: Prepared | None = None
     if not all((folder / f"{arm}-s{seed}" / SAID).is_file() for arm, seed in jobs):
-        made = prepare(plan, teacher, words, work, trial)
+        made = prepare(plan, teacher, words, work, trial, pick_device(device))
+    if only_prepare:
+        return
     test = scored_list(plan, pools(trial)[1], (words / "tokenizer.json").read_bytes()) if made is None else made.test
     runs: list[dict[str, Any]] = []
     result: dict[str, Any] = {"arms": {}}

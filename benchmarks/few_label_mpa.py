@@ -30,6 +30,7 @@ from pocketvlm.distill.vlm.recipe import VlmRecipe
 from pocketvlm.distill.vlm.scene_list import SceneList, composer_of
 from pocketvlm.distill.vlm.stages import Source, StageRun
 from pocketvlm.students.vlm import load_vlm
+from pocketvlm.teachers.device import pick_device
 
 _ASKED, _FEW = 700_013, 11
 _PLAN = Plan()
@@ -53,11 +54,10 @@ def run_share(
         print(json.dumps({"share": share, "seconds": round(time.monotonic() - begun), "told": line}), flush=True)
 
     folder.mkdir(parents=True, exist_ok=True)
-    teacher = load_vlm(teacher_folder)
-    if plan.bfloat16:
-        teacher.to(torch.bfloat16)
+    device = made.start.device
+    teacher = load_vlm(teacher_folder).to(device, torch.bfloat16 if plan.bfloat16 else None)
     tokens = teacher.tokenizer.json
-    model = student_of(plan, words, tokens, seed)
+    model = student_of(plan, words, tokens, seed, device)
     side = model.config.vision.size
     pictures, _ = pools(False)
     known = labelled_numbers(pictures, share)
@@ -65,15 +65,16 @@ def run_share(
     shared = {"questions": plan.questions, "length": 123, "variants": 3}
     true = SceneList.draw(few, tokens, scenes=plan.labelled, seed=_FEW, **shared)
     kept = trunk_features(
-        model, true, composer_of(few, side, variants=3), work / "features", bfloat16=plan.bfloat16, say=say
-    )
+        model, true, composer_of(few, side, variants=3, device=device), work / "features",
+        bfloat16=plan.bfloat16, say=say,
+    )  # fmt: skip
     with without_trunk(model):
         StageRun(model, half_of(plan, seed), Source(true, kept), None, folder / "first", say=say).run(resume=True)
     unlabelled = sorted(set(range(len(pictures))) - set(known))
     answered = picture_answers(teacher, pictures, unlabelled, kept=work)
     said = pseudo_labelled(pictures, known, answered)
     asked = SceneList.draw(said, tokens, scenes=scenes, seed=_ASKED, **shared)
-    composer = composer_of(pictures, side, variants=3)
+    composer = composer_of(pictures, side, variants=3, device=device)
     own, theirs = (
         trunk_features(one, asked, composer, work / "features", bfloat16=plan.bfloat16, say=say)
         for one in (model, teacher)
@@ -107,10 +108,12 @@ def main(
     seeds: tuple[int, ...] = (0,),
     scenes: int = 1000,
     plan: Plan = _PLAN,
+    device: str = "auto",
+    name: str = "few_label_mpa.json",
 ) -> None:
     """Run what is missing and write the result; the control's answers are those of benchmarks.few_label in --work."""
     torch.set_num_threads(1)
-    made = prepare(plan, teacher, words, work, False)
+    made = prepare(plan, teacher, words, work, False, pick_device(device))
     mix = Mix(made.test)
     whole = torch.ones(1, mix.scenes).double().numpy()
 
@@ -132,7 +135,7 @@ def main(
             found = run_share(share, seed, plan, made, teacher, words, work, scenes)
             rows.append({key: value for key, value in found.items() if key != "said"} | told(found["said"]))
             write(
-                "few_label_mpa.json",
+                name,
                 {"plan": dataclasses.asdict(plan), "labels_only": control(), "mpa": rows, "machine": machine()},
             )
             print(json.dumps(rows[-1]), flush=True)

@@ -43,6 +43,10 @@ class Taught(NamedTuple):
     place_logs: Tensor | None
     relations: Tensor | None
 
+    def to(self, device: torch.device) -> Taught:
+        places = [None if value is None else value.to(device, non_blocking=True) for value in self[2:]]
+        return Taught(self.ids.to(device), self.logs.to(device), *places)
+
 
 def model_digest(model: Vlm) -> str:
     """sha256 of a model's configuration, tokenizer, weights, and of the type that it computes in."""
@@ -211,7 +215,7 @@ def _make(
             rows: list[Taught] = []
             for first in range(start, end, _BATCH):
                 chosen = range(first, min(first + _BATCH, end))
-                seen = scenes.pixels(chosen, composer)
+                seen = scenes.pixels(chosen, composer).to(teacher.device)
                 rows.append(teach(teacher, scenes, chosen, seen, top, places))
             joined = {
                 name: torch.cat([getattr(row, name) for row in rows])
@@ -219,7 +223,9 @@ def _make(
                 if getattr(rows[0], name) is not None
             }
             kinds = {"ids": narrow, "place_ids": narrow}
-            whole = {name: value.to(kinds.get(name, torch.float16)).contiguous() for name, value in joined.items()}
+            whole = {
+                name: value.to("cpu", kinds.get(name, torch.float16)).contiguous() for name, value in joined.items()
+            }
             write_atomic(path, save_tensors(whole))
         files[path.name] = sha256_file(path)
         say(f"teacher's answers: {end} of {len(scenes)} scenes")

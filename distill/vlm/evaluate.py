@@ -62,7 +62,7 @@ def answer_scenes(
     seen: what the model's tower saw of these scenes (`see_scenes`), instead of a table. captions: whether they are
     asked for, the longest answers by far.
     """
-    device = model.decoder.embed_tokens.weight.device
+    device = model.device
     composer = None if table is None else Composer(table, device)
     drawn = drawn_questions(pictures, scenes=scenes, questions=questions)
     asked = [(index, question) for index, (_, found) in enumerate(drawn) for question in found]
@@ -91,7 +91,7 @@ def see_scenes(
     model: Vlm, pictures: PictureSet, table: SceneTable, *, scenes: int, scored: Sequence[str] = (), batch: int = 32
 ) -> Seen:
     """What the model's tower sees of the first `scenes` scenes of the test stream; scored: `Vlm.look`'s scores."""
-    device = model.decoder.embed_tokens.weight.device
+    device = model.device
     composer = Composer(table, device)
     # one question draws the same scene as any number
     drawn = [ask_about(pictures, _SEED, index, 1)[0] for index in range(scenes)]

@@ -107,15 +107,15 @@ def trunk_features(
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        was = model.vision.training
+        was, device = model.vision.training, model.device
         model.vision.eval()
         try:
             shape = (len(scenes), model.vision.tokens, model.vision.width)
             values = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
             for start in range(0, len(scenes), _BATCH):
                 chosen = range(start, min(start + _BATCH, len(scenes)))
-                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                    found = model.vision(scenes.pixels(chosen, composer)).half()
+                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                    found = model.vision(scenes.pixels(chosen, composer).to(device)).half().cpu()
                 if not bool(found.isfinite().all()):
                     raise UsageError(
                         f"the vision trunk {model.config.vision.backbone!r} gives values above 65,504, which float16 "

@@ -35,7 +35,8 @@ def list_answers(
         part = order[start : start + batch]
         longest = _CAPTION_TOKENS if any(question(pair)[0] for pair in part) else _TOKENS
         prompts = [scenes.entries[index].questions[place].text for index, place in part]
-        answers = model.generate(seen([index for index, _ in part]), prompts, max_new_tokens=longest)
+        shown = seen([index for index, _ in part]).to(model.device)
+        answers = model.generate(shown, prompts, max_new_tokens=longest)
         said |= dict(zip(part, answers))
     model.train(was)
     model.vision.train(vision)

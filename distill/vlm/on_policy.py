@@ -27,24 +27,25 @@ def sampled_answers(
         seen: [B, ...], what the model's `picture` takes. questions: (which of B, ids of the question).
         temperature: of the softmax that tokens are drawn from. seed: equal seeds give equal answers.
     """
-    generator = torch.Generator().manual_seed(seed)
-    owner = torch.tensor([number for number, _ in questions])
+    # drawn on the CPU, so that no device has numbers of its own
+    generator, device = torch.Generator().manual_seed(seed), model.device
+    owner = torch.tensor([number for number, _ in questions], device=device)
     asked = [ids for _, ids in questions]
     width = max(map(len, asked))
-    ids = torch.tensor([one + [PAD] * (width - len(one)) for one in asked])
-    length = torch.tensor([model.prefix + len(one) for one in asked])
+    ids = torch.tensor([one + [PAD] * (width - len(one)) for one in asked], device=device)
+    length = torch.tensor([model.prefix + len(one) for one in asked], device=device)
     prefix = model.picture(seen)[owner]
     x = torch.cat([prefix, model.decoder.embed_tokens(ids).to(prefix.dtype)], dim=1)
-    positions = torch.arange(x.shape[1]).expand(len(x), -1)
+    positions = torch.arange(x.shape[1], device=device).expand(len(x), -1)
     keys, values = (part.to(x.dtype) for part in model.decoder.empty_cache(len(x)))
     hidden, keys, values = model.decoder.step(x, positions, keys, values, model.prefix - 1)
-    last = hidden[torch.arange(len(x)), length - 1]
+    last = hidden[torch.arange(len(x), device=device), length - 1]
     said: list[Tensor] = []
-    open_ = torch.ones(len(x), dtype=torch.bool)
+    open_ = torch.ones(len(x), dtype=torch.bool, device=device)
     room = model.config.decoder.context_length - width - model.prefix
     for step in range(min(longest, room)):
         shares = (model.decoder.logits(last).float() / temperature).softmax(dim=-1)
-        token = torch.multinomial(shares, 1, generator=generator)[:, 0]
+        token = torch.multinomial(shares.cpu(), 1, generator=generator)[:, 0].to(device)
         said.append(torch.where(open_, token, PAD))
         open_ = open_ & (token != EOS)
         if not open_.any():

@@ -55,12 +55,11 @@ def picture_answers(
     prompts = {"en": ENGLISH["name"][0]} | {language: row[0] for language, row in OTHER_LANGUAGES.items()}
     prompts |= {"kind": ENGLISH["kind"][0], "colour": ENGLISH["colour"][0]}
     composer = composer_of(subset(pictures, asked), teacher.config.vision.size)
-    device = teacher.decoder.embed_tokens.weight.device
     for start in range(0, len(asked), _BATCH):
         part = asked[start : start + _BATCH]
         scenes = [Scene(1, (place,)) for place in range(start, start + len(part))]
         with torch.no_grad():
-            seen = teacher.vision(composer(drawn_scenes(scenes, len(asked), 1, None)).to(device))
+            seen = teacher.vision(composer(drawn_scenes(scenes, len(asked), 1, None)).to(teacher.device))
             with without_trunk(teacher):
                 said = {
                     key: teacher.generate(seen, [prompt] * len(part), max_new_tokens=_TOKENS)

@@ -35,6 +35,7 @@ from pocketvlm.edge.errors import UsageError, unknown_name
 from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm, load_vlm_config, save_vlm
 from pocketvlm.students.vlm.io import MANIFEST as MODEL
 from pocketvlm.students.vlm.io import TOKENIZER
+from pocketvlm.teachers.device import describe_device, full_float32, pick_device
 from pocketvlm.teachers.files import write_atomic
 from pocketvlm.teachers.lit import weights_licences
 
@@ -117,9 +118,10 @@ def sources_of(
             "known of any; raise that share"
         )
     side, moves = student.config.vision.size, any("vision" in stage.train for stage in recipe.stages)
+    where = student.device
 
     def source(scenes: SceneList, answers: KeptAnswers | None = None) -> Source:
-        composer = composer_of(scenes.pictures, side, variants=data.variants)
+        composer = composer_of(scenes.pictures, side, variants=data.variants, device=where)
         if moves:
             return Source(scenes, composer=composer, answers=answers)
         kept = trunk_features(
@@ -156,7 +158,7 @@ def sources_of(
     assert scenes is not None, "drawn from what either kind of teacher said"
     say(f"the teacher named {len(unlabelled)} pictures")
     if hears and not isinstance(teacher, Recorded):
-        theirs = composer_of(pictures, teacher.config.vision.size, variants=data.variants)
+        theirs = composer_of(pictures, teacher.config.vision.size, variants=data.variants, device=where)
         if any(stage.on_policy for stage in recipe.stages):
             live = Live(teacher, theirs)
         if any(stage.weights.hears for stage in recipe.stages):
@@ -271,6 +273,7 @@ def distill_vlm(
     words: str | Path | None = None,
     limit: int | None = None,
     scored_scenes: int = _SCORED_SCENES,
+    device: str | torch.device = "auto",
     resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
@@ -282,7 +285,7 @@ def distill_vlm(
             go on with. out: gets `student/`, `eval.json` (scores on the test pool), `history.json`, checkpoints, and
             what the teacher and the trunk gave. fold: of the pools. words: what the embedding of a new student starts
             at, a folder with words.safetensors or "minilm" for vectors of that sentence encoder. limit: so many
-            pictures only, for a toy. resume: go on with what is in `out`.
+            pictures only, for a toy. device: as `teachers.device.pick_device`. resume: go on with what is in `out`.
 
     Returns what eval.json holds.
 
@@ -290,12 +293,13 @@ def distill_vlm(
         UsageError: a folder that is not empty or not a run's to replace, a teacher of another vocabulary, or as
             `sources_of` and `StageRun`.
     """
+    where = pick_device(device)
     opened = open_vlm_teacher(teacher)
     if not (Path(student) / MODEL).is_file():
         load_vlm_config(student)
     _make_room(out, resume, overwrite, (teacher, student))
-    if isinstance(opened, Vlm) and recipe.optim.bfloat16:
-        opened.to(torch.bfloat16)
+    if isinstance(opened, Vlm):
+        opened.to(where, torch.bfloat16 if recipe.optim.bfloat16 else None)
     tokenizer = opened.tokenizer_json if isinstance(opened, Recorded) else opened.tokenizer.json
     if (Path(student) / "vlm.json").is_file():
         model = load_vlm(student)
@@ -311,15 +315,19 @@ def distill_vlm(
                 else load_word_vectors(Path(words) / WORDS)
             )
             start_from_words(model, vectors, seed=recipe.optim.seed)
-    sources = sources_of(recipe, opened, model, picture_set("student", fold, limit=limit), out / "kept", say)
-    train_student(model, recipe, sources, out, resume=resume, say=lambda row: say(json.dumps(row)))
-    save_vlm(model, out / STUDENT, overwrite=True)
+    model.to(where)
+    with full_float32():
+        sources = sources_of(recipe, opened, model, picture_set("student", fold, limit=limit), out / "kept", say)
+        train_student(model, recipe, sources, out, resume=resume, say=lambda row: say(json.dumps(row)))
+        save_vlm(model, out / STUDENT, overwrite=True)
+        scores = evaluate_vlm(model, picture_set("test", fold, limit=limit), scenes=scored_scenes)
     found = {
         "recipe": recipe.model_dump(mode="json"),
         "student": student,
         "fold": fold,
+        "device": describe_device(where),
         **sources.facts,
-        "scores": evaluate_vlm(model, picture_set("test", fold, limit=limit), scenes=scored_scenes),
+        "scores": scores,
     }
     write_text_atomically(out / SCORES, json.dumps(found, indent=1) + "\n")
     return found

@@ -12,7 +12,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Source:
     answers: KeptAnswers | None = None
 
     def seen(self, chosen: Sequence[int]) -> Tensor:
+        """Kept features, on the CPU, or pixels, on the composer's device."""
         if self.features is not None:
             return self.features(chosen)
         if self.composer is None:
@@ -145,10 +146,10 @@ def _on_policy_terms(
     rows = sampled_rows(
         model, seen, [entry.talks for entry in (taught.scenes.entries[i] for i in chosen)],
         temperature=stage.temperature, seed=seed,
-    )  # fmt: skip
+    ).to(model.device)  # fmt: skip
     own = model.hidden(seen, rows)[:, -rows.ids.shape[1] :].flatten(0, 1)[rows.places]
     with torch.no_grad():
-        logits = live.teacher(taught.scenes.pixels(chosen, live.composer), rows)
+        logits = live.teacher(taught.scenes.pixels(chosen, live.composer).to(rows.ids.device), rows)
     found = token_divergence(student=model.decoder.logits(own), teacher=logits, direction=stage.weights.direction)
     return {"on_policy": found}
 
@@ -261,7 +262,9 @@ class StageRun:
         for group, rate in zip(optimizer.param_groups, base):
             group["base"] = rate
         weights = [weight for weight in model.parameters() if weight.requires_grad]
-        sums: dict[str, list[float]] = {} if optimizer_state is None else self._sums
+        known = {} if optimizer_state is None else self._sums
+        # a device is waited for only where numbers are shown or saved
+        sums: dict[str, list[Tensor]] = {name: list(torch.tensor(each).unbind()) for name, each in known.items()}
         since, counted = time.monotonic(), 0
         for step in range(start, stage.steps):
             warm = min(1.0, (step + 1) / max(stage.warmup, 1))
@@ -275,14 +278,15 @@ class StageRun:
                 nn.utils.clip_grad_norm_(weights, optim.clip)
             optimizer.step()
             for name, value in terms.items():
-                sums.setdefault(name, []).append(float(value.detach()))
+                sums.setdefault(name, []).append(value.detach().float())
             counted += 1
             done = step + 1
             if done % optim.log_every == 0 or done == stage.steps:
                 now = time.monotonic()
                 row = {"stage": stage.name, "step": first + done, "steps_per_second": round(counted / (now - since), 2)}
-                row |= {name: round(sum(values) / len(values), 4) for name, values in sums.items()}
-                if not math.isfinite(sum(sum(values) for values in sums.values())):
+                said = _floats(sums)
+                row |= {name: round(sum(values) / len(values), 4) for name, values in said.items()}
+                if not math.isfinite(sum(sum(values) for values in said.values())):
                     raise UsageError(
                         f"a term of the loss is no number in stage {stage.name!r} at step {first + done} ({row}), so "
                         "nothing more is learnt; lower the rate"
@@ -291,7 +295,7 @@ class StageRun:
                 self.say(row)
                 sums, since, counted = {}, now, 0
             if done % optim.every == 0 or done == stage.steps:
-                self._save(first + done, optimizer, done == stage.steps, sums)
+                self._save(first + done, optimizer, done == stage.steps, _floats(sums))
         if recipe.stages[-1] is stage:
             write_text_atomically(self.folder / HISTORY, json.dumps(self.history, indent=1) + "\n")
 
@@ -310,7 +314,7 @@ class StageRun:
         save_checkpoint(self.folder / _CHECKPOINTS, step, state, keep=1)
 
     def _loss(self, stage: StageSection, step: int, own_step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        recipe, seed = self.recipe, self.recipe.optim.seed
+        recipe, seed, device = self.recipe, self.recipe.optim.seed, self.model.device
         heard = stage.heard
         true = stage.batch - heard
         weights = stage.weights
@@ -320,36 +324,41 @@ class StageRun:
         if heard:
             assert self.taught is not None, "checked when the run was made"
             chosen = chosen_scenes(len(self.taught.scenes), heard, own_step, seed, f"{stage.name}/taught")
-            shown = self.taught.seen(chosen)
+            shown = self.taught.seen(chosen).to(device)
             draw = scene_rng(seed, step, "on-policy")
             if stage.on_policy and draw.random() < stage.on_policy:
                 assert self.live is not None, "checked when the run was made"
-                with torch.autocast("cpu", torch.bfloat16, enabled=recipe.optim.bfloat16):
+                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.optim.bfloat16):
                     terms = _on_policy_terms(
                         self.model, stage, self.live, self.taught, chosen, shown, draw.randrange(2**62)
                     )
                     loss = weights.response * terms["on_policy"]
                     if true:
                         places = chosen_scenes(len(self.labelled.scenes), true, own_step, seed, f"{stage.name}/true")
-                        rows = self.labelled.scenes.rows(places)
-                        terms |= stage_terms(self.model, weights, self.labelled.seen(places), rows, None)
+                        rows = self.labelled.scenes.rows(places).to(device)
+                        terms |= stage_terms(self.model, weights, self.labelled.seen(places).to(device), rows, None)
                         loss = loss + weights.answer * terms.get("answer", loss.new_zeros(()))
                 return loss, terms
             seen.append(shown)
             lists.append((self.taught.scenes, chosen))
             if weights.hears:
                 assert self.taught.answers is not None, "checked when the run was made"
-                taught = self.taught.answers.of(chosen)
+                taught = self.taught.answers.of(chosen).to(device)
         if true:
             places = chosen_scenes(len(self.labelled.scenes), true, own_step, seed, f"{stage.name}/true")
-            seen.append(self.labelled.seen(places))
+            seen.append(self.labelled.seen(places).to(device))
             lists.append((self.labelled.scenes, places))
         # outside of autocast, which knows no float16 on a CPU
         batch = torch.cat(seen)
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.optim.bfloat16):
-            terms = stage_terms(self.model, weights, batch, joined_rows(lists), taught)
-        total = sum((getattr(weights, name) * value for name, value in terms.items()), torch.zeros(()))
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.optim.bfloat16):
+            terms = stage_terms(self.model, weights, batch, joined_rows(lists).to(device), taught)
+        zero = torch.zeros((), device=device)
+        total = sum((getattr(weights, name) * value for name, value in terms.items()), zero)
         return total, terms
+
+
+def _floats(sums: Mapping[str, Sequence[Tensor]]) -> dict[str, list[float]]:
+    return {name: torch.stack(list(values)).tolist() for name, values in sums.items() if values}
 
 
 def joined_rows(lists: Sequence[tuple[SceneList, Sequence[int]]]) -> Rows:
@@ -381,4 +390,4 @@ def _optimizer(model: Vlm, stage: StageSection, decay: float) -> torch.optim.Ada
         plain = words or weight.ndim < 2 or name == "connector.places"
         groups.setdefault((factor, 0.0 if plain else decay), []).append(weight)
     rows = [{"params": found, "lr": stage.rate * factor, "weight_decay": wd} for (factor, wd), found in groups.items()]
-    return torch.optim.AdamW(rows, betas=(0.9, 0.98))
+    return torch.optim.AdamW(rows, betas=(0.9, 0.98), fused=model.device.type == "cuda")

@@ -13,6 +13,8 @@ from pocketvlm.table import emit
 
 Fold = Annotated[int, arg(help="Which fifth of the concepts is held out for testing (0 to 4).")]
 
+Device = Annotated[str, arg(help="auto, cpu, cuda, cuda:1 or mps.")]
+
 
 def register(vlm_app: Any) -> None:
     """Add these commands to the group `vlm`."""
@@ -42,6 +44,7 @@ def distill_vlm(
         arg(metavar="FOLDER", help="Word vectors that a new student's embedding starts at; minilm computes them."),
     ] = None,
     limit: Annotated[int | None, arg(metavar="N", help="So many pictures only, to try a recipe out.")] = None,
+    device: Device = "auto",
     scenes: Annotated[int, arg(metavar="N", help="Scenes of the test pool that the student is scored on.")] = 500,
     resume: Annotated[bool, arg(help="Go on with the run in --out.")] = False,
     overwrite: Annotated[bool, arg(help="Replace an output folder that is not empty.")] = False,
@@ -54,7 +57,8 @@ def distill_vlm(
 
     found = distill(
         teacher, student, load_vlm_recipe(recipe, overrides), out, fold=fold, words=words, limit=limit,
-        scored_scenes=scenes, resume=resume, overwrite=overwrite, say=lambda line: print(line, flush=True),
+        device=device, scored_scenes=scenes, resume=resume, overwrite=overwrite,
+        say=lambda line: print(line, flush=True),
     )  # fmt: skip
     _show(found["scores"])
     print(f"student: {out / STUDENT}")
@@ -67,6 +71,7 @@ def evaluate_vlm(
     fold: Fold = 0,
     scenes: Annotated[int, arg(metavar="N", help="How many scenes, four questions about each.")] = 500,
     limit: Annotated[int | None, arg(metavar="N", help="So many pictures only.")] = None,
+    device: Device = "auto",
     as_json: Annotated[bool, arg(name="json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Accuracy by type of question, how often "yes" is said, and the share of named things that are not there."""
@@ -74,8 +79,10 @@ def evaluate_vlm(
     from pocketvlm.data.scenes import picture_set
     from pocketvlm.distill.vlm.evaluate import evaluate_vlm as evaluate
     from pocketvlm.students.vlm import load_vlm
+    from pocketvlm.teachers.device import full_float32, pick_device
 
-    scores = evaluate(load_vlm(model), picture_set(pool, fold, limit=limit), scenes=scenes)
+    with full_float32():
+        scores = evaluate(load_vlm(model).to(pick_device(device)), picture_set(pool, fold, limit=limit), scenes=scenes)
     if as_json:
         print(json.dumps(scores, indent=2))
     else:

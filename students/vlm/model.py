@@ -104,6 +104,11 @@ class Vlm(nn.Module):
         self.config = self.config.model_copy(update={"reduction": reduction})
 
     @property
+    def device(self) -> torch.device:
+        """Where the decoder's weights are, and everything that is given to the model must be."""
+        return self.decoder.embed_tokens.weight.device
+
+    @property
     def reduction(self) -> Reduction | None:
         return self.config.reduction
 
