@@ -1,6 +1,7 @@
 """Few labels: the same small student from labels alone, and from labels and what the talking teacher says.
 
-    python -m benchmarks.few_label --teacher runs/talking-teacher --words runs/talking-words --work runs/few-label
+    python -m benchmarks.talking_teacher --stage prepare --words runs/talking-words    # vectors of words
+    python -m benchmarks.few_label --words runs/talking-words --work runs/few-label
     python -m benchmarks.few_label ... --trial     # decides sizes on held-out pictures of the student's own pool
 
 Fold 0. The student's pool has pictures of some 646 things; a tenth of their concepts keep their labels (names, kind,
@@ -11,9 +12,10 @@ student nor the teacher has seen. Arms, with the same student, start, steps and 
     distilled  a part of each batch from those, the rest from scenes of all pictures of the pool, of which the teacher
                has told what it takes them for; the answers follow from what it said, its distributions are kept once
 
-Further arms, of one seed, leave parts out. The vision trunk has ImageNet weights and stands still, so its outputs are
-kept in half precision. Every run is a folder under --work that goes on where it was killed; when all asked for are
-done, the result is written to benchmarks/results/few_label.json.
+The teacher is by default what the built-in one said, which is shipped; --teacher FOLDER takes the teacher itself, with
+--plan.taught, --plan.labelled, --plan.top and --plan.relation as wanted. Further arms leave parts out. The vision trunk
+has ImageNet weights and stands still, so its outputs are kept in half precision. Every run is a folder under --work
+that goes on where it was killed; when all asked for are done, the result is written to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ from pocketvlm.distill.vlm.features import Features, trunk_features, without_tru
 from pocketvlm.distill.vlm.list_answers import list_answers
 from pocketvlm.distill.vlm.pseudo import subset
 from pocketvlm.distill.vlm.recipe import VlmRecipe, load_vlm_recipe
-from pocketvlm.distill.vlm.run import Sources, sources_of, train_student
+from pocketvlm.distill.vlm.run import SHIPPED, Sources, open_vlm_teacher, sources_of, train_student
 from pocketvlm.distill.vlm.scene_list import SceneList, composer_of
 from pocketvlm.distill.vlm.words import load_word_vectors, start_from_words
-from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm, load_vlm_config, save_vlm
+from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm_config, save_vlm
 from pocketvlm.teachers.device import describe_device, pick_device
 from pocketvlm.teachers.lit import weights_licences
 
@@ -58,13 +60,14 @@ FACTS, SAID = "facts.json", "said.json"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What every run of a protocol shares. steps: of all stages together."""
+    """What every run of a protocol shares. steps: of all stages together. relation: weight of that term, which what is
+    shipped of the built-in teacher does not hold."""
 
-    steps: int = 700
+    steps: int = 3000
     batch: int = 16
     rate: float = 6e-3
-    taught: int = 1600
-    labelled: int = 1200
+    taught: int = 2000
+    labelled: int = 800
     questions: int = 8
     test_scenes: int = 500
     share: float = 0.25
@@ -72,7 +75,8 @@ class Plan:
     width: int = 96
     connector: int = 192
     bfloat16: bool = True
-    top: int = 16
+    top: int = 8
+    relation: float = 0.0
 
 
 _PLAN = Plan()
@@ -80,7 +84,7 @@ _PLAN = Plan()
 
 def recipe_of(arm: str, seed: int, plan: Plan) -> VlmRecipe:
     """The stages of an arm, all of `plan.steps` steps."""
-    whole = {"answer": 1.0, "response": 1.0, "relation": 0.5}
+    whole = {"answer": 1.0, "response": 1.0, "relation": plan.relation}
     half, tenth = plan.steps // 2, plan.steps // 10
 
     def stage(name: str, steps: int, labelled: float, weights: dict[str, Any], rate: float = plan.rate) -> Any:
@@ -172,18 +176,23 @@ def scored_list(plan: Plan, shown: PictureSet, tokenizer: bytes) -> SceneList:
     return SceneList.draw(shown, tokenizer, scenes=plan.test_scenes, questions=4, seed=_TEST)
 
 
-def prepare(plan: Plan, teacher_folder: Path, words: Path, work: Path, trial: bool, device: torch.device) -> Prepared:
+def prepare(
+    plan: Plan, teacher_spec: str | Path, words: Path, work: Path, trial: bool, device: torch.device
+) -> Prepared:
     begun = time.monotonic()
 
     def say(line: str) -> None:
         print(f"{time.monotonic() - begun:7.0f} s  {line}", flush=True)
 
-    teacher = load_vlm(teacher_folder).to(device, torch.bfloat16 if plan.bfloat16 else None)
-    start = student_of(plan, words, teacher.tokenizer.json, 0, device)
+    teacher = open_vlm_teacher(teacher_spec)
+    if isinstance(teacher, Vlm):
+        teacher.to(device, torch.bfloat16 if plan.bfloat16 else None)
+    tokens = teacher.tokenizer.json if isinstance(teacher, Vlm) else teacher.tokenizer_json
+    start = student_of(plan, words, tokens, 0, device)
     pictures, shown = pools(trial)
     sources = sources_of(recipe_of("distilled", 0, plan), teacher, start, pictures, work, say)
     say(json.dumps(sources.facts))
-    test = scored_list(plan, shown, teacher.tokenizer.json)
+    test = scored_list(plan, shown, tokens)
     seen = trunk_features(
         start,
         test,
@@ -372,7 +381,7 @@ def result_of(plan: Plan, test: SceneList, facts: dict[str, Any], runs: Sequence
 
 
 def main(
-    teacher: Path = Path("runs/talking-teacher"),
+    teacher: Annotated[str, tyro.conf.arg(help="As of `pocketvlm vlm distill`.")] = SHIPPED,
     words: Annotated[Path, tyro.conf.arg(help="Of benchmarks.talking_teacher --stage prepare.")] = Path(
         "runs/talking-words"
     ),

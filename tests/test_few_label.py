@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import sys
@@ -17,6 +16,7 @@ from benchmarks import few_label, few_label_mpa
 from pocketvlm.data.exact_match import exact_match
 from pocketvlm.data.scene_questions import CAPTIONS
 from pocketvlm.data.scenes import PictureSet
+from pocketvlm.distill.vlm.evaluate import Asked
 from pocketvlm.distill.vlm.words import save_word_vectors
 from pocketvlm.students.vlm import load_vlm, save_vlm
 
@@ -36,6 +36,7 @@ PLAN = few_label.Plan(
     connector=48,
     bfloat16=False,
     top=4,
+    relation=0.5,
 )
 
 
@@ -73,7 +74,7 @@ def _made(toys: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[few
     words.mkdir()
     size = toys.tiny().tokenizer.vocab_size
     save_word_vectors(torch.randn(size, 8) * (torch.arange(size) > 400)[:, None], words / "words.safetensors")
-    return few_label.prepare(PLAN, teacher, words, folder / "work", False), teacher, words
+    return few_label.prepare(PLAN, teacher, words, folder / "work", False, torch.device("cpu")), teacher, words
 
 
 def test_a_run_goes_from_pictures_to_a_summary_and_is_read_again(
@@ -137,20 +138,40 @@ def test_a_trial_holds_out_pictures_of_the_students_own_pool(toys: Any, monkeypa
 
 
 def test_parity_gaps_are_learnt_from_and_written(toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, teacher, words = _made(toys, tmp_path, monkeypatch)
-    monkeypatch.setattr(few_label_mpa, "load_vlm", lambda _: toys.tiny(3, width=64))
-    real = few_label_mpa.list_answers
+    made, _, words = _made(toys, tmp_path, monkeypatch)
 
-    def consistent(model: Any, scenes: Any, seen: Any) -> Any:
-        # a teacher that answers as written, since random weights answer nothing
-        found = real(model, scenes, seen)
-        if model.config.decoder.width == 64:
-            return [dataclasses.replace(row, answer=row.question.answer) for row in found]
-        return found
+    # random weights answer nothing as it is written
+    def sure(scenes: Any, answers: Any) -> Any:
+        pairs = [(index, question) for index, entry in enumerate(scenes.entries) for question in entry.questions]
+        return [Asked(index, question, question.answer) for index, question in pairs]
 
-    monkeypatch.setattr(few_label_mpa, "list_answers", consistent)
-    found = few_label_mpa.run_share(0.3, 0, PLAN, made, teacher, words, tmp_path / "work", 5)
+    monkeypatch.setattr(few_label_mpa, "kept_verdicts", sure)
+    monkeypatch.setattr(few_label_mpa, "LABELS", 0.3)
+    found = few_label_mpa.run_share(0.3, 0, PLAN, made, words, tmp_path / "work", 5)
     assert found["teacher_consistent"] == found["asked"] >= found["gaps"] > 0
+    assert found["scenes"] == 5
     assert len(found["said"]) == sum(len(entry.questions) for entry in made.test.entries)
-    again = few_label_mpa.run_share(0.3, 0, PLAN, made, teacher, words, tmp_path / "work", 5)
+    again = few_label_mpa.run_share(0.3, 0, PLAN, made, words, tmp_path / "work", 5)
     assert again == found
+
+
+def test_scenes_of_pictures_whose_labels_are_withheld_now_are_not_asked_about(
+    toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _, words = _made(toys, tmp_path, monkeypatch)
+    seen: list[Any] = []
+
+    def verdicts(scenes: Any, answers: Any) -> Any:
+        return [Asked(i, q, q.answer) for i, entry in enumerate(scenes.entries) for q in entry.questions]
+
+    real = few_label_mpa.parity_gaps
+    monkeypatch.setattr(few_label_mpa, "kept_verdicts", verdicts)
+    monkeypatch.setattr(few_label_mpa, "parity_gaps", lambda asked, *rest: (seen.append(asked), real(asked, *rest))[1])
+    monkeypatch.setattr(few_label_mpa, "LABELS", 0.3)
+    few = few_label_mpa.labelled_numbers(toys.PICTURES, 0.3)
+    monkeypatch.setattr(
+        few_label_mpa, "labelled_numbers", lambda pictures, share: few if share == 0.3 else few[: len(few) // 2]
+    )
+    few_label_mpa.run_share(0.1, 0, PLAN, made, words, tmp_path / "other", 100)
+    shown = {number for entry in seen[0].entries for _, number in entry.scene.placed}
+    assert not shown & set(few[len(few) // 2 :])

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pocketvlm.data.exact_match import normalise_answer
+from pocketvlm.distill.vlm.answer_cache import KeptAnswers
 from pocketvlm.distill.vlm.evaluate import Asked
 from pocketvlm.distill.vlm.scene_list import SceneList
 from pocketvlm.edge.errors import UsageError
@@ -64,3 +65,19 @@ def parity_gaps(scenes: SceneList, teacher: Sequence[Asked], student: Sequence[A
             "more or harder questions, or stop here"
         )
     return scenes.only(lambda index, place: (index, place) in gaps)
+
+
+def kept_verdicts(scenes: SceneList, answers: KeptAnswers) -> list[Asked]:
+    """In place of `list_answers` of a teacher of which only its `kept_answers` of this list are there.
+
+    The written answer where its largest share is that answer's token at every place, given those before, and no answer
+    elsewhere: what the teacher would say greedily, token for token, so that spellings which count as equal do not.
+    """
+    found, at = [], 0
+    first = answers.tensors["ids"][:, 0].tolist()
+    for index, entry in enumerate(scenes.entries):
+        for question, (_, tokens) in zip(entry.questions, entry.talks):
+            agrees = first[at : at + len(tokens)] == list(tokens)
+            found.append(Asked(index, question, question.answer if agrees else ""))
+            at += len(tokens)
+    return found
