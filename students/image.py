@@ -185,7 +185,7 @@ def image_spec(config: ImageConfig) -> ImageSpec:
     Raises:
         UnknownNameError: timm has no model of that name.
     """
-    cfg = _pretrained_cfg(config.backbone)
+    cfg = pretrained_cfg(config.backbone)
     return ImageSpec(
         size=config.size,
         resize=config.resize,
@@ -208,7 +208,7 @@ def build_image_tower(config: ImageConfig, embed_dim: int, *, load_weights: bool
     """
     spec = image_spec(config)
     arguments: dict[str, Any] = {"num_classes": 0, **config.backbone_args}
-    if _pretrained_cfg(config.backbone).fixed_input_size:
+    if pretrained_cfg(config.backbone).fixed_input_size:
         arguments.setdefault("img_size", config.size)
     try:
         trunk = timm.create_model(config.backbone, pretrained=False, **arguments)
@@ -250,7 +250,12 @@ def _breaks_channel_last(module: nn.Module) -> bool:
     )
 
 
-def _pretrained_cfg(backbone: str) -> Any:
+def pretrained_cfg(backbone: str) -> Any:
+    """What timm says of the model's published weights: mean, std, fixed_input_size and more.
+
+    Raises:
+        UnknownNameError: timm has no model of that name.
+    """
     if not timm.is_model(backbone):
         raise unknown_name("timm model", backbone, timm.list_models())
     # get_pretrained_cfg answers None for a few architectures without any published weights

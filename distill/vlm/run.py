@@ -32,7 +32,8 @@ from pocketvlm.distill.vlm.scene_list import SceneList, composer_of
 from pocketvlm.distill.vlm.stages import Live, Source, StageRun
 from pocketvlm.distill.vlm.words import load_word_vectors, start_from_words, word_vectors
 from pocketvlm.edge.errors import UsageError, unknown_name
-from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm, load_vlm_config, save_vlm
+from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm, load_vlm_config, on_student_tower, save_vlm
+from pocketvlm.students.vlm.config import STUDENT as CLIP_STUDENT
 from pocketvlm.students.vlm.io import MANIFEST as MODEL
 from pocketvlm.students.vlm.io import TOKENIZER
 from pocketvlm.teachers.device import describe_device, full_float32, pick_device
@@ -263,12 +264,32 @@ def _make_room(out: Path, resume: bool, overwrite: bool, read: tuple[str | Path,
     _make_room(out, False, False, ())
 
 
+def _begun(student: str, vision: str | None, tokenizer: bytes, seed: int) -> Vlm:
+    """A saved student, or a new one of a named size or a YAML file."""
+    if (Path(student) / MODEL).is_file():
+        if vision is not None:
+            raise UsageError(
+                f"{student!r} is a saved student, which has a tower that its connector was trained on, and vision "
+                f"{vision!r} names another; leave one of them out"
+            )
+        return load_vlm(student)
+    config = load_vlm_config(student)
+    if vision is not None:
+        config = on_student_tower(config, vision)
+    weights = config.vision.weights
+    # a CLIP student brings its own
+    theirs = () if weights == "none" or weights.startswith(CLIP_STUDENT) else weights_licences()
+    config = config.model_copy(update={"licences": (*theirs, *data_licences())})
+    return build_vlm(config, tokenizer, seed=seed)
+
+
 def distill_vlm(
     teacher: str | Path,
     student: str,
     recipe: VlmRecipe,
     out: Path,
     *,
+    vision: str | None = None,
     fold: int = 0,
     words: str | Path | None = None,
     limit: int | None = None,
@@ -282,8 +303,9 @@ def distill_vlm(
 
     Args:
         teacher: as `open_vlm_teacher` takes it. student: a named size, a YAML file of one, or a folder of `save_vlm` to
-            go on with. out: gets `student/`, `eval.json` (scores on the test pool), `history.json`, checkpoints, and
-            what the teacher and the trunk gave. fold: of the pools. words: what the embedding of a new student starts
+            go on with. vision: "student:FOLDER", the tower of a distilled CLIP student in place of the size's own.
+            out: gets `student/`, `eval.json` (scores on the test pool), `history.json`, checkpoints, and what the
+            teacher and the trunk gave. fold: of the pools. words: what the embedding of a new student starts
             at, a folder with words.safetensors or "minilm" for vectors of that sentence encoder. limit: so many
             pictures only, for a toy. device: as `teachers.device.pick_device`. resume: go on with what is in `out`.
 
@@ -295,26 +317,17 @@ def distill_vlm(
     """
     where = pick_device(device)
     opened = open_vlm_teacher(teacher)
-    if not (Path(student) / MODEL).is_file():
-        load_vlm_config(student)
-    _make_room(out, resume, overwrite, (teacher, student))
+    tokenizer = opened.tokenizer_json if isinstance(opened, Recorded) else opened.tokenizer.json
+    model = _begun(student, vision, tokenizer, recipe.optim.seed)
+    read = (teacher, student, words or teacher, model.config.vision.weights.removeprefix(CLIP_STUDENT))
+    _make_room(out, resume, overwrite, read)
     if isinstance(opened, Vlm):
         opened.to(where, torch.bfloat16 if recipe.optim.bfloat16 else None)
-    tokenizer = opened.tokenizer_json if isinstance(opened, Recorded) else opened.tokenizer.json
-    if (Path(student) / "vlm.json").is_file():
-        model = load_vlm(student)
-    else:
-        config = load_vlm_config(student)
-        theirs = () if config.vision.weights == "none" else weights_licences()
-        config = config.model_copy(update={"licences": (*theirs, *data_licences())})
-        model = build_vlm(config, tokenizer, seed=recipe.optim.seed)
-        if words is not None:
-            vectors = (
-                word_vectors(model.tokenizer.pieces())
-                if str(words) == MINILM
-                else load_word_vectors(Path(words) / WORDS)
-            )
-            start_from_words(model, vectors, seed=recipe.optim.seed)
+    if words is not None and not (Path(student) / MODEL).is_file():
+        vectors = (
+            word_vectors(model.tokenizer.pieces()) if str(words) == MINILM else load_word_vectors(Path(words) / WORDS)
+        )
+        start_from_words(model, vectors, seed=recipe.optim.seed)
     model.to(where)
     with full_float32():
         sources = sources_of(recipe, opened, model, picture_set("student", fold, limit=limit), out / "kept", say)
@@ -324,6 +337,7 @@ def distill_vlm(
     found = {
         "recipe": recipe.model_dump(mode="json"),
         "student": student,
+        "tower": model.config.vision.origin or model.config.vision.backbone,
         "fold": fold,
         "device": describe_device(where),
         **sources.facts,

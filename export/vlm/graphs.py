@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pocketvlm.edge.errors import UsageError
-from pocketvlm.students.vlm.decoder import Block, Decoder, RMSNorm
+from pocketvlm.students.vlm.decoder import Block, Decoder, RMSNorm, rotate
 from pocketvlm.students.vlm.model import Vlm
 from pocketvlm.students.vlm.tokenizer import BOS
 
@@ -50,7 +50,8 @@ class Step(nn.Module):
     have none and converters spend operators on it.
 
     A query at position p sees what the caches hold up to p and all before the text; what lies behind is never seen
-    before it is overwritten, so that a prompt needs no padding mask and a cache no clearing.
+    before it is overwritten, so that a prompt needs no padding mask and a cache no clearing. Of the last layer only the
+    last token's output is asked for, so the others give it keys and values alone.
 
     products: for XNNPACK and Core ML, which neither slice nor scatter where a length is dynamic (and XNNPACK takes no
     means of rows): every projection by itself; rotating halves, means and writing into the caches as products, which
@@ -64,7 +65,11 @@ class Step(nn.Module):
     def __init__(self, decoder: Decoder, prefix: int, *, products: bool = False) -> None:
         super().__init__()
         self.last_of_prefix, self.products = prefix - 1, products
-        self.layers = nn.ModuleList(_Layer(block, products) for block in decoder.layers)  # type: ignore[arg-type]
+        final = len(decoder.layers) - 1
+        self.layers = nn.ModuleList(
+            _Layer(block, products, number == final)  # type: ignore[arg-type]
+            for number, block in enumerate(decoder.layers)
+        )
         self.norm = _Norm(decoder.norm, products)
         self.register_buffer("cos", decoder.cos.detach().clone())
         self.register_buffer("sin", decoder.sin.detach().clone())
@@ -110,9 +115,11 @@ class _Norm(nn.Module):
 class _Layer(nn.Module):
     turn: Tensor
 
-    def __init__(self, block: Block, products: bool) -> None:
+    def __init__(self, block: Block, products: bool, final: bool) -> None:
         super().__init__()
         attention, mlp = block.self_attn, block.mlp
+        # products cannot be sliced before the end
+        self.final = final and not products
         self.heads, self.kv_heads, self.head_width = attention.heads, attention.kv_heads, attention.head_width
         self.products = products
         self.before_attention = _Norm(block.input_layernorm, products)
@@ -126,7 +133,10 @@ class _Layer(nn.Module):
             # (first, second) to (-second, first), exactly
             self.register_buffer("turn", torch.cat([torch.cat([nothing, -one], 1), torch.cat([one, nothing], 1)]))
         else:
-            self.qkv = _stacked(attention.q_proj, attention.k_proj, attention.v_proj)
+            if self.final:
+                self.q, self.kv = attention.q_proj, _stacked(attention.k_proj, attention.v_proj)
+            else:
+                self.qkv = _stacked(attention.q_proj, attention.k_proj, attention.v_proj)
             self.gate_up = _stacked(mlp.gate_proj, mlp.up_proj)
 
     def forward(
@@ -142,6 +152,8 @@ class _Layer(nn.Module):
         each = self.heads // self.kv_heads
         q, k, v = self._projected(self.before_attention(x), cos, sin)
         keys, values = self._written(keys, k, where), self._written(values, v, where)
+        if self.final:
+            x, unseen = x[-1:], unseen[-1:]
         # queries that share keys as rows of one product: [Hkv, each * T, D]
         q = q.reshape(-1, self.kv_heads, each, self.head_width).permute(1, 2, 0, 3)
         q = q.reshape(self.kv_heads, -1, self.head_width)
@@ -153,16 +165,18 @@ class _Layer(nn.Module):
         return x + self._mlp(self.before_mlp(x)), keys, values
 
     def _projected(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, H, D], keys and values [T, Hkv, D], the first two rotated."""
+        """Queries [T, H, D] ([1, H, D] of the last layer), keys and values [T, Hkv, D], the first two rotated."""
         if self.products:
             q, k, v = (layer(x).view(-1, count, self.head_width) for layer, count in self._each())
             q, k = (part * cos + F.linear(part, self.turn) * sin for part in (q, k))
             return q, k, v
+        if self.final:
+            q = self.q(x[-1:]).view(1, self.heads, self.head_width)
+            k, v = self.kv(x).view(-1, 2 * self.kv_heads, self.head_width).chunk(2, dim=1)
+            return rotate(q, cos[-1:], sin[-1:]), rotate(k, cos, sin), v
         heads = self.qkv(x).view(-1, self.heads + 2 * self.kv_heads, self.head_width)
         turned, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
-        first, second = turned.chunk(2, dim=-1)
-        turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
-        q, k = turned.split([self.heads, self.kv_heads], dim=1)
+        q, k = rotate(turned, cos, sin).split([self.heads, self.kv_heads], dim=1)
         return q, k, v
 
     def _written(self, cache: Tensor, new: Tensor, where: tuple[Tensor, ...]) -> Tensor:

@@ -36,6 +36,14 @@ def distill_vlm(
         ),
     ],
     student: Annotated[str, arg(help="A named size, its YAML file, or a student's folder to go on with.")] = "vlm-8m",
+    vision: Annotated[
+        str | None,
+        arg(
+            metavar="student:FOLDER",
+            help="See with the tower of that distilled CLIP student (or of the run that holds it) in place of the one "
+            "of --student; its backbone, weights, mean and std, at the size of --student.",
+        ),
+    ] = None,
     recipe: Annotated[str, arg(help="A shipped recipe's name or a YAML file; docs/vlm-distill.md.")] = "few-label",
     out: Annotated[Path, arg(metavar="RUN", help="Output folder; must be empty or absent.")],
     fold: Fold = 0,
@@ -56,7 +64,7 @@ def distill_vlm(
     from pocketvlm.distill.vlm.run import distill_vlm as distill
 
     found = distill(
-        teacher, student, load_vlm_recipe(recipe, overrides), out, fold=fold, words=words, limit=limit,
+        teacher, student, load_vlm_recipe(recipe, overrides), out, vision=vision, fold=fold, words=words, limit=limit,
         device=device, scored_scenes=scenes, resume=resume, overwrite=overwrite,
         say=lambda line: print(line, flush=True),
     )  # fmt: skip

@@ -2,8 +2,8 @@
 
     from pocketvlm.students.vlm import build_vlm, load_vlm, save_vlm, train_vlm_tokenizer
 
-`load_vlm_config` gives a named size (docs/vlm.md lists them), `build_vlm` a new model, `save_vlm` and `load_vlm` keep
-it on disk with hashes.
+`load_vlm_config` gives a named size (docs/vlm.md lists them), `on_student_tower` puts the tower of a distilled CLIP
+student into it, `build_vlm` makes a new model, `save_vlm` and `load_vlm` keep it on disk with hashes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pocketvlm.students.vlm.config import VlmConfig, load_vlm_config, vlm_names
 from pocketvlm.students.vlm.io import load_vlm, save_vlm
 from pocketvlm.students.vlm.model import Rows, Vlm, build_vlm
 from pocketvlm.students.vlm.tokenizer import VlmTokenizer, train_vlm_tokenizer
+from pocketvlm.students.vlm.tower import on_student_tower
 
 __all__ = [
     "Rows",
@@ -21,6 +22,7 @@ __all__ = [
     "build_vlm",
     "load_vlm",
     "load_vlm_config",
+    "on_student_tower",
     "save_vlm",
     "train_vlm_tokenizer",
     "vlm_names",

@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from pocketvlm.edge.errors import UsageError, unknown_name
 
+# what `vision.weights` begins with where the tower is a saved CLIP student's
+STUDENT = "student:"
 _FOLDER = Path(__file__).resolve().parent / "configs"
 
 
@@ -21,18 +31,42 @@ class _Strict(BaseModel):
 class VisionConfig(_Strict):
     """Vision tower. backbone: a timm model. size: pixels of the square input.
 
-    weights: as `students.config.ImageConfig.weights`. levels: inner outputs (timm's `forward_intermediates`) that are
-    averaged to the places of the last map and put before it, since small things are lost at the last stride.
+    weights: as `students.config.ImageConfig.weights`, or "student:FOLDER", the image tower of a saved CLIP student:
+    backbone, backbone_args, mean and std are its own then, size too where none is given (`students.vlm.tower`).
+    levels: inner outputs (timm's `forward_intermediates`) that are averaged to the places of the last map and put
+    before it, since small things are lost at the last stride.
     mean, std: per channel in units of 0..1; None takes those of the timm configuration.
+    origin: model id of that CLIP student, written when the tower is built, after which the folder is not needed.
     """
 
-    backbone: str
+    backbone: str = ""
     size: int = Field(default=192, ge=16, le=1024)
     weights: str = "none"
     levels: tuple[int, ...] = ()
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     backbone_args: dict[str, Any] = {}
+    origin: str | None = None
+
+    @model_validator(mode="after")
+    def _is_named(self) -> VisionConfig:
+        borrowed = self.weights.startswith(STUDENT)
+        if not borrowed and not self.backbone:
+            raise ValueError(
+                f"vision.backbone is missing, so there is no tower; name a timm model, or give vision.weights "
+                f"'{STUDENT}FOLDER' for the tower of a CLIP student"
+            )
+        if not borrowed and self.origin is not None:
+            raise ValueError(
+                f"vision.origin says that the tower is of student {self.origin!r} but vision.weights is "
+                f"{self.weights!r}; the record would be wrong, so leave vision.origin out"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty_origin(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # digests of models without one stay as they were, and older releases read them
+        return {key: value for key, value in handler(self).items() if key != "origin" or value is not None}
 
 
 class DecoderConfig(_Strict):

@@ -82,8 +82,10 @@ class Vlm(nn.Module):
 
     def __init__(self, config: VlmConfig, tokenizer: VlmTokenizer, *, load_weights: bool = True) -> None:
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+        self.tokenizer = tokenizer
         self.vision = VisionTower(config.vision, load_weights=load_weights)
+        licences = (*config.licences, *(row for row in self.vision.licences if row not in config.licences))
+        self.config = config = config.model_copy(update={"vision": self.vision.config, "licences": licences})
         self.connector = build_connector(config, self.vision)
         self.decoder = Decoder(config.decoder, tokenizer.vocab_size)
         if config.decoder.context_length < 1 + self.connector.span + 8:
@@ -390,12 +392,14 @@ def build_vlm(
     Args:
         tokenizer_json: of `train_vlm_tokenizer`; its vocabulary decides the size of the embedding.
         seed: equal seeds give equal weights whatever the global generators hold, and leave those untouched.
-        load_weights: False leaves `vision.weights` unread (a state dict follows).
+        load_weights: False leaves `vision.weights` unread (a state dict follows); of a CLIP student's tower whose
+            `vision.origin` is not written yet the folder is read all the same, since it says what to build.
         device: "cpu", or "meta" for shapes without data, to count the parameters of a size.
 
     Raises:
         UnknownNameError: unknown timm model. UsageError: a configuration or tokenizer that cannot work.
         MissingExtraError: the package that holds the pretrained weights is absent.
+        IntegrityError, VersionError: of a CLIP student's folder, as `students.load_student`.
     """
     tokenizer = VlmTokenizer(tokenizer_json)
     with seeded(seed, "vlm"), torch.device(device):

@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pocketvlm.edge.errors import UsageError, unknown_name
-from pocketvlm.students.vlm.config import VisionConfig
+from pocketvlm.edge.errors import UsageError
+from pocketvlm.students.image import pretrained_cfg
+from pocketvlm.students.vlm.config import STUDENT, VisionConfig
+from pocketvlm.students.vlm.tower import read_student_tower
 
 
 class VisionTower(nn.Module):
     """uint8 [B, S, S, 3] (RGB) to tokens [B, G * G, C], row by row.
 
     A token holds the levels, averaged to its place, and the last map there. grid: G; width: C; last_width: how many of
-    C, the last ones, are the last map's.
+    C, the last ones, are the last map's. config: with what a CLIP student's folder said; licences: rows from there.
     """
 
     shift: Tensor
@@ -28,13 +30,16 @@ class VisionTower(nn.Module):
 
         Raises:
             UnknownNameError: timm has no model of that name.
-            UsageError: it refuses its arguments, does not run at this size, or its map is not square.
+            UsageError: it refuses its arguments, does not run at this size, its map is not square, or as
+                `read_student_tower`.
         """
         super().__init__()
-        if not timm.is_model(config.backbone):
-            raise unknown_name("timm model", config.backbone, timm.list_models())
-        known = timm.models.get_pretrained_cfg(config.backbone)
-        cfg: Any = known if known is not None else timm.models.PretrainedCfg()
+        student = None
+        if config.weights.startswith(STUDENT) and (load_weights or config.origin is None):
+            student = read_student_tower(config)
+            config = student.config
+        self.config, self.licences = config, () if student is None else student.licences
+        cfg = pretrained_cfg(config.backbone)
         arguments: dict[str, Any] = {"num_classes": 0, **config.backbone_args}
         if cfg.fixed_input_size:
             arguments.setdefault("img_size", config.size)
@@ -45,7 +50,9 @@ class VisionTower(nn.Module):
                 f"timm model {config.backbone!r} does not take vision.backbone_args {config.backbone_args} ({error}); "
                 "remove what it does not know"
             ) from error
-        if load_weights and config.weights != "none":
+        if load_weights and student is not None:
+            student.fill(self.trunk)
+        elif load_weights and config.weights != "none":
             from pocketvlm.students.pretrained import load_backbone_weights
 
             load_backbone_weights(self.trunk, config.backbone, config.weights)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from pocketvlm.students import build_student, save_student, train_tokenizer
 from pocketvlm.students.vlm import load_vlm, save_vlm
 
 _SMALL = (
@@ -49,6 +51,40 @@ def test_a_student_is_distilled_and_scored(
     assert json.loads(told.out) == written["scores"]
     assert "says yes" in cli("vlm", "eval", out / "student", "--scenes", 4).out
     assert load_vlm(out / "student").tokenizer.json == vlm_toys.TOKENIZER
+
+
+def test_a_student_sees_with_a_distilled_clip_tower(
+    made: tuple[Path, Path], tmp_path: Path, vlm_toys: Any, cli: Callable[..., Any]
+) -> None:
+    teacher, saved = made
+    clip = build_student(
+        "timm:test_resnet", embed_dim=8, tokenizer_json=train_tokenizer(["a red thing"], 40),
+        overrides={"image.size": 64, "text.layers": 0, "licences": [["seen", "CC0", "them"]]},
+    )  # fmt: skip
+    folder = save_student(clip, tmp_path / "mine" / "student")
+    size = tmp_path / "size.yaml"
+    size.write_text(yaml.safe_dump(vlm_toys.tiny().config.model_dump(mode="json")))
+    out = tmp_path / "run"
+    command: list[Any] = ["vlm", "distill", *_SMALL, "--teacher", teacher, "--out", out, "--scenes", 4]
+    done = cli(*command, "--student", size, "--vision", f"student:{folder}")
+    assert done.code == 0, done.err
+    model = load_vlm(out / "student")
+    identity = clip.contract.model_id
+    assert (model.config.vision.backbone, model.config.vision.size) == ("test_resnet", vlm_toys.SIDE)
+    assert json.loads((out / "eval.json").read_text())["tower"] == model.config.vision.origin == identity
+    assert ("seen", "CC0", "them") in model.config.licences
+    # the recipe moves connector and decoder alone
+    own = clip.image_tower.trunk.state_dict()
+    assert all(value.equal(own[name]) for name, value in model.vision.trunk.state_dict().items())
+    # the tower's folder is not deleted while it is read
+    inside = save_student(clip, out / "clip")
+    again = cli(*command, "--student", size, "--vision", f"student:{inside}", "--overwrite").sentence()
+    assert "is in it and is read" in again
+    other = [*command[:-4], "--out", tmp_path / "other"]
+    assert "is a saved student" in cli(*other, "--student", saved, "--vision", f"student:{folder}").sentence()
+    assert "student:FOLDER" in cli(*other, "--student", size, "--vision", folder).sentence()
+    assert "holds no student.json" in cli(*other, "--student", size, "--vision", f"student:{tmp_path}").sentence()
+    assert not (tmp_path / "other").exists()
 
 
 def test_mistakes_are_answered_in_a_sentence(
