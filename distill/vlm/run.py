@@ -290,7 +290,7 @@ def make_room(out: Path, resume: bool, overwrite: bool, read: tuple[str | Path, 
         raise UsageError(f"{str(out)!r} is a file, and a run needs a folder to write into; name another")
     if resume and overwrite:
         raise UsageError(f"the run in {str(out)!r} cannot be both resumed and replaced; give resume or overwrite")
-    if resume or not out.exists() or not any(out.iterdir()):
+    if resume or not out.exists() or all(path.name == _MARK for path in out.iterdir()):
         out.mkdir(parents=True, exist_ok=True)
         (out / _MARK).write_text("made by 'pocketvlm vlm distill'; its --overwrite deletes this folder\n", "utf-8")
         return
@@ -299,7 +299,9 @@ def make_room(out: Path, resume: bool, overwrite: bool, read: tuple[str | Path, 
             f"folder {str(out)!r} is not empty, so two runs would be mixed; pass resume to go on with the one "
             "there, overwrite to replace it, or choose another folder"
         )
-    inside = [str(path) for path in read if Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve())]
+    # of KIND:PATH?OPTIONS the path
+    paths = [Path(part) for path in map(str, read) for part in (path, path.partition(":")[2].partition("?")[0]) if part]
+    inside = [str(path) for path in paths if path.exists() and path.resolve().is_relative_to(out.resolve())]
     if inside or not (out / _MARK).is_file():
         why = f"{inside[0]} is in it and is read" if inside else "its files are not those of such a run"
         raise UsageError(f"folder {str(out)!r} is not replaced, because {why}; choose another folder")
