@@ -2,7 +2,8 @@
 
     data                  teacher              what is learnt
     talks.jsonl           none                 the conversations' answers
-    talks.jsonl           vlm:…, hf-vlm:…      what the teacher answers to each of their questions
+    talks.jsonl           vlm:…, hf-vlm:…      what the teacher answers to each of their questions, or with
+                                               `own_answers` theirs, and how probable it finds them
     any pictures, asked   vlm:…, hf-vlm:…      what it answers to the same questions about each picture
     any pictures          recorded:FILE        the answers in the file, joined by id
 
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pocketvlm.data.conversations import MARKER, read_conversations
 from pocketvlm.data.opening import drop_undecodable, open_data
@@ -27,25 +27,22 @@ from pocketvlm.data.report import BadSampleReport
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource
 from pocketvlm.distill.checkpoint import write_text_atomically
-from pocketvlm.distill.vlm.across import Heard, aligned_to, heard_answers, heard_batches, heard_pixels
+from pocketvlm.distill.vlm.across import aligned_to, heard_batches, heard_pixels
 from pocketvlm.distill.vlm.batches import batches
-from pocketvlm.distill.vlm.conversations import ConversationStream, pixels_of, vlm_image_spec
+from pocketvlm.distill.vlm.conversations import ConversationStream, pixels_of
 from pocketvlm.distill.vlm.kept_teacher import KeptTeacher
+from pocketvlm.distill.vlm.own_answers import heard_samples, single_turns, write_answers
 from pocketvlm.distill.vlm.recipe import StageSection, VlmRecipe
 from pocketvlm.distill.vlm.run import STUDENT, check_student, hf_options, make_room, student_of
 from pocketvlm.distill.vlm.stages import HISTORY
 from pocketvlm.distill.vlm.teachers import BuiltinVlm, RecordedTeacher, open_vlm_teacher
 from pocketvlm.distill.vlm.train import VlmTraining, next_token_loss, train_vlm
 from pocketvlm.edge.errors import UsageError
-from pocketvlm.edge.preprocess import load_image
 from pocketvlm.students.vlm import VlmConfig, save_vlm, train_vlm_tokenizer
 from pocketvlm.teachers.device import describe_device, full_float32, pick_device
 from pocketvlm.teachers.vlm import VlmTeacher, recorded_answers
 
 ANSWERS, FACTS = "answers.jsonl", "run.json"
-_ASKED, _TOKENS = 16, 64
-# pixels a side of what a Hugging Face teacher is shown, which its processor resizes
-_SIDE = 448
 _RECORDED = (("answers that another model gave", "see the terms of that model", ""),)
 
 
@@ -58,6 +55,8 @@ def distill_own(
     *,
     ask: Sequence[str] = (),
     aligned: float = 0.0,
+    own_answers: bool = False,
+    max_new_tokens: int = 64,
     words: str | Path | None = None,
     tokenizer: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
@@ -76,6 +75,8 @@ def distill_own(
             `student/`, `history.json`, `run.json` and what a teacher answered here.
         recipe: of its stages steps, batch, rates and whether vision is trained along; the rest is about scenes.
         ask: questions about every picture. aligned: weight of the divergence of aligned spans from the teacher.
+        own_answers: the teacher reads the conversations' answers with `aligned`, and answers nothing itself.
+        max_new_tokens: of its answers at most; longer ones are cut, and learnt so.
         tokenizer: file of a new student's; None takes the teacher's, or trains one on the texts.
         limit: so many pictures or conversations only. workers: processes that read pictures.
 
@@ -95,18 +96,20 @@ def distill_own(
             "model, or answers about your pictures as recorded:FILE.jsonl"
         )
     live = None if opened is None or isinstance(opened, RecordedTeacher) else opened
-    _check(ask, aligned, live is not None)
+    _check(ask, aligned, own_answers, live is not None)
     if isinstance(live, BuiltinVlm) and half:
         live.model.to(torch.bfloat16)
     pictures = isinstance(opened, RecordedTeacher) or bool(ask)
     report, samples = _read(data, pictures, on_bad_sample, limit)
     make_room(out, False, overwrite, (data, student, teacher or student))
     answers = opened.path if isinstance(opened, RecordedTeacher) else None
-    if live is not None:
+    if live is not None and not own_answers:
         answers = out / ANSWERS
-        write_answers(live, samples, ask, answers, report, say)
+        write_answers(live, samples, ask, answers, report, max_new_tokens=max_new_tokens, say=say)
     if answers is not None:
         samples = recorded_answers(answers, samples, report)
+    elif own_answers:
+        samples = [one for sample in samples for one in single_turns(sample)]
     said = () if opened is None else _RECORDED if live is None else live.licences
     model = student_of(
         student, lambda config: _tokenizer(config, live, tokenizer, samples), recipe.optim.seed, licences=said,
@@ -116,7 +119,9 @@ def distill_own(
     model.to(where)
     history: list[dict[str, Any]] = []
     with full_float32():
-        heard = _heard(live, samples) if live is not None and aligned else {}
+        heard = heard_samples(live, samples, report, say) if live is not None and aligned else {}
+        if heard:
+            samples = [sample for sample in samples if sample.uid in heard]
         for stage, training in zip(recipe.stages, trainings):
             # what is too long is counted once
             counted = BadSampleReport() if history else report
@@ -147,15 +152,20 @@ def distill_own(
     return found
 
 
-def _check(ask: Sequence[str], aligned: float, live: bool) -> None:
-    if (ask or aligned) and not live:
-        what = "questions to ask" if ask else "a weight of aligned spans"
+def _check(ask: Sequence[str], aligned: float, own_answers: bool, live: bool) -> None:
+    if (ask or aligned or own_answers) and not live:
+        what = "questions to ask" if ask else "a weight of aligned spans" if aligned else "own answers to read"
         raise UsageError(
             f"{what} came without a teacher that is here to answer, so nothing would be learnt from it; name one "
             "(vlm:FOLDER or hf-vlm:FOLDER), or leave it out"
         )
     if aligned < 0:
         raise UsageError(f"aligned spans were given the weight {aligned:g}, which would unlearn them; give 0 or more")
+    if own_answers and (ask or not aligned):
+        raise UsageError(
+            "the conversations' own answers were asked for together with questions of your own or without a weight of "
+            "aligned spans, so the teacher would teach nothing; give --aligned, and leave --ask out"
+        )
     if any(not question.strip() or MARKER in question for question in ask):
         raise UsageError(
             f"one of the questions {list(ask)} is empty or holds {MARKER}, whose place a prompt decides; write "
@@ -215,67 +225,3 @@ def _tokenizer(
         return teacher.model.tokenizer.json
     texts = [turn.text for sample in samples for turn in sample.conversation]
     return train_vlm_tokenizer(texts, config.decoder.vocab_size)
-
-
-def write_answers(
-    teacher: VlmTeacher,
-    samples: Sequence[Sample],
-    ask: Sequence[str],
-    path: Path,
-    report: BadSampleReport,
-    say: Callable[[str], None] = lambda line: None,
-) -> None:
-    """Ask about every picture and write the answers down, in the layout that `recorded_answers` reads.
-
-    Of a conversation each question is asked alone, a system message before the first. A question that the teacher
-    cannot take (too long, or with a marker of its own) is counted as "not-answered".
-
-    Args:
-        samples: pictures, with conversations unless `ask` has questions about all of them.
-    """
-    pairs = [(sample, question) for sample in samples for question in ask or _questions(sample)]
-    with open(path, "w", encoding="utf-8") as file:
-        for start in range(0, len(pairs), _ASKED):
-            part = pairs[start : start + _ASKED]
-            pixels = _pixels(teacher, [sample for sample, _ in part])
-            for (sample, question), answer in zip(part, _answered(teacher, pixels, [text for _, text in part])):
-                if answer is None:
-                    report.add("not-answered", sample.uid, f"the teacher does not take the question {question[:60]!r}")
-                    continue
-                row = {"id": sample.uid, "question": question, "answer": answer}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            say(f"teacher's answers: {min(start + _ASKED, len(pairs))} of {len(pairs)}")
-
-
-def _questions(sample: Sample) -> list[str]:
-    turns = sample.conversation
-    first = 1 if turns[0].role == "system" else 0
-    texts = [turn.text for turn in turns[first:] if turn.role == "user"]
-    return [f"{turns[0].text}\n{texts[0]}", *texts[1:]] if first else texts
-
-
-def _answered(teacher: VlmTeacher, pixels: Tensor, questions: Sequence[str]) -> list[str | None]:
-    try:
-        return list(teacher.answer(pixels, questions, max_new_tokens=_TOKENS))
-    except UsageError:
-        if len(questions) == 1:
-            return [None]
-    return [_answered(teacher, pixels[i : i + 1], [question])[0] for i, question in enumerate(questions)]
-
-
-def _pixels(teacher: VlmTeacher, samples: Sequence[Sample]) -> Tensor:
-    """uint8 [N, S, S, 3], as the teacher takes them: whole, on white."""
-    spec = vlm_image_spec(teacher.model.config.vision.size if isinstance(teacher, BuiltinVlm) else _SIDE)
-    return torch.stack([torch.from_numpy(load_image(sample.image.read(), spec)) for sample in samples])
-
-
-def _heard(teacher: VlmTeacher, samples: Sequence[Sample]) -> dict[str, Heard]:
-    """By uid of samples with one turn each."""
-    found: dict[str, Heard] = {}
-    for start in range(0, len(samples), _ASKED):
-        part = samples[start : start + _ASKED]
-        pairs = [(sample.conversation[0].text, sample.conversation[1].text) for sample in part]
-        heard = heard_answers(teacher, _pixels(teacher, part), pairs)
-        found |= {sample.uid: one for sample, one in zip(part, heard)}
-    return found

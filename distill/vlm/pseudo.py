@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from pocketvlm.students.vlm.model import Vlm
 from pocketvlm.teachers.files import write_atomic
 from pocketvlm.teachers.vlm.base import VlmTeacher
 
-_BATCH = 64
+_BATCH, _OTHERS_BATCH = 64, 8
 _TOKENS, _OTHERS_TOKENS = 10, 24
 _CHOICES: dict[str, Sequence[str]] = {"kind": list(KIND_WORDS), "colour": list(COLOURS)}
 _ONLY = {
@@ -53,7 +53,12 @@ def subset(pictures: PictureSet, numbers: Sequence[int]) -> PictureSet:
 
 
 def picture_answers(
-    teacher: Vlm | VlmTeacher, pictures: PictureSet, numbers: Sequence[int], *, kept: Path | None = None
+    teacher: Vlm | VlmTeacher,
+    pictures: PictureSet,
+    numbers: Sequence[int],
+    *,
+    kept: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Said:
     """By uid what the teacher says of these pictures, each shown alone: its name by language, "kind" and "colour".
 
@@ -86,6 +91,7 @@ def picture_answers(
             found[pictures.pictures[asked[index]].uid] = answers
         if path is not None:
             write_atomic(path, json.dumps(found, ensure_ascii=False).encode())
+        say(f"the teacher named {part.stop} of {len(asked)} pictures")
     return found
 
 
@@ -94,8 +100,9 @@ def _said(
 ) -> Iterator[tuple[range, dict[str, list[str]]]]:
     """Numbers of pictures with what is answered to each prompt, a batch at a time."""
     composer = composer_of(pictures, teacher.config.vision.size) if isinstance(teacher, Vlm) else None
-    for start in range(0, len(pictures), _BATCH):
-        part = range(start, min(start + _BATCH, len(pictures)))
+    size = _OTHERS_BATCH if composer is None else _BATCH
+    for start in range(0, len(pictures), size):
+        part = range(start, min(start + size, len(pictures)))
         if isinstance(teacher, Vlm):
             assert composer is not None
             scenes = [Scene(1, (number,)) for number in part]

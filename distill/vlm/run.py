@@ -110,13 +110,12 @@ def sources_of(
     if all(stage.heard == 0 for stage in recipe.stages):
         return Sources(true, None, None, facts)
     if not isinstance(teacher, KeptTeacher):
-        said = picture_answers(teacher, pictures, unlabelled, kept=work)
+        said = picture_answers(teacher, pictures, unlabelled, kept=work, say=say)
         if isinstance(teacher, Vlm):
             # with it, what is kept here is a teacher for other runs
             write_atomic(work / TOKENIZER, teacher.tokenizer.json)
         scenes = taught_list(data, pictures, known, said, student.tokenizer.json)
     assert scenes is not None, "drawn from what either kind of teacher said"
-    say(f"the teacher named {len(unlabelled)} pictures")
     if hears and isinstance(teacher, Vlm):
         theirs = composer_of(pictures, teacher.config.vision.size, variants=data.variants, device=where)
         if any(stage.on_policy for stage in recipe.stages):

@@ -51,6 +51,12 @@ def distill_vlm(
         float,
         arg(metavar="WEIGHT", help="With --data: of the teacher's probabilities of its answers, compared by spans."),
     ] = 0.0,
+    own_answers: Annotated[
+        bool, arg(help="With --aligned: the conversations' answers are learnt, and the teacher only reads them.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int, arg(metavar="N", help="With --data: tokens of a teacher's answer at most; longer ones are cut.")
+    ] = 64,
     student: Annotated[str, arg(help="A named size, its YAML file, or a student's folder to go on with.")] = "vlm-8m",
     recipe: Annotated[
         str | None,
@@ -93,21 +99,22 @@ def distill_vlm(
 
         if resume:
             raise UsageError(
-                "a run on your own data keeps no checkpoints, so --resume would begin anew; run it again with "
-                "--overwrite, and with --teacher recorded:FILE for what a teacher has answered already"
+                "a run on your own data keeps no checkpoints, so --resume would begin anew; run it again into another "
+                "folder, with --teacher recorded:RUN/answers.jsonl for what a teacher has answered already"
             )
         found = distill_own(
-            data, teacher, student, loaded, out, ask=ask, aligned=aligned, workers=workers,
+            data, teacher, student, loaded, out, ask=ask, aligned=aligned, own_answers=own_answers,
+            max_new_tokens=max_new_tokens, workers=workers,
             on_bad_sample=on_bad_sample, **shared,
         )  # fmt: skip
         print(f"{found['conversations']:,} conversations were learnt from")
         if found["left_out"]["total"]:
             counts = found["left_out"]["counts"].items()
-            emit([{"reason": reason, "n": count} for reason, count in counts], False, title="left out or noted")
+            emit([{"reason": reason, "n": count} for reason, count in counts], False, title="counted")
     else:
         from pocketvlm.distill.vlm.run import distill_vlm as distill
 
-        if teacher is None or ask or aligned:
+        if teacher is None or ask or aligned or own_answers:
             raise UsageError(
                 "the built-in scenes are learnt from a teacher and asked about by themselves; name one with --teacher "
                 "(openmoji-talking is shipped), or your own pictures with --data, which --ask and --aligned are for"

@@ -179,6 +179,14 @@ def test_a_teacher_answers_the_questions_of_conversations(
     assert "7 conversations were learnt from" in done.out
     theirs = (trained / "student" / "tokenizer.json").read_bytes()
     assert load_vlm(run / "student").tokenizer.json == theirs
+    # the answers of the file, and how probable the teacher finds them
+    own = [*options, "--teacher", f"vlm:{trained / 'student'}", "--own-answers", "--out", tmp_path / "own"]
+    assert "the teacher would teach nothing" in cli("vlm", "distill", *own).sentence()
+    done = cli("vlm", "distill", *own, "--aligned", 1)
+    assert done.code == 0, done.err
+    assert _facts(tmp_path / "own")["left_out"]["counts"] == {"not-read": 1}
+    assert _facts(tmp_path / "own")["conversations"] == 7
+    assert not (tmp_path / "own" / "answers.jsonl").exists()
     # a student of one's own goes on, with its own tokens
     more: list[Any] = [*_SMALL, "--data", talks, "--student", run / "student", "--workers", 0]
     assert cli("vlm", "distill", *more, "--out", tmp_path / "more").code == 0
@@ -197,6 +205,7 @@ def test_what_does_not_go_together_is_answered_in_a_sentence(
     assert "about the built-in pictures" in cli(*options, "--teacher", "openmoji-talking").sentence()
     assert "without a teacher" in cli(*options, "--ask", "What?").sentence()
     assert "without a teacher" in cli(*options, "--aligned", "1").sentence()
+    assert "without a teacher" in cli(*options, "--own-answers").sentence()
     hf = ["--teacher", f"hf-vlm:{hf_vlm}"]
     assert "would unlearn them" in cli(*options, *hf, "--aligned=-1").sentence()
     assert "is empty or holds <image>" in cli(*options, *hf, "--ask", "<image> what?").sentence()
