@@ -78,6 +78,10 @@ def distill_vlm(
     on_bad_sample: Annotated[
         Literal["skip", "refuse"], arg(help="With --data: count what cannot be used, or stop at the first.")
     ] = "skip",
+    template: Annotated[
+        str | None,
+        arg(metavar="TEXT", help="Of hf-vlm, in place of its chat template: <image>, {question} and {answer} in it."),
+    ] = None,
     allow_download: Annotated[bool, arg(help="A hub id may reach the network.")] = False,
     trust_remote_code: Annotated[bool, arg(help="Run Python code that comes with a Hugging Face checkpoint.")] = False,
     resume: Annotated[bool, arg(help="Go on with the run in --out.")] = False,
@@ -88,9 +92,9 @@ def distill_vlm(
     from pocketvlm.distill.vlm.recipe import load_vlm_recipe
     from pocketvlm.distill.vlm.run import STUDENT
 
-    hub = {"allow_download": allow_download, "trust_remote_code": trust_remote_code}
+    given = {"template": template, "allow_download": allow_download, "trust_remote_code": trust_remote_code}
     shared: dict[str, Any] = {
-        "words": words, "tokenizer": tokenizer, "options": {name: True for name, given in hub.items() if given},
+        "words": words, "tokenizer": tokenizer, "options": {name: value for name, value in given.items() if value},
         "limit": limit, "device": device, "overwrite": overwrite, "say": lambda line: print(line, flush=True),
     }  # fmt: skip
     loaded = load_vlm_recipe(recipe or ("few-label" if data is None else "answers"), overrides)

@@ -84,6 +84,12 @@ def test_a_hugging_face_model_names_the_pictures(
     (path,) = (out / "kept").glob("said-*.json")
     said = json.loads(path.read_text())
     assert len(said) == told["pictures"]
+    # in another wording
+    worded = cli(*command, "--template", "<image>{question} = {answer}", "--out", tmp_path / "worded")
+    assert worded.code == 0, worded.err
+    assert (
+        "must hold <image>, {question}" in cli(*command, "--template", "{question}", "--out", tmp_path / "x").sentence()
+    )
     # no teacher of other runs, as there is no tokenizer of this kit
     kept = ("--teacher", out / "kept", "--out", tmp_path / "other")
     assert "unknown generative teacher" in cli("vlm", "distill", *kept).sentence()
