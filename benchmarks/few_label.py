@@ -40,11 +40,13 @@ from pocketvlm.data.scenes import PictureSet, picture_set
 from pocketvlm.data.splits import pool_of
 from pocketvlm.distill.vlm.evaluate import Asked, scores
 from pocketvlm.distill.vlm.features import Features, trunk_features, without_trunk
+from pocketvlm.distill.vlm.kept_teacher import SHIPPED, KeptTeacher
 from pocketvlm.distill.vlm.list_answers import list_answers
 from pocketvlm.distill.vlm.pseudo import subset
 from pocketvlm.distill.vlm.recipe import VlmRecipe, load_vlm_recipe
-from pocketvlm.distill.vlm.run import SHIPPED, Sources, open_vlm_teacher, sources_of, train_student
+from pocketvlm.distill.vlm.run import Sources, sources_of, train_student
 from pocketvlm.distill.vlm.scene_list import SceneList, composer_of
+from pocketvlm.distill.vlm.teachers import BuiltinVlm, open_vlm_teacher
 from pocketvlm.distill.vlm.words import load_word_vectors, start_from_words
 from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm_config, save_vlm
 from pocketvlm.teachers.device import describe_device, pick_device
@@ -184,10 +186,11 @@ def prepare(
     def say(line: str) -> None:
         print(f"{time.monotonic() - begun:7.0f} s  {line}", flush=True)
 
-    teacher = open_vlm_teacher(teacher_spec)
-    if isinstance(teacher, Vlm):
-        teacher.to(device, torch.bfloat16 if plan.bfloat16 else None)
-    tokens = teacher.tokenizer.json if isinstance(teacher, Vlm) else teacher.tokenizer_json
+    teacher = open_vlm_teacher(teacher_spec, device=device)
+    assert isinstance(teacher, BuiltinVlm | KeptTeacher), "the kit's own, whose tokenizer the student shares"
+    if isinstance(teacher, BuiltinVlm) and plan.bfloat16:
+        teacher.model.to(torch.bfloat16)
+    tokens = teacher.model.tokenizer.json if isinstance(teacher, BuiltinVlm) else teacher.tokenizer_json
     start = student_of(plan, words, tokens, 0, device)
     pictures, shown = pools(trial)
     sources = sources_of(recipe_of("distilled", 0, plan), teacher, start, pictures, work, say)

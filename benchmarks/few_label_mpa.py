@@ -23,11 +23,11 @@ import tyro
 from benchmarks.few_label import LABELS, Mix, Plan, Prepared, pools, prepare, recipe_of, student_of
 from benchmarks.results_folder import machine, write, write_text
 from pocketvlm.distill.vlm.features import trunk_features, without_trunk
+from pocketvlm.distill.vlm.kept_teacher import SHIPPED
 from pocketvlm.distill.vlm.list_answers import list_answers
 from pocketvlm.distill.vlm.mpa import kept_verdicts, parity_gaps
 from pocketvlm.distill.vlm.pseudo import labelled_numbers, subset
 from pocketvlm.distill.vlm.recipe import VlmRecipe
-from pocketvlm.distill.vlm.run import SHIPPED
 from pocketvlm.distill.vlm.scene_list import SceneList, composer_of
 from pocketvlm.distill.vlm.stages import Source, StageRun
 from pocketvlm.teachers.device import pick_device

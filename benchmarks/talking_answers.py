@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save
 
 from pocketvlm.data.scenes import picture_set
 from pocketvlm.distill.vlm.answer_cache import MANIFEST, kept_answers
-from pocketvlm.distill.vlm.pseudo import labelled_numbers, picture_answers, recorded_path
+from pocketvlm.distill.vlm.kept_teacher import SHIPPED, said_path
+from pocketvlm.distill.vlm.pseudo import labelled_numbers, picture_answers
 from pocketvlm.distill.vlm.recipe import load_vlm_recipe
-from pocketvlm.distill.vlm.run import SHIPPED, answers_folder, taught_list
+from pocketvlm.distill.vlm.run import answers_folder, taught_list
 from pocketvlm.distill.vlm.scene_list import composer_of
 from pocketvlm.students.vlm import load_vlm
 from pocketvlm.students.vlm.io import TOKENIZER
@@ -51,7 +52,7 @@ def main(teacher: Path, work: Path = Path("runs/talking-answers")) -> None:
         files[path.name] = sha256_file(path)
     write_atomic(KEPT / name / MANIFEST, json.dumps({"files": files}, indent=1).encode())
     (KEPT / TOKENIZER).write_bytes(model.tokenizer.json)
-    path = recorded_path(work)
+    path = said_path(work)
     assert path is not None, "one teacher answered"
     shutil.copy(path, KEPT / path.name)
     whole = sum(path.stat().st_size for path in KEPT.rglob("*") if path.is_file())

@@ -2,7 +2,7 @@
 
 Every yes/no question has its answer drawn first, so that "yes" is right about half of the time; a wrong name is mostly
 one of the same kind. A question whose answer would depend on a fact that a picture lacks is not asked: kinds
-are counted only where every picture of the scene has one, colours likewise.
+are counted only where every picture of the scene has one, colours and names likewise.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Facts:
         self.once = [(place, number) for place, number in self.placed if self.times[number] == 1]
         kinds = [picture.kind for picture in self.shown]
         self.kinds = None if None in kinds else Counter(kind for kind in kinds if kind is not None)
+        # where one has no name, nobody knows that it is not the thing asked for
+        self.named = all(picture.name for picture in self.shown)
         colours = [picture.colour for picture in self.shown]
         self.colours = None if None in colours else Counter(colour for colour in colours if colour is not None)
 
@@ -63,7 +65,7 @@ class Facts:
         pool: list[int] | range = self.set.by_kind[kind] if hard and kind is not None else range(len(self.set))
         for _ in range(4):
             number = self.rng.choice(pool)
-            if self.set.pictures[number].group not in groups:
+            if self.name(number) and self.set.pictures[number].group not in groups:
                 return number, "same-kind" if hard else "any"
         return None
 
@@ -85,8 +87,8 @@ def _yes_no(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _name(facts: Facts) -> Question:
-    return facts.ask("name", facts.shown[0].name)
+def _name(facts: Facts) -> Question | None:
+    return facts.ask("name", facts.shown[0].name) if facts.named else None
 
 
 def _kind(facts: Facts) -> Question | None:
@@ -100,6 +102,8 @@ def _colour(facts: Facts) -> Question | None:
 
 
 def _yesno_name(facts: Facts) -> Question | None:
+    if not facts.named:
+        return None
     number = facts.placed[0][1]
     if facts.yes():
         return facts.ask("yesno-name", "yes", name=facts.name(number))
@@ -131,20 +135,23 @@ def _yesno_colour(facts: Facts) -> Question | None:
 
 def _caption(facts: Facts) -> Question | None:
     picture = facts.shown[0]
-    if picture.kind is None:
+    if picture.kind is None or not facts.named:
         return None
     said = f"{picture.name}, {KIND_WORDS[picture.kind][0]}"
     return facts.ask("caption", said if picture.colour is None else f"{said}, mainly {picture.colour}")
 
 
-def _other_name(facts: Facts) -> Question:
+def _other_name(facts: Facts) -> Question | None:
     language = facts.rng.choice(list(OTHER_LANGUAGES))
-    return Question("name-other", OTHER_LANGUAGES[language][0], facts.shown[0].names[language], language)
+    name = facts.shown[0].names[language]
+    return Question("name-other", OTHER_LANGUAGES[language][0], name, language) if name else None
 
 
 def _other_yesno(facts: Facts) -> Question | None:
     language = facts.rng.choice(list(OTHER_LANGUAGES))
     number, negative = facts.placed[0][1], ""
+    if not facts.named or not facts.shown[0].names[language]:
+        return None
     yes = facts.yes()
     if not yes:
         wrong = facts.absent_name(number)
@@ -155,6 +162,8 @@ def _other_yesno(facts: Facts) -> Question | None:
         number, negative = wrong
     _, text, word_yes, word_no = OTHER_LANGUAGES[language]
     name = facts.set.pictures[number].names[language]
+    if not name:
+        return None
     return Question("yesno-other", text.format(name=name), word_yes if yes else word_no, language, negative)
 
 
@@ -170,6 +179,8 @@ def _count_kind(facts: Facts) -> Question | None:
 
 
 def _count_name(facts: Facts) -> Question | None:
+    if not facts.named:
+        return None
     draw = facts.rng.random()
     repeated = [number for number, times in facts.times.items() if times > 1]
     if draw < 0.25:
@@ -190,7 +201,7 @@ def _count_colour(facts: Facts) -> Question | None:
 
 
 def _where_name(facts: Facts) -> Question | None:
-    if not facts.once:
+    if not facts.once or not facts.named:
         return None
     place, number = facts.rng.choice(facts.once)
     return facts.ask("where-name", facts.place(place), name=facts.name(number))
@@ -218,9 +229,10 @@ def _where_colour(facts: Facts) -> Question | None:
     return facts.ask("where-colour", facts.place(place), colour=colour)
 
 
-def _at_name(facts: Facts) -> Question:
+def _at_name(facts: Facts) -> Question | None:
     place, number = facts.rng.choice(facts.placed)
-    return facts.ask("at-name", facts.name(number), place=facts.place(place))
+    name = facts.name(number)
+    return facts.ask("at-name", name, place=facts.place(place)) if name else None
 
 
 def _at_kind(facts: Facts) -> Question | None:
@@ -245,6 +257,8 @@ def _occupied(facts: Facts) -> Question | None:
 
 
 def _exists_name(facts: Facts) -> Question | None:
+    if not facts.named:
+        return None
     number = facts.rng.choice(facts.placed)[1]
     if facts.yes():
         return facts.ask("exists-name", "yes", name=facts.name(number))
@@ -262,7 +276,7 @@ def _exists_kind(facts: Facts) -> Question | None:
 
 def _relation(facts: Facts) -> Question | None:
     """Two pictures that differ in the asked direction, so that the opposite side is the wrong one."""
-    if len(facts.once) < 2:
+    if len(facts.once) < 2 or not facts.named:
         return None
     (place, number), (other_place, other) = facts.rng.sample(facts.once, 2)
     row, column = divmod(place, facts.scene.grid)
@@ -295,7 +309,7 @@ def _compare(facts: Facts) -> Question | None:
 
 
 def _scene_caption(facts: Facts) -> Question | None:
-    if len(facts.placed) > _CAPTIONED:
+    if len(facts.placed) > _CAPTIONED or not facts.named:
         return None
     said = "; ".join(f"{facts.place(place)}: {facts.name(number)}" for place, number in facts.placed)
     return facts.ask("scene-caption", said)
@@ -340,7 +354,7 @@ CAPTIONS = ("caption", "scene-caption")
 def ask(pictures: PictureSet, scene: Scene, rng: random.Random, count: int) -> list[Question]:
     """Up to `count` different questions about a scene, of different types as far as there are any.
 
-    Fewer where the scene answers no more; a single picture has at least one, its name.
+    Fewer where the scene answers no more; a single picture that has a name has at least one.
     """
     facts = Facts(pictures, scene, rng)
     makers = _SINGLE if scene.grid == 1 else _SEVERAL

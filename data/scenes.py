@@ -35,7 +35,8 @@ _SMALLEST = 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """What is known of one picture. names: by language; kind, colour: None where there is no single answer.
+    """What is known of one picture. names: by language, "" where it has none; kind, colour: None where there is no
+    single answer.
 
     group: pictures of one concept, which are never asked to be told apart."""
 

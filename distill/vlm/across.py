@@ -11,7 +11,8 @@ Every pair is a row of its own, since the teacher read it alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from pocketvlm.data.scenes import scene_rng
 from pocketvlm.distill.vlm.aligned import Spans, aligned_divergence, shared_spans, token_log_probabilities
+from pocketvlm.distill.vlm.conversations import ConversationStream
 from pocketvlm.distill.vlm.genrecal import Head, Recalibrator, recalibration
 from pocketvlm.distill.vlm.teachers import answer_ends
 from pocketvlm.distill.vlm.train import Loss
@@ -167,6 +169,66 @@ def question_states(hidden: Tensor, rows: Rows) -> list[Tensor]:
     first = torch.full((len(hidden),), length, device=hidden.device).scatter_reduce(0, owner, place, "amin")
     before = hidden.shape[1] - length
     return [row[: before + int(end)] for row, end in zip(hidden, first.tolist())]
+
+
+class Heard(NamedTuple):
+    """An answer as a teacher reads it. ends: as `Scored.ends`; logs: float32 [A], log-probability of each token."""
+
+    ends: tuple[int, ...]
+    logs: Tensor
+
+
+class HeardBatch(NamedTuple):
+    """pixels: uint8 [B, S, S, 3]. logs: [T], of the teacher's tokens; spans: of the answers in both tokenizers."""
+
+    pixels: Tensor
+    logs: Tensor
+    spans: Spans
+
+
+def heard_answers(teacher: VlmTeacher, pixels: Tensor, pairs: Sequence[Pair]) -> list[Heard]:
+    """What `aligned_to` needs of a teacher's reading: a number a token, where a `Lesson` keeps all its logits.
+
+    Raises:
+        UsageError: as `VlmTeacher.read`.
+    """
+    return [
+        Heard(scored.ends, token_log_probabilities(scored.logits, scored.ids).detach().float().cpu())
+        for scored in teacher.read(pixels, pairs)
+    ]
+
+
+def heard_batches(
+    stream: ConversationStream, model: Vlm, heard: Mapping[str, Heard], device: torch.device
+) -> Iterator[tuple[HeardBatch, Rows]]:
+    """The stream's batches, of conversations of one turn, with what the teacher makes of their answers.
+
+    heard: by uid of the stream's samples.
+    """
+    own = [answer_ends(model, sample.conversation[-1].text) for sample in stream.samples]
+    for number in itertools.count():
+        chosen = stream.chosen(number)
+        pixels, rows = stream.make(number)
+        theirs = [heard[stream.samples[index].uid] for index in chosen]
+        spans = shared_spans([own[index] for index in chosen], [one.ends for one in theirs])
+        logs = torch.cat([one.logs for one in theirs])
+        yield HeardBatch(pixels.to(device), logs.to(device), spans.to(device)), rows.to(device)
+
+
+def heard_pixels(drawn: HeardBatch) -> Tensor:
+    """What such a batch shows."""
+    return drawn.pixels
+
+
+def aligned_to(weight: float = 1.0) -> Loss:
+    """`aligned` for batches of `heard_batches`."""
+
+    def loss(model: Vlm, drawn: HeardBatch, pixels: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        logits = model(pixels, rows)
+        own = token_log_probabilities(logits, rows.targets)
+        return -own.mean() + weight * aligned_divergence(student=own, teacher=drawn.logs, spans=drawn.spans), logits
+
+    return loss
 
 
 def _to(scored: Scored, device: torch.device) -> Scored:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,9 +114,12 @@ class SceneStream(IterableDataset[tuple[Drawn, Rows]]):
         return known
 
 
-def batches(stream: SceneStream, workers: int, device: torch.device) -> Iterator[tuple[Drawn, Rows]]:
-    """The stream's batches on the device; workers: processes that word them, 0 for this one."""
-    loader: DataLoader[tuple[Drawn, Rows]] = DataLoader(
+def batches(
+    stream: IterableDataset[tuple[Any, Rows]], workers: int, device: torch.device
+) -> Iterator[tuple[Any, Rows]]:
+    """A stream's batches on the device, of scenes or of `conversations`; workers: processes that make them, 0 for this
+    one."""
+    loader: DataLoader[tuple[Any, Rows]] = DataLoader(
         stream,
         batch_size=None,
         num_workers=workers,

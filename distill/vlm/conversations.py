@@ -181,11 +181,15 @@ class ConversationStream(IterableDataset[tuple[Tensor, Rows]]):
         Raises:
             BadSampleError: a picture that cannot be read any more; its message names the sample.
         """
-        chosen = [self._at(number * self.batch + place) for place in range(self.batch)]
+        chosen = self.chosen(number)
         pixels = np.stack([self._picture(self.samples[index]) for index in chosen])
         talks = [self.talks[index] for index in chosen]
         longest = max(sum(len(q) + len(a) for q, a in talk) - 1 for talk in talks)
         return torch.from_numpy(pixels), talk_rows(talks, longest)
+
+    def chosen(self, number: int) -> list[int]:
+        """Places in `samples` of what batch `number` shows, in its order."""
+        return [self._at(number * self.batch + place) for place in range(self.batch)]
 
     def _picture(self, sample: Sample) -> NDArray[np.uint8]:
         try:

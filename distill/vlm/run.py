@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,31 +16,24 @@ from pocketvlm.distill.checkpoint import write_text_atomically
 from pocketvlm.distill.vlm.answer_cache import KeptAnswers, check_vocabulary, kept_answers
 from pocketvlm.distill.vlm.evaluate import evaluate_vlm
 from pocketvlm.distill.vlm.features import trunk_features, without_trunk
-from pocketvlm.distill.vlm.pseudo import (
-    agreement,
-    labelled_numbers,
-    picture_answers,
-    pseudo_labelled,
-    recorded_answers,
-    recorded_path,
-    subset,
-)
+from pocketvlm.distill.vlm.kept_teacher import SHIPPED, KeptTeacher, shipped_folder
+from pocketvlm.distill.vlm.pseudo import agreement, labelled_numbers, picture_answers, pseudo_labelled, subset, unnamed
 from pocketvlm.distill.vlm.recipe import DataSection, VlmRecipe
 from pocketvlm.distill.vlm.scene_list import SceneList, composer_of
 from pocketvlm.distill.vlm.stages import Live, Source, StageRun
+from pocketvlm.distill.vlm.teachers import AnyTeacher, BuiltinVlm, RecordedTeacher, open_vlm_teacher
 from pocketvlm.distill.vlm.words import load_word_vectors, start_from_words, word_vectors
-from pocketvlm.edge.errors import UsageError, unknown_name
-from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm, load_vlm_config, on_student_tower, save_vlm
+from pocketvlm.edge.errors import UsageError
+from pocketvlm.students.vlm import Vlm, VlmConfig, build_vlm, load_vlm, load_vlm_config, on_student_tower, save_vlm
 from pocketvlm.students.vlm.config import STUDENT as CLIP_STUDENT
 from pocketvlm.students.vlm.io import MANIFEST as MODEL
 from pocketvlm.students.vlm.io import TOKENIZER
 from pocketvlm.teachers.device import describe_device, full_float32, pick_device
 from pocketvlm.teachers.files import write_atomic
 from pocketvlm.teachers.lit import weights_licences
+from pocketvlm.teachers.vlm.base import VlmTeacher
 
 STUDENT, SCORES, WORDS = "student", "eval.json", "words.safetensors"
-# what the built-in talking teacher said once (benchmarks/talking_answers.py), for those who have no copy of it
-SHIPPED = "openmoji-talking"
 MINILM = "minilm"
 _MARK = ".pocketvlm-vlm-run"
 # streams of scenes: of a recipe's seed, far from those that score
@@ -59,34 +50,9 @@ class Sources(NamedTuple):
     facts: dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Recorded:
-    """What a teacher said once, in place of the teacher: a folder `kept` of a run, with the teacher's tokenizer."""
-
-    folder: Path
-
-    @property
-    def tokenizer_json(self) -> bytes:
-        return (self.folder / TOKENIZER).read_bytes()
-
-
-def open_vlm_teacher(spec: str | Path) -> Vlm | Recorded:
-    """A generative teacher: a folder of `save_vlm`, or a folder of what one said, or "openmoji-talking".
-
-    Raises:
-        UnknownNameError: neither.
-    """
-    folder = Path(str(resources.files("pocketvlm.distill.vlm") / "kept")) if str(spec) == SHIPPED else Path(spec)
-    if (folder / MODEL).is_file():
-        return load_vlm(folder)
-    if (folder / TOKENIZER).is_file() and recorded_path(folder) is not None:
-        return Recorded(folder)
-    raise unknown_name("generative teacher", str(spec), [SHIPPED, "FOLDER"])
-
-
 def sources_of(
     recipe: VlmRecipe,
-    teacher: Vlm | Recorded,
+    teacher: Vlm | VlmTeacher | KeptTeacher,
     student: Vlm,
     pictures: PictureSet,
     work: Path,
@@ -99,19 +65,13 @@ def sources_of(
 
     Raises:
         UsageError: no labelled picture, a teacher of another vocabulary where its distributions are learned from, or
-            a recorded one where it would have to answer anew. IntegrityError: what it said is not of these lists.
+            a kept one where it would have to answer anew. IntegrityError: what it said is damaged or not of these
+            lists.
     """
     data = recipe.data
-    hears = any(stage.weights.hears or stage.on_policy for stage in recipe.stages)
-    if isinstance(teacher, Recorded):
-        for stage in recipe.stages:
-            if stage.on_policy:
-                raise UsageError(
-                    f"stage {stage.name!r} lets the teacher judge the student's own answers, and only what it said "
-                    "once is given; give the teacher's folder, or set on_policy to 0"
-                )
-    elif hears:
-        check_vocabulary(teacher, student.tokenizer.json)
+    if isinstance(teacher, BuiltinVlm):
+        teacher = teacher.model
+    hears = _check_heard(recipe, teacher, student)
     known = labelled_numbers(pictures, data.captions)
     if not known:
         raise UsageError(
@@ -132,10 +92,9 @@ def sources_of(
 
     unlabelled = sorted(set(range(len(pictures))) - set(known))
     answers = live = scenes = None
-    if isinstance(teacher, Recorded):
+    if isinstance(teacher, KeptTeacher):
         # before anything is computed
-        said = recorded_answers(teacher.folder, pictures, unlabelled)
-        scenes = taught_list(data, pictures, known, said, student.tokenizer.json)
+        scenes = taught_list(data, pictures, known, teacher.said(pictures, unlabelled), student.tokenizer.json)
         kept = teacher.folder / answers_folder(scenes)
         if hears and not kept.is_dir():
             raise UsageError(
@@ -151,14 +110,14 @@ def sources_of(
     }
     if all(stage.heard == 0 for stage in recipe.stages):
         return Sources(true, None, None, facts)
-    if not isinstance(teacher, Recorded):
-        said = picture_answers(teacher, pictures, unlabelled, kept=work)
-        # with it, what is kept here is a teacher for other runs
-        write_atomic(work / TOKENIZER, teacher.tokenizer.json)
+    if not isinstance(teacher, KeptTeacher):
+        said = picture_answers(teacher, pictures, unlabelled, kept=work, say=say)
+        if isinstance(teacher, Vlm):
+            # with it, what is kept here is a teacher for other runs
+            write_atomic(work / TOKENIZER, teacher.tokenizer.json)
         scenes = taught_list(data, pictures, known, said, student.tokenizer.json)
     assert scenes is not None, "drawn from what either kind of teacher said"
-    say(f"the teacher named {len(unlabelled)} pictures")
-    if hears and not isinstance(teacher, Recorded):
+    if hears and isinstance(teacher, Vlm):
         theirs = composer_of(pictures, teacher.config.vision.size, variants=data.variants, device=where)
         if any(stage.on_policy for stage in recipe.stages):
             live = Live(teacher, theirs)
@@ -167,6 +126,7 @@ def sources_of(
                 work / answers_folder(scenes), scenes, top=recipe.teacher.top, teacher=teacher,
                 composer=theirs, places=recipe.teacher.places, say=say,
             )  # fmt: skip
+    facts["said_of_unlabelled"] = _said_facts(scenes, pictures, unlabelled, say)
     told = agreement(scenes.pictures, pictures, unlabelled)
     facts["teacher_right_about_unlabelled"] = {key: round(value, 4) for key, value in told.items()}
     facts["answer_tokens"]["taught"] = scenes.tokens
@@ -174,21 +134,43 @@ def sources_of(
     return Sources(true, source(scenes, answers), live, facts)
 
 
-def draw_lists(
-    data: DataSection,
-    pictures: PictureSet,
-    known: Sequence[int],
-    answered: Mapping[str, Mapping[str, str]],
-    tokenizer_json: bytes,
-) -> tuple[SceneList, SceneList]:
-    """Scenes of the labelled pictures `known` with true answers, and of all pictures with what the teacher said of the
-    others (`picture_answers`)."""
-    shared = {"questions": data.questions, "length": data.length, "variants": data.variants}
-    few, said = subset(pictures, known), pseudo_labelled(pictures, known, answered)
-    return (
-        SceneList.draw(few, tokenizer_json, scenes=data.labelled_scenes, seed=data.seed + _LABELLED, **shared),
-        SceneList.draw(said, tokenizer_json, scenes=data.scenes, seed=data.seed + _TAUGHT, **shared),
-    )
+def _check_heard(recipe: VlmRecipe, teacher: Vlm | VlmTeacher | KeptTeacher, student: Vlm) -> bool:
+    """Whether distributions of the teacher are learned from, which not every teacher can give."""
+    judged = next((stage.name for stage in recipe.stages if stage.on_policy), None)
+    hears = judged is not None or any(stage.weights.hears for stage in recipe.stages)
+    if isinstance(teacher, KeptTeacher):
+        if judged is not None:
+            raise UsageError(
+                f"stage {judged!r} lets the teacher judge the student's own answers, and only what it said "
+                "once is given; give the teacher's folder, or set on_policy to 0"
+            )
+    elif hears and isinstance(teacher, Vlm):
+        check_vocabulary(teacher, student.tokenizer.json)
+    elif hears:
+        raise UsageError(
+            f"recipe {recipe.name!r} compares distributions or visual tokens (response, visual, relation or on-policy) "
+            f"with teacher {teacher.name!r}, whose tokenizer is not the student's, so entry i of its logits would "
+            "teach another token; take a recipe of answers alone (--recipe answers), or set those weights to 0"
+        )
+    return hears
+
+
+def _said_facts(
+    scenes: SceneList, pictures: PictureSet, unlabelled: Sequence[int], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """What was of no use in the teacher's answers: names by language that it left empty, kinds and colours that are
+    none of those that there are."""
+    shown = [scenes.pictures.pictures[number] for number in unlabelled]
+    without = unnamed(scenes.pictures, unlabelled)
+    if without:
+        told = ", ".join(f"{count} in {language}" for language, count in without.items())
+        say(f"the teacher left names empty, which are not asked about: {told}")
+    return {
+        "pictures": len(unlabelled),
+        "without_name": without,
+        "without_kind": sum(picture.kind is None for picture in shown),
+        "without_colour": sum(picture.colour is None for picture in shown),
+    }
 
 
 def labelled_list(data: DataSection, pictures: PictureSet, known: Sequence[int], tokenizer_json: bytes) -> SceneList:
@@ -241,13 +223,90 @@ def train_student(
         return run()
 
 
-def _make_room(out: Path, resume: bool, overwrite: bool, read: tuple[str | Path, ...]) -> None:
+def hf_options(teacher: str | Path, half: bool, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`load_hf_vlm`'s options of a run: those given, and half precision where the run has it."""
+    return dict(options or {}) | ({"dtype": "bfloat16"} if half and str(teacher).startswith("hf-vlm:") else {})
+
+
+def check_student(student: str, tokenizer: str | Path | None, vision: str | None) -> None:
+    """Before anything is deleted or computed.
+
+    Raises:
+        UsageError: no such student, or a tokenizer or a tower for one that has its own, or a tokenizer that is no file.
+    """
+    saved = (Path(student) / MODEL).is_file()
+    if not saved:
+        load_vlm_config(student)
+    elif vision is not None:
+        raise UsageError(
+            f"{student!r} is a saved student, which has a tower that its connector was trained on, and vision "
+            f"{vision!r} names another; leave one of them out"
+        )
+    if tokenizer is None:
+        return
+    if saved:
+        raise UsageError(
+            f"a tokenizer was given for the student in {student!r}, which has its own; its embedding would mean other "
+            "tokens, so leave it out, or name a size for a new student"
+        )
+    if not Path(tokenizer).is_file():
+        raise UsageError(f"the tokenizer {str(tokenizer)!r} is no file; give a tokenizer.json of a generative student")
+
+
+def student_of(
+    student: str,
+    tokenizer_of: Callable[[VlmConfig], bytes],
+    seed: int,
+    *,
+    licences: Sequence[tuple[str, str, str]],
+    words: str | Path | None = None,
+    vision: str | None = None,
+) -> Vlm:
+    """A folder's student as it is, or a new one.
+
+    Args:
+        student, words, vision: as `distill_vlm`. tokenizer_of: of a new one. licences: of what it learns from.
+    """
+    if (Path(student) / MODEL).is_file():
+        return load_vlm(student)
+    config = load_vlm_config(student)
+    if vision is not None:
+        config = on_student_tower(config, vision)
+    weights = config.vision.weights
+    # a CLIP student brings its own
+    theirs = () if weights == "none" or weights.startswith(CLIP_STUDENT) else weights_licences()
+    config = config.model_copy(update={"licences": (*theirs, *licences)})
+    model = build_vlm(config, tokenizer_of(config), seed=seed)
+    if words is not None:
+        vectors = (
+            word_vectors(model.tokenizer.pieces()) if str(words) == MINILM else load_word_vectors(Path(words) / WORDS)
+        )
+        start_from_words(model, vectors, seed=seed)
+    return model
+
+
+def tower_folder(config: VlmConfig) -> tuple[str, ...]:
+    """The CLIP student's folder whose tower a configuration names, if it does."""
+    weights = config.vision.weights
+    return (weights.removeprefix(CLIP_STUDENT),) if weights.startswith(CLIP_STUDENT) else ()
+
+
+def _tokenizer_of(teacher: AnyTeacher, given: str | Path | None) -> bytes:
+    """The one given, else the teacher's own, else that of the shipped answers, which spells the scenes' words."""
+    if given is not None:
+        return Path(given).read_bytes()
+    if isinstance(teacher, BuiltinVlm):
+        return teacher.model.tokenizer.json
+    return teacher.tokenizer_json if isinstance(teacher, KeptTeacher) else KeptTeacher(shipped_folder()).tokenizer_json
+
+
+def make_room(out: Path, resume: bool, overwrite: bool, read: tuple[str | Path, ...]) -> None:
     """An empty `out`, but for what a run that is resumed left there."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{str(out)!r} is a file, and a run needs a folder to write into; name another")
     if resume and overwrite:
         raise UsageError(f"the run in {str(out)!r} cannot be both resumed and replaced; give resume or overwrite")
-    if resume or not out.exists() or not any(out.iterdir()):
+    if resume or not out.exists() or all(path.name == _MARK for path in out.iterdir()):
         out.mkdir(parents=True, exist_ok=True)
         (out / _MARK).write_text("made by 'pocketvlm vlm distill'; its --overwrite deletes this folder\n", "utf-8")
         return
@@ -256,31 +315,14 @@ def _make_room(out: Path, resume: bool, overwrite: bool, read: tuple[str | Path,
             f"folder {str(out)!r} is not empty, so two runs would be mixed; pass resume to go on with the one "
             "there, overwrite to replace it, or choose another folder"
         )
-    inside = [str(path) for path in read if Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve())]
+    # of KIND:PATH?OPTIONS the path
+    paths = [Path(part) for path in map(str, read) for part in (path, path.partition(":")[2].partition("?")[0]) if part]
+    inside = [str(path) for path in paths if path.exists() and path.resolve().is_relative_to(out.resolve())]
     if inside or not (out / _MARK).is_file():
         why = f"{inside[0]} is in it and is read" if inside else "its files are not those of such a run"
         raise UsageError(f"folder {str(out)!r} is not replaced, because {why}; choose another folder")
     shutil.rmtree(out)
-    _make_room(out, False, False, ())
-
-
-def _begun(student: str, vision: str | None, tokenizer: bytes, seed: int) -> Vlm:
-    """A saved student, or a new one of a named size or a YAML file."""
-    if (Path(student) / MODEL).is_file():
-        if vision is not None:
-            raise UsageError(
-                f"{student!r} is a saved student, which has a tower that its connector was trained on, and vision "
-                f"{vision!r} names another; leave one of them out"
-            )
-        return load_vlm(student)
-    config = load_vlm_config(student)
-    if vision is not None:
-        config = on_student_tower(config, vision)
-    weights = config.vision.weights
-    # a CLIP student brings its own
-    theirs = () if weights == "none" or weights.startswith(CLIP_STUDENT) else weights_licences()
-    config = config.model_copy(update={"licences": (*theirs, *data_licences())})
-    return build_vlm(config, tokenizer, seed=seed)
+    make_room(out, False, False, ())
 
 
 def distill_vlm(
@@ -292,6 +334,8 @@ def distill_vlm(
     vision: str | None = None,
     fold: int = 0,
     words: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
     limit: int | None = None,
     scored_scenes: int = _SCORED_SCENES,
     device: str | torch.device = "auto",
@@ -305,9 +349,10 @@ def distill_vlm(
         teacher: as `open_vlm_teacher` takes it. student: a named size, a YAML file of one, or a folder of `save_vlm` to
             go on with. vision: "student:FOLDER", the tower of a distilled CLIP student in place of the size's own.
             out: gets `student/`, `eval.json` (scores on the test pool), `history.json`, checkpoints, and what the
-            teacher and the trunk gave. fold: of the pools. words: what the embedding of a new student starts
-            at, a folder with words.safetensors or "minilm" for vectors of that sentence encoder. limit: so many
-            pictures only, for a toy. device: as `teachers.device.pick_device`. resume: go on with what is in `out`.
+            teacher and the trunk gave. fold: of the pools. words: what the embedding of a new student starts at, a
+            folder with words.safetensors or "minilm" for vectors of that sentence encoder. tokenizer: file of a new
+            student's, else the teacher's. options: of `load_hf_vlm`. limit: so many pictures only, for a toy.
+            device: as `teachers.device.pick_device`. resume: go on with what is in `out`.
 
     Returns what eval.json holds.
 
@@ -315,19 +360,24 @@ def distill_vlm(
         UsageError: a folder that is not empty or not a run's to replace, a teacher of another vocabulary, or as
             `sources_of` and `StageRun`.
     """
-    where = pick_device(device)
-    opened = open_vlm_teacher(teacher)
-    tokenizer = opened.tokenizer_json if isinstance(opened, Recorded) else opened.tokenizer.json
-    model = _begun(student, vision, tokenizer, recipe.optim.seed)
-    read = (teacher, student, words or teacher, model.config.vision.weights.removeprefix(CLIP_STUDENT))
-    _make_room(out, resume, overwrite, read)
-    if isinstance(opened, Vlm):
-        opened.to(where, torch.bfloat16 if recipe.optim.bfloat16 else None)
-    if words is not None and not (Path(student) / MODEL).is_file():
-        vectors = (
-            word_vectors(model.tokenizer.pieces()) if str(words) == MINILM else load_word_vectors(Path(words) / WORDS)
+    check_student(student, tokenizer, vision)
+    where, half = pick_device(device), recipe.optim.bfloat16
+    opened = open_vlm_teacher(teacher, device=where, **hf_options(teacher, half, options))
+    if isinstance(opened, RecordedTeacher):
+        raise UsageError(
+            f"teacher {str(teacher)!r} is answers about a user's own pictures, and this run is on the built-in ones; "
+            "name those pictures with --data"
         )
-        start_from_words(model, vectors, seed=recipe.optim.seed)
+    if isinstance(opened, BuiltinVlm) and half:
+        opened.model.to(torch.bfloat16)
+    theirs = () if isinstance(opened, KeptTeacher | BuiltinVlm) else opened.licences
+    model = student_of(
+        student, lambda config: _tokenizer_of(opened, tokenizer), recipe.optim.seed,
+        licences=(*theirs, *data_licences()), words=words,
+        vision=vision,
+    )  # fmt: skip
+    _check_heard(recipe, opened.model if isinstance(opened, BuiltinVlm) else opened, model)
+    make_room(out, resume, overwrite, (teacher, student, words or teacher, *tower_folder(model.config)))
     model.to(where)
     with full_float32():
         sources = sources_of(recipe, opened, model, picture_set("student", fold, limit=limit), out / "kept", say)

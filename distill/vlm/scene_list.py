@@ -59,14 +59,19 @@ class SceneList:
         length: int = 123,
         variants: int = 1,
     ) -> SceneList:
-        """The first `scenes` scenes of stream `seed` (`ask_about`), with up to `questions` about each.
+        """The first `scenes` scenes of stream `seed` (`ask_about`) about which anything can be asked, with up to
+        `questions` about each; of a picture alone of which nothing is known there is nothing.
 
         length: tokens of a row; questions past it are left out. variants: of each picture's table, one drawn a place.
         """
         tokenizer = VlmTokenizer(tokenizer_json)
-        entries = []
-        for index in range(scenes):
+        entries: list[Entry] = []
+        index = -1
+        while len(entries) < scenes:
+            index += 1
             scene, asked = ask_about(pictures, seed, index, questions)
+            if not asked:  # three scenes in ten at most, as those of several pictures can be counted
+                continue
             rng = scene_rng(seed, index, "variants")
             shown = tuple(rng.randrange(variants) if variants > 1 else 0 for _ in scene.cells)
             entries.append(_entry(scene, asked, shown, tokenizer, length))

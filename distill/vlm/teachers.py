@@ -2,20 +2,23 @@
 
 teacher = load_vlm_teacher("vlm:runs/talking-teacher")     what save_vlm wrote
 teacher = load_vlm_teacher("hf-vlm:FOLDER")                what transformers' save_pretrained wrote
+teacher = open_vlm_teacher("recorded:answers.jsonl")       those, or what a teacher said that is not here
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pocketvlm.distill.vlm.kept_teacher import SHIPPED, KeptTeacher, said_path, shipped_folder
 from pocketvlm.edge.errors import UsageError, unknown_name
-from pocketvlm.students.vlm.io import load_vlm
+from pocketvlm.students.vlm.io import MANIFEST, TOKENIZER, load_vlm
 from pocketvlm.students.vlm.model import Vlm, rows_of
 from pocketvlm.teachers.device import full_float32, pick_device
 from pocketvlm.teachers.files import tensors_sha256
@@ -23,6 +26,7 @@ from pocketvlm.teachers.vlm.base import Pair, Scored, VlmTeacher, check_asked, c
 from pocketvlm.teachers.vlm.hf import load_hf_vlm
 
 KINDS = ("vlm:FOLDER", "hf-vlm:FOLDER", "hf-vlm:ORG/NAME")
+ALL_KINDS = (SHIPPED, "FOLDER", "recorded:FILE.jsonl", *KINDS)
 
 
 def student_vocabulary(model: Vlm) -> str:
@@ -62,7 +66,10 @@ class BuiltinVlm:
             f"{whole.hexdigest()}:{tensors_sha256(model.state_dict())}".encode()
         ).hexdigest()
         self.licences = model.config.licences
-        self.device = model.decoder.embed_tokens.weight.device
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     def answer(self, pixels: Tensor, prompts: Sequence[str], *, max_new_tokens: int = 32) -> list[str]:
         """As `Vlm.generate`, for any number of pictures of the model's size.
@@ -134,6 +141,50 @@ class BuiltinVlm:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class RecordedTeacher:
+    """Answers about a user's pictures that a model gave earlier: JSON Lines, as `teachers.vlm.recorded` reads them."""
+
+    path: Path
+
+
+AnyTeacher = VlmTeacher | KeptTeacher | RecordedTeacher
+
+
+def open_vlm_teacher(spec: str | Path, *, device: str | torch.device = "cpu", **options: Any) -> AnyTeacher:
+    """A teacher of any kind by its name: what `load_vlm_teacher` takes, "recorded:FILE.jsonl", "openmoji-talking", or a
+    bare folder of `save_vlm` or of what a teacher said in a run (its folder `kept`).
+
+    device, options: of a model, as `load_vlm_teacher`.
+
+    Raises:
+        UnknownNameError: none of these. UsageError: as `load_vlm_teacher`, or no such file of answers.
+    """
+    name = str(spec)
+    kind, _, target = name.partition(":")
+    if kind == "hf-vlm" and target:
+        return load_vlm_teacher(name, device=device, **options)
+    folder = shipped_folder() if name == SHIPPED else Path(target if kind == "vlm" else name)
+    if (folder / MANIFEST).is_file():
+        return load_vlm_teacher(f"vlm:{folder}", device=device, **options)
+    if options:
+        raise _only_hf(name, options)
+    if kind == "recorded" and target:
+        if not Path(target).is_file():
+            raise UsageError(
+                f"teacher {name!r} names no file; give JSON Lines with id, question and answer (docs/vlm-teachers.md)"
+            )
+        return RecordedTeacher(Path(target))
+    if (folder / TOKENIZER).is_file() and said_path(folder) is not None:
+        return KeptTeacher(folder)
+    if (folder / "config.json").is_file():
+        raise UsageError(
+            f"teacher {name!r} is a folder of a Hugging Face model, which is named hf-vlm:FOLDER; write "
+            f"'hf-vlm:{folder}'"
+        )
+    raise unknown_name("generative teacher", name, ALL_KINDS)
+
+
 def load_vlm_teacher(
     spec: str, *, device: str | torch.device = "cpu", batch: int | None = None, **options: Any
 ) -> VlmTeacher:
@@ -152,8 +203,12 @@ def load_vlm_teacher(
     if kind == "hf-vlm":
         return load_hf_vlm(target, device=device, **size, **options)
     if options:
-        raise UsageError(
-            f"teacher {spec!r} was given {', '.join(sorted(options))}, which only hf-vlm takes; it would be ignored, "
-            "so leave it out"
-        )
+        raise _only_hf(spec, options)
     return BuiltinVlm(load_vlm(Path(target)).to(pick_device(device)), spec, **size)
+
+
+def _only_hf(spec: str, options: Mapping[str, Any]) -> UsageError:
+    return UsageError(
+        f"teacher {spec!r} was given {', '.join(sorted(options))}, which only hf-vlm takes; it would be ignored, so "
+        "leave it out"
+    )

@@ -25,7 +25,7 @@ _MARKER = "<image>"
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedAnswer:
     """One line of a file of answers. where: its place, for messages."""
 
     id: str
@@ -34,7 +34,7 @@ class Recorded:
     where: str = ""
 
 
-def read_answers(path: str | Path, report: BadSampleReport) -> list[Recorded]:
+def read_answers(path: str | Path, report: BadSampleReport) -> list[RecordedAnswer]:
     """Every usable line of a file, in order; nothing is matched with pictures yet.
 
     Bad lines are counted: "not-utf8-text", "invalid-json", "not-an-object", "missing-field" (id, question or answer
@@ -50,7 +50,7 @@ def read_answers(path: str | Path, report: BadSampleReport) -> list[Recorded]:
         raise UsageError(
             f"the file of recorded answers {path} does not exist; give JSON Lines with {', '.join(_FIELDS)}"
         )
-    kept: dict[tuple[str, str], Recorded] = {}
+    kept: dict[tuple[str, str], RecordedAnswer] = {}
     example = '{"id": …, "question": …, "answer": …}'
     for where, row in json_lines(path, report, path.name, example):
         found = _recorded(row, where, report)
@@ -104,7 +104,7 @@ def recorded_answers(path: str | Path, samples: Sequence[Sample], report: BadSam
     return made
 
 
-def _recorded(row: dict[str, Any], where: str, report: BadSampleReport) -> Recorded | None:
+def _recorded(row: dict[str, Any], where: str, report: BadSampleReport) -> RecordedAnswer | None:
     values: list[str] = []
     for field in _FIELDS:
         value = row.get(field)
@@ -122,4 +122,4 @@ def _recorded(row: dict[str, Any], where: str, report: BadSampleReport) -> Recor
             return None
         values.append(value.strip())
     uid, question, answer = values
-    return Recorded(uid, question, answer, where)
+    return RecordedAnswer(uid, question, answer, where)

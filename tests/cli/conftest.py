@@ -84,6 +84,12 @@ def vlm_toys() -> Any:
 
 
 @pytest.fixture(scope="session")
+def hf_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random LLaVA of a few thousand weights."""
+    return _load(TESTS / "teachers" / "hf_vlm_toys.py").save_toy("llava", tmp_path_factory.mktemp("hf") / "llava")
+
+
+@pytest.fixture(scope="session")
 def bundle(edge_toys: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The hand-made bundle: mean colours and colour words. Read only."""
     return edge_toys.write_bundle(tmp_path_factory.mktemp("hand") / "bundle")

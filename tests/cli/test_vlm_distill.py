@@ -99,3 +99,69 @@ def test_mistakes_are_answered_in_a_sentence(
     assert "generative student" in cli("vlm", "distill", *options, "--student", "vlm-8mm").sentence()
     assert "recipe" in cli("vlm", "distill", *options, "--recipe", "llava").sentence()
     assert "vlm.json" in cli("vlm", "eval", tmp_path).sentence()
+
+
+def test_a_hugging_face_model_names_the_pictures(
+    made: tuple[Path, Path], hf_vlm: Path, tmp_path: Path, vlm_toys: Any, cli: Callable[..., Any]
+) -> None:
+    _, student = made
+    options: list[Any] = ["--teacher", f"hf-vlm:{hf_vlm}", "--student", student, "--device", "cpu", "--scenes", 2]
+    out = tmp_path / "run"
+    refused = cli("vlm", "distill", *_SMALL, *options, "--out", out).sentence()
+    assert "take a recipe of answers alone (--recipe answers)" in refused
+    command: list[Any] = ["vlm", "distill", *_SMALL, *options, "--recipe", "answers"]
+    done = cli(*command, "--out", out)
+    assert done.code == 0, done.err
+    found = json.loads((out / "eval.json").read_text())
+    told = found["said_of_unlabelled"]
+    assert told["pictures"] == len(vlm_toys.PICTURES) - found["pictures"]["labelled"]
+    # random weights write no kind that there is
+    assert told["without_kind"] == told["pictures"]
+    (path,) = (out / "kept").glob("said-*.json")
+    said = json.loads(path.read_text())
+    assert len(said) == told["pictures"]
+    # in another wording
+    worded = cli(*command, "--template", "<image>{question} = {answer}", "--out", tmp_path / "worded")
+    assert worded.code == 0, worded.err
+    assert (
+        "must hold <image>, {question}" in cli(*command, "--template", "{question}", "--out", tmp_path / "x").sentence()
+    )
+    # no teacher of other runs, as there is no tokenizer of this kit
+    kept = ("--teacher", out / "kept", "--out", tmp_path / "other")
+    assert "unknown generative teacher" in cli("vlm", "distill", *kept).sentence()
+
+
+def test_names_left_empty_are_counted_and_damage_is_one_sentence(
+    made: tuple[Path, Path], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    teacher, student = made
+    first, new = tmp_path / "first", tmp_path / "new"
+    command: list[Any] = ["vlm", "distill", *_SMALL, "--recipe", "answers", "--student", student, "--scenes", 2]
+    assert cli(*command, "--teacher", teacher, "--out", first).code == 0
+    (path,) = (first / "kept").glob("said-*.json")
+    said = json.loads(path.read_text())
+    for answers in said.values():
+        answers |= {"en": "…", "de": " ", "fr": "chose"}
+    path.write_text(json.dumps(said))
+    kept: list[Any] = ["--teacher", first / "kept", "--out", new]
+    done = cli(*command, *kept)
+    assert done.code == 0, done.err
+    without = json.loads((new / "eval.json").read_text())["said_of_unlabelled"]["without_name"]
+    assert without["en"] == without["de"] == len(said)
+    assert "fr" not in without
+    assert f"names empty, which are not asked about: {len(said)} in de, {len(said)} in en" in done.out
+    path.write_bytes("Löwe".encode("latin-1"))
+    assert "is damaged (it is no JSON in UTF-8" in cli(*command, *kept, "--overwrite").sentence()
+
+
+def test_teachers_and_data_that_do_not_go_together(
+    made: tuple[Path, Path], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    teacher, _ = made
+    out: list[Any] = ["--out", tmp_path / "run"]
+    file = tmp_path / "said.jsonl"
+    file.write_text('{"id": "1", "question": "What?", "answer": "it"}')
+    assert "pictures with --data" in cli("vlm", "distill", "--teacher", f"recorded:{file}", *out).sentence()
+    assert "name one with --teacher" in cli("vlm", "distill", *out).sentence()
+    assert "--ask and --aligned are for" in cli("vlm", "distill", "--teacher", teacher, "--ask", "?", *out).sentence()
+    assert "did you mean 'openmoji-talking'" in cli("vlm", "distill", "--teacher", "openmoji", *out).sentence()

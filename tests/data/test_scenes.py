@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter, defaultdict
 
@@ -184,6 +185,29 @@ def test_nothing_is_asked_that_a_missing_fact_leaves_open() -> None:
     single = {q.type for seed in range(40) for q in ask(PICTURES, Scene(1, (unknown,)), random.Random(seed), 16)}
     assert "name" in single
     assert not single & {"kind", "yesno-kind", "caption"}
+
+
+def test_nothing_is_asked_that_needs_a_name_nobody_gave() -> None:
+    """Of pictures 3 and 5; nobody knows that an unnamed picture is not the thing asked for either."""
+    blank = {3: dict.fromkeys(LANGUAGES, ""), 5: PICTURES.pictures[5].names | {"de": ""}}
+    pictures = PictureSet(
+        [dataclasses.replace(p, names=blank.get(n, p.names)) for n, p in enumerate(PICTURES.pictures)], PICTURES.pixels
+    )
+
+    def asked(*cells: int) -> list[Question]:
+        scene = Scene(1 if len(cells) == 1 else 2, cells)
+        return [q for seed in range(60) for q in ask(pictures, scene, random.Random(seed), 20)]
+
+    alone, among = {q.type for q in asked(3)}, {q.type for q in asked(3, 0, EMPTY, 2)}
+    assert alone == {"kind", "colour", "yesno-kind", "yesno-colour"}
+    assert not among & {"count-name", "where-name", "exists-name", "relation", "scene-caption"}
+    assert {"count", "count-kind", "at-name", "where-kind"} <= among
+    assert {q.language for q in asked(5)} == {*LANGUAGES} - {"de"}
+    # and no other scene asks about them by a name of nothing
+    for index in range(1500):
+        for question in ask_about(pictures, 0, index, 8)[1]:
+            assert question.answer
+            assert '""' not in question.text, question
 
 
 def test_questions_of_a_scene_differ_and_never_exceed_what_was_asked_for() -> None:

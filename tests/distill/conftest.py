@@ -29,3 +29,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache for all tests of a session, as one user's runs share theirs."""
     return tmp_path_factory.mktemp("teacher")
+
+
+@pytest.fixture(scope="session")
+def hf_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random LLaVA of a few thousand weights."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "teachers"))
+    from hf_vlm_toys import save_toy
+
+    return save_toy("llava", tmp_path_factory.mktemp("hf") / "llava")

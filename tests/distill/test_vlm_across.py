@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 
@@ -10,10 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from PIL import Image
 from torch import Tensor
 
+from pocketvlm.data.report import BadSampleReport
+from pocketvlm.data.sample import ImageRef, Sample, Turn
 from pocketvlm.distill.vlm.across import (
+    Lessons,
     aligned,
+    aligned_to,
+    heard_answers,
+    heard_batches,
+    heard_pixels,
     lesson_batches,
     lesson_pixels,
     question_states,
@@ -22,6 +31,7 @@ from pocketvlm.distill.vlm.across import (
 )
 from pocketvlm.distill.vlm.aligned import aligned_divergence, shared_spans, token_log_probabilities
 from pocketvlm.distill.vlm.auxiliary import EmbeddingDistillation, info_nce, layer_states
+from pocketvlm.distill.vlm.conversations import ConversationStream
 from pocketvlm.distill.vlm.genrecal import Recalibrator, recalibration
 from pocketvlm.distill.vlm.losses import token_divergence
 from pocketvlm.distill.vlm.teachers import (
@@ -419,6 +429,29 @@ def test_the_teacher_changes_what_is_learnt(teacher: BuiltinVlm) -> None:
         moved.append(grad.clone())
     for one, two in itertools.combinations(moved, 2):
         assert not torch.allclose(one, two, rtol=1e-3)
+
+
+def test_conversations_are_aligned_as_lessons_are(teacher: BuiltinVlm) -> None:
+    """The same pairs by way of a stream of samples, whose teacher kept one number a token."""
+    student, pictures = build_vlm(_config(32), SMALL, seed=0).eval(), _pictures()
+    heard = dict(zip("abc", heard_answers(teacher, pictures, PAIRS)))
+    samples = []
+    for name, row, (question, answer) in zip("abc", pictures, PAIRS):
+        data = io.BytesIO()
+        Image.fromarray(row.numpy()).save(data, "png")
+        turns = (Turn("user", question), Turn("assistant", answer))
+        samples.append(Sample(name, ImageRef(data=data.getvalue()), conversation=turns))
+    stream = ConversationStream(samples, student, BadSampleReport("refuse"), batch=3, seed=1)
+    drawn, rows = next(heard_batches(stream, student, heard, torch.device("cpu")))
+    found, _ = aligned_to(0.7)(student, drawn, heard_pixels(drawn), rows)
+    order = stream.chosen(0)
+    lessons = read_lessons(teacher, pictures[order], [PAIRS[i] for i in order], half=False)
+    ends = [answer_ends(student, PAIRS[i][1]) for i in order]
+    spans = shared_spans(ends, [lesson.scored.ends for lesson in lessons])
+    same = Lessons(pictures[order], tuple(lesson.scored for lesson in lessons), spans)
+    expected, _ = aligned(0.7)(student, same, pictures[order], rows)
+    torch.testing.assert_close(found, expected)
+    assert not torch.isclose(found, aligned_to(0.0)(student, drawn, heard_pixels(drawn), rows)[0])
 
 
 # --- auxiliary embeddings ---------------------------------------------------------------------------------------------

@@ -14,23 +14,16 @@ from vlm_toys import PICTURES, SIDE, made_list, tiny
 from pocketvlm.data.scenes import picture_set
 from pocketvlm.distill.vlm.answer_cache import kept_answers, teach
 from pocketvlm.distill.vlm.evaluate import evaluate_vlm
+from pocketvlm.distill.vlm.kept_teacher import SHIPPED, KeptTeacher
 from pocketvlm.distill.vlm.on_policy import sampled_rows
-from pocketvlm.distill.vlm.pseudo import labelled_numbers, recorded_answers
+from pocketvlm.distill.vlm.pseudo import labelled_numbers
 from pocketvlm.distill.vlm.recipe import VlmRecipe, WeightsSection, load_vlm_recipe
-from pocketvlm.distill.vlm.run import (
-    SHIPPED,
-    Recorded,
-    answers_folder,
-    distill_vlm,
-    open_vlm_teacher,
-    sources_of,
-    taught_list,
-    train_student,
-)
+from pocketvlm.distill.vlm.run import answers_folder, distill_vlm, sources_of, taught_list, train_student
 from pocketvlm.distill.vlm.scene_list import composer_of
 from pocketvlm.distill.vlm.stages import stage_terms
+from pocketvlm.distill.vlm.teachers import BuiltinVlm, open_vlm_teacher
 from pocketvlm.edge.errors import IntegrityError, UnknownNameError, UsageError
-from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm, save_vlm
+from pocketvlm.students.vlm import build_vlm, load_vlm, save_vlm
 from pocketvlm.students.vlm.config import Reduction
 from pocketvlm.students.vlm.io import TOKENIZER
 from pocketvlm.teachers.files import sha256_file
@@ -55,8 +48,8 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, P
 
 def test_without_the_teacher_the_student_is_the_same(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     student, run, said = made
-    assert isinstance(open_vlm_teacher(run / "student"), Vlm)
-    assert open_vlm_teacher(said) == Recorded(said)
+    assert isinstance(open_vlm_teacher(run / "student"), BuiltinVlm)
+    assert open_vlm_teacher(said) == KeptTeacher(said)
     distill_vlm(said, str(student), _recipe(response=1.0), tmp_path / "again", scored_scenes=2)
     ours, theirs = (load_vlm(folder / "student").state_dict() for folder in (tmp_path / "again", run))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
@@ -71,7 +64,7 @@ def test_scores_are_those_of_the_saved_student(made: tuple[Path, Path, Path], tm
     assert evaluate_vlm(saved, PICTURES, scenes=6) == found["scores"]
     model, recipe = build_vlm(saved.config, saved.tokenizer.json, seed=0), _recipe(response=1.0)
     assert model.vision.training
-    sources = sources_of(recipe, Recorded(said), model, PICTURES, tmp_path / "work")
+    sources = sources_of(recipe, KeptTeacher(said), model, PICTURES, tmp_path / "work")
     train_student(model, recipe, sources, tmp_path / "run2", resume=False, say=lambda row: None)
     assert not any(part.training for part in model.modules())
 
@@ -147,12 +140,13 @@ def test_what_only_the_teacher_could_say_is_refused(made: tuple[Path, Path, Path
 def test_the_shipped_answers_are_of_the_shipped_recipe() -> None:
     """Pictures, scenes, questions and tokenizer of this version are those that the teacher was asked about."""
     opened = open_vlm_teacher(SHIPPED)
-    assert isinstance(opened, Recorded)
+    assert isinstance(opened, KeptTeacher)
     recipe, pictures = load_vlm_recipe(SHIPPED), picture_set("student", 0)
     known = labelled_numbers(pictures, recipe.data.captions)
     unlabelled = sorted(set(range(len(pictures))) - set(known))
-    answered = recorded_answers(opened.folder, pictures, unlabelled)
+    answered = opened.said(pictures, unlabelled)
     taught = taught_list(recipe.data, pictures, known, answered, opened.tokenizer_json)
+    assert answers_folder(taught) == "answers-3544ee38d03a70b5"
     kept = kept_answers(opened.folder / answers_folder(taught), taught, top=recipe.teacher.top)
     first = kept.of([0, len(taught) - 1])
     assert len(kept.tensors["ids"]) == taught.tokens
