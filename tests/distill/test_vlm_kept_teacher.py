@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,23 @@ class Stranger:
     name, fingerprint, vocabulary, vocab_size, width, licences = "stranger", "f" * 64, "v", 1, 1, ()
 
     def __init__(self) -> None:
-        self.prompts: list[str] = []
+        self.asked: Counter[str] = Counter()
         self.seen: list[Tensor] = []
 
     def answer(self, pixels: Tensor, prompts: Sequence[str], *, max_new_tokens: int = 32) -> list[str]:
-        self.prompts += dict.fromkeys(prompts)
         self.seen.append(pixels)
-        if "animal" in prompts[0]:
-            return ["It is an Animal.", "Some plant or tool", "a plantation"] * (len(prompts) // 3) + ["tool"]
-        if "purple" in prompts[0]:
-            return ["Mainly grey!"] * len(prompts)
-        return [" A dog.\nIt barks.", "thing", " … "] * (len(prompts) // 3) + ["Bär!"]
+        said = []
+        for prompt in prompts:
+            number = self.asked[prompt]
+            self.asked[prompt] += 1
+            if "animal" in prompt:
+                kinds = ("It is an Animal.", "Some plant or tool", "a plantation")
+                said.append("tool" if number == 9 else kinds[number % 3])
+            elif "purple" in prompt:
+                said.append("Mainly grey!")
+            else:
+                said.append("Bär!" if number == 9 else (" A dog.\nIt barks.", "thing", " … ")[number % 3])
+        return said
 
     def read(self, *_: Any) -> list[Any]:
         raise AssertionError("only asked")
@@ -51,11 +58,13 @@ class Stranger:
 def test_a_stranger_is_told_what_to_answer_with_and_understood() -> None:
     teacher, ten = Stranger(), list(range(10))
     said = picture_answers(teacher, PICTURES, ten)
-    assert len(teacher.prompts) == len(ASKED)
-    assert "What is this? Answer with its name only." in teacher.prompts
-    assert any(prompt.endswith(f"one of: {', '.join(KIND_WORDS)}.") for prompt in teacher.prompts)
-    assert any(prompt.endswith(f"one of: {', '.join(COLOURS)}.") for prompt in teacher.prompts)
-    assert all(torch.equal(seen[3], torch.from_numpy(PICTURES.pixels[3])) for seen in teacher.seen)
+    assert set(teacher.asked.values()) == {10}
+    assert len(teacher.asked) == len(ASKED)
+    assert "What is this? Answer with its name only." in teacher.asked
+    assert any(prompt.endswith(f"one of: {', '.join(KIND_WORDS)}.") for prompt in teacher.asked)
+    assert any(prompt.endswith(f"one of: {', '.join(COLOURS)}.") for prompt in teacher.asked)
+    first = teacher.seen[0]
+    assert torch.equal(first[3], torch.from_numpy(PICTURES.pixels[3]))
     rows = [said[PICTURES.pictures[number].uid] for number in (0, 1, 2, 9)]
     assert [row["en"] for row in rows] == ["A dog", "thing", "…", "Bär"]
     assert [row["kind"] for row in rows] == ["animal", "Some plant or tool", "a plantation", "tool"]
