@@ -19,7 +19,7 @@ from pocketvlm.students.vlm.model import Seen, Vlm
 
 _CAPTION_TOKENS, _TOKENS = 64, 16
 # the stream of test scenes is no stream of training, whatever seed that one has
-_SEED = 1_000_003
+SCENES_SEED = 1_000_003
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Asked:
 
 def drawn_questions(pictures: PictureSet, *, scenes: int, questions: int = 4) -> list[tuple[Scene, list[Question]]]:
     """The first `scenes` scenes of the test stream, the same for every model, with up to `questions` about each."""
-    return [ask_about(pictures, _SEED, index, questions) for index in range(scenes)]
+    return [ask_about(pictures, SCENES_SEED, index, questions) for index in range(scenes)]
 
 
 def longest_answer(question: Question) -> int:
@@ -94,7 +94,7 @@ def see_scenes(
     device = model.device
     composer = Composer(table, device)
     # one question draws the same scene as any number
-    drawn = [ask_about(pictures, _SEED, index, 1)[0] for index in range(scenes)]
+    drawn = [ask_about(pictures, SCENES_SEED, index, 1)[0] for index in range(scenes)]
     order = sorted(range(scenes), key=lambda index: (drawn[index].grid, index))
     parts = []
     for start in range(0, scenes, batch):

@@ -54,7 +54,7 @@ def run_vlm_demo(out: str | Path, *, quick: bool = False, fold: int = 0, overwri
     parity = _prove(demo, run, bundle)
     shown = _ask(demo, bundle)
     page = _finish(demo, bundle, scores, parity, shown, total=time.perf_counter() - started)
-    if not parity.passed:
+    if parity.exit_code != 0:
         raise UsageError(f"the bundle failed parity, see {page}; it should not be shipped")
     return page
 
@@ -237,12 +237,12 @@ def _finish(
         ),
         (f"{sizes['onnx int8']:.1f} MB", "shipped int8 file", f"float32: {sizes['onnx fp32']:.1f} MB"),
         (f"{summary['first_token_ms']:.0f} ms", "picture and question to the first word", f"{pace}, one thread"),
-        ("pass" if parity.passed else "fail", "parity", f"{len(parity.variants)} files against the float64 student"),
+        (parity.status, "parity", f"{len(parity.variants)} files against the float64 student"),
     ]
     page = demo.out / "report.html"
     page.write_text(
         template_environment("pocketvlm").get_template("demo_vlm.html.j2").render(
-            quick=demo.quick, cards=cards, types=types, parity=parity.rows(), failures=parity.variants,
+            quick=demo.quick, cards=cards, types=types, parity=parity.rows(), variants=parity.variants,
             shown=[{**item, "picture": thumbnail(item["path"].read_bytes())} for item in shown],
             commands=demo.commands, seconds=summary["seconds"],
             licences=load_vlm(demo.out / "run" / "student").config.licences,

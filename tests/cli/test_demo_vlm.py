@@ -17,7 +17,9 @@ def test_the_quick_road_ends_at_answers(tmp_path: Path, cli: Callable[..., Any])
     done = cli("demo", "--vlm", "--quick", "--out", out)
     assert done.code == 0, done.err
     found = json.loads((out / "demo.json").read_text())
-    assert found["parity"]["passed"] is True
+    # 40 questions cannot show that int8 keeps its budget, and are not called a proof
+    assert found["parity"]["status"] == "undecided"
+    assert {v["precision"]: v["status"] for v in found["parity"]["variants"]} == {"fp32": "pass", "int8": "undecided"}
     assert {(v["target"], v["precision"]) for v in found["parity"]["variants"]} == {("onnx", "fp32"), ("onnx", "int8")}
     assert [v["identical"] for v in found["parity"]["variants"] if v["precision"] == "fp32"] == [10]
     assert found["megabytes"]["onnx int8"] < 0.3 * found["megabytes"]["onnx fp32"]
