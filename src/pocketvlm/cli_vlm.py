@@ -211,13 +211,15 @@ def ask(
     if as_json:
         facts = {"text": answer.text, "ids": answer.ids, "ended": answer.ended}
         speed = {"first_token_ms": answer.first_token_ms, "tokens_per_second": answer.tokens_per_second}
-        print(json.dumps(facts | speed, indent=1, ensure_ascii=False))
+        proved = model.parity and {key: model.parity[key] for key in ("status", "message", "reference", "date")}
+        print(json.dumps(facts | speed | {"parity": proved}, indent=1, ensure_ascii=False))
         return
     print()
     pace = "" if answer.tokens_per_second is None else f", then {answer.tokens_per_second:.0f} tokens/s"
     cut = "" if answer.ended else "; cut off by --max-new-tokens or the cache"
     how = f"{model.backend.name} {model.variant.precision}"
-    print(f"{how}: first token after {answer.first_token_ms:.0f} ms{pace}{cut}", file=sys.stderr)
+    proved = "parity not checked" if model.parity is None else f"parity {model.parity['status']}"
+    print(f"{how} ({proved}): first token after {answer.first_token_ms:.0f} ms{pace}{cut}", file=sys.stderr)
 
 
 def _names(given: tuple[str, ...]) -> tuple[str, ...]:

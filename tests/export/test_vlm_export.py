@@ -269,7 +269,7 @@ def test_a_question_by_the_command(bundle: Path, tmp_path: Path, capsys: pytest.
     told = json.loads(capsys.readouterr().out)
     cli.main(asked)
     said = capsys.readouterr()
-    assert "onnxruntime fp32: first token after" in said.err
+    assert "onnxruntime fp32 (parity not checked): first token after" in said.err
     from pocketvlm.table import printable
 
     assert said.out == printable(told["text"]) + "\n"

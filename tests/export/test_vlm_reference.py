@@ -16,10 +16,11 @@ import torch
 
 from pocketvlm import cli
 from pocketvlm.edge.errors import IntegrityError, UsageError, VersionError
+from pocketvlm.edge.vlm import EdgeVLM
 from pocketvlm.export.reference import load_reference
 from pocketvlm.export.reference_run import sha256
 from pocketvlm.export.vlm.bundle import export_vlm
-from pocketvlm.export.vlm.parity import check_vlm_parity
+from pocketvlm.export.vlm.parity import check_vlm_parity, compare, write_vlm_summary
 from pocketvlm.export.vlm.reference import load_vlm_reference
 from pocketvlm.export.vlm.reference_write import record_vlm_reference
 from pocketvlm.students.vlm import load_vlm, save_vlm
@@ -248,3 +249,87 @@ def test_record_and_parity_by_the_command(
             cli.main([*common, *arguments])
         assert ended.value.code == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_the_verdict_travels_with_the_bundle(
+    bundle: Path, recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    common = ["vlm", "parity", str(copy), "--reference", str(recorded), "--threads", "1"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*common, "--into-bundle"])
+    # six questions show nothing about int8 and w4, and nothing against them
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "onnx int8 undecided: loss" in said
+    assert "fewer than the 268 questions that this budget needs" in said
+    edge = EdgeVLM.load(copy, precision="fp32", threads=1)
+    assert edge.parity is not None
+    assert (edge.parity["status"], edge.parity["identical"], edge.parity["prompts"]) == ("pass", 3, 3)
+    assert edge.parity["reference"]["sha256"] == sha256((recorded / "manifest.json").read_bytes())
+    assert [row["status"] for row in edge.bundle.parity] == ["pass", "undecided", "undecided"]
+    Image.fromarray(toy.picture(1)).save(tmp_path / "a.png")
+    asked = ["vlm", "ask", str(copy), str(tmp_path / "a.png"), "bus", "--max-new-tokens", "2", "--precision", "int8"]
+    cli.main([*asked, "--json"])
+    assert json.loads(capsys.readouterr().out)["parity"]["status"] == "undecided"
+    cli.main(asked)
+    assert "onnxruntime int8 (parity undecided): first token" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*common, "--precisions", "int8", "--strict"])
+    assert ended.value.code == 1
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*common, "--into-bundle", "--precisions", "fp32"])
+    assert ended.value.code == 2
+    assert "writes the verdict on every variant" in capsys.readouterr().err
+
+
+def test_a_verdict_on_other_files_is_not_written(bundle: Path, recorded: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    report = check_vlm_parity(copy, reference=recorded, precisions=["fp32"], threads=1)
+    before = (copy / "bundle.json").read_bytes()
+    with pytest.raises(UsageError, match="says nothing about onnx int8, onnx w4"):
+        write_vlm_summary(copy, report)
+    raw = json.loads(before)
+    raw["variants"] = raw["variants"][:1]
+    name = raw["variants"][0]["files"]["decoder"]
+    raw["files"][name]["sha256"] = "0" * 64
+    (copy / "bundle.json").write_text(json.dumps(raw))
+    with pytest.raises(UsageError, match="changed since it was checked"):
+        write_vlm_summary(copy, report)
+    with pytest.raises(UsageError, match=r"has no bundle\.json"):
+        write_vlm_summary(tmp_path, report)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "asked", "status", "said"),
+    [
+        (0, 0, 300, "pass", "exact match loses no more than 1 point"),
+        (0, 0, 200, "undecided", "fewer than the 268 questions"),
+        (5, 5, 300, "undecided", "ask more of them to decide"),
+        (9, 3, 300, "undecided", "lower bound"),
+        (20, 0, 300, "fail", "the task loses more than 1 point"),
+        (0, 0, 0, "undecided", "no questions were asked"),
+    ],
+)
+def test_a_reduced_precision_is_judged_by_what_is_shown(
+    lost: int, gained: int, asked: int, status: str, said: str, bundle: Path, recorded: Path
+) -> None:
+    reference = load_vlm_reference(recorded)
+    edge = EdgeVLM.load(bundle, precision="int8", threads=1)
+    expected = [True] * lost + [False] * (asked - lost)
+    right = [False] * lost + [True] * gained + [False] * (asked - lost - gained)
+    checked = compare(edge, reference.cases[:1], reference.noise, (expected, right))
+    assert (checked.status, checked.lost, checked.gained) == (status, lost, gained)
+    assert said in checked.message
+
+
+def test_full_precision_may_change_no_answer(bundle: Path, recorded: Path) -> None:
+    reference, edge = load_vlm_reference(recorded), EdgeVLM.load(bundle, precision="fp32", threads=1)
+    for expected, right in (([True] * 1000, [True] * 999 + [False]), ([False] * 9, [False] * 8 + [True])):
+        checked = compare(edge, reference.cases[:1], reference.noise, (expected, right))
+        assert checked.status == "fail"
+        assert "and none may change" in checked.message
+    assert compare(edge, reference.cases[:1], reference.noise, ([], [])).status == "pass"
