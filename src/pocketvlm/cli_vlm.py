@@ -218,8 +218,8 @@ def ask(
     pace = "" if answer.tokens_per_second is None else f", then {answer.tokens_per_second:.0f} tokens/s"
     cut = "" if answer.ended else "; cut off by --max-new-tokens or the cache"
     how = f"{model.backend.name} {model.variant.precision}"
-    proved = "parity not checked" if model.parity is None else f"parity {model.parity['status']}"
-    print(f"{how} ({proved}): first token after {answer.first_token_ms:.0f} ms{pace}{cut}", file=sys.stderr)
+    checked = "parity not checked" if model.parity is None else f"parity {model.parity['status']}"
+    print(f"{how} ({checked}): first token after {answer.first_token_ms:.0f} ms{pace}{cut}", file=sys.stderr)
 
 
 def _names(given: tuple[str, ...]) -> tuple[str, ...]:
