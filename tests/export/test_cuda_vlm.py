@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,27 @@ from pocketvlm.teachers.device import full_float32
 
 pytestmark = pytest.mark.cuda
 
-_spec = importlib.util.spec_from_file_location("cuda_toy_vlm", Path(__file__).with_name("toy_vlm.py"))
-assert _spec
-assert _spec.loader
-toy: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(toy)
 
-SMALL: dict[str, Any] = {"prompts": 12, "questions": 40, "limit": 40}
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"cuda_{path.stem}", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HERE = Path(__file__).parent
+toy, toys = _load(HERE / "toy_vlm.py"), _load(HERE.parent / "distill" / "vlm_toys.py")
+SMALL: dict[str, Any] = {"prompts": 12, "questions": 40}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _made_up_pictures() -> Iterator[None]:
+    """A machine with a GPU may lack the packages of the built-in ones."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("pocketvlm.export.vlm.reference_write.picture_set", lambda *_, **__: toys.PICTURES)
+        yield
 
 
 @pytest.fixture(scope="module")
