@@ -159,6 +159,14 @@ class BundleFolder:
             )
         return self.folder / relative
 
+    def hashes(self, variant: BundleVariant) -> dict[str, str]:
+        """sha256 of every file of a variant, as bundle.json vouches for them."""
+        return {
+            name: entry["sha256"]
+            for name, entry in self.raw["files"].items()
+            if any(name == path or name.startswith(path.rstrip("/") + "/") for path in variant.files.values())
+        }
+
     def verify(self) -> None:
         """Hash every listed file and look for unlisted ones.
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,13 @@ class EdgeVLM:
 
     def __repr__(self) -> str:
         return f"EdgeVLM({self.contract.name}, {self.backend.name} {self.variant.precision})"
+
+    @property
+    def parity(self) -> dict[str, Any] | None:
+        """What 'pocketvlm vlm parity --into-bundle' found about these files: status, message, numbers, what they were
+        held to, date; None where nobody wrote it."""
+        key = self.variant.target, self.variant.precision
+        return next((row for row in self.bundle.parity if (row.get("target"), row.get("precision")) == key), None)
 
     @classmethod
     def load(

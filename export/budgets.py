@@ -113,30 +113,35 @@ class PrecisionBudgets:
         )  # fmt: skip
 
     def judge_task(self, change: PairedChange, where: str, name: str = "task_loss") -> Check:
-        """Verdict on a paired task change (see docs/parity.md, "When a task result counts").
-
-        pass: the one-sided 95 % upper bound of the loss is within the budget. fail: the lower bound is beyond it.
-        undecided: anything else, also a measured loss beyond the budget that so few queries may show by chance.
-        """
+        """`task_verdict` on a paired task change, by this precision's budget."""
         limit = self.metrics["task_loss"].value
-        needed = queries_needed(limit)
-        text = f"loss {100 * change.loss:+.2f} points, 95 % bound {100 * change.bound:+.2f}, {change.queries} queries"
-        status: Status
-        if change.bound <= limit:
-            status = "pass"
-        elif change.floor > limit:
-            status = "fail"
-        else:
-            status = "undecided"
-            if change.queries < needed:
-                text += f"; fewer than the {needed} queries that this budget needs"
-            elif change.loss > limit:
-                text += f"; its lower bound {100 * change.floor:+.2f} is not beyond the budget, so pool folds to decide"
-            else:
-                text += "; the measured loss is within the budget and its bound is not, so pool folds to decide"
+        status, text = task_verdict(change, limit)
         return Check(
             name, where, change.loss, limit, "lower", status, self.metrics["task_loss"].source, text
         )  # fmt: skip
+
+
+def task_verdict(
+    change: PairedChange, limit: float, *, of: str = "queries", more: str = "pool folds"
+) -> tuple[Status, str]:
+    """Verdict on a paired task change and its numbers (see docs/parity.md, "When a task result counts").
+
+    pass: the one-sided 95 % upper bound of the loss is within the budget `limit`, a fraction. fail: the lower bound is
+    beyond it. undecided: anything else, also a measured loss beyond the budget that so few may show by chance.
+    of: what was asked. more: how to decide what is not.
+    """
+    needed = queries_needed(limit)
+    text = f"loss {100 * change.loss:+.2f} points, 95 % bound {100 * change.bound:+.2f}, {change.queries} {of}"
+    if change.bound <= limit:
+        return "pass", text
+    if change.floor > limit:
+        return "fail", text
+    if change.queries < needed:
+        return "undecided", f"{text}; fewer than the {needed} {of} that this budget needs"
+    if change.loss > limit:
+        lower = f"its lower bound {100 * change.floor:+.2f} is not beyond the budget"
+        return "undecided", f"{text}; {lower}, so {more} to decide"
+    return "undecided", f"{text}; the measured loss is within the budget and its bound is not, so {more} to decide"
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,21 @@ def strict_numerics(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def strict_facts(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What `strict_numerics` sets, for a manifest; called inside it."""
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+        "tf32_cudnn": torch.backends.cudnn.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG") if device.type == "cuda" else None,
+        "attention": "math",
+        "autocast": torch.is_autocast_enabled(device.type),
+        "threads": torch.get_num_threads(),
+    }
+
+
 def spread(step: Callable[[_Item], _Result], items: Sequence[_Item], *, threads: bool = True) -> list[_Result]:
     """[step(item) for item in items], over the cores if `threads`.
 

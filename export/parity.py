@@ -387,7 +387,7 @@ def _check_variant(
     shared: list[StageResult],
 ) -> VariantReport:
     started = time.perf_counter()
-    report = VariantReport(variant.target, variant.precision, list(shared), files=_hashes(bundle, variant))
+    report = VariantReport(variant.target, variant.precision, list(shared), files=bundle.hashes(variant))
     stage = "S2" if variant.precision == "fp32" else "S3"
     try:
         budgets = limits.for_precision(variant.precision)
@@ -469,15 +469,6 @@ def explain_by_depth(report: VariantReport) -> None:
     if own and failed.metric not in (PER_TENSOR, NOT_QUANTIZED):
         worst = max(own, key=lambda tap: tap.own or 0.0)
         stage.message += f"; the largest error of its own has {worst.tap}, {worst.own:.1e}"
-
-
-def _hashes(bundle: Bundle, variant: BundleVariant) -> dict[str, str]:
-    files = bundle.raw["files"]
-    return {
-        name: entry["sha256"]
-        for name, entry in files.items()
-        if any(name == path or name.startswith(path.rstrip("/") + "/") for path in variant.files.values())
-    }
 
 
 def borrow_full_precision(report: ParityReport) -> None:

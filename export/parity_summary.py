@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +26,27 @@ def write_parity_summary(bundle_folder: str | Path, report: ParityReport) -> Non
     Raises:
         UsageError: not a bundle folder, or the report is about another model or about other files.
     """
+    files = {name: digest for variant in report.variants for name, digest in variant.files.items()}
+    write_verdict(bundle_folder, report.model, files, parity_summary(report))
+
+
+def write_verdict(
+    bundle_folder: str | Path, model_id: str, files: Mapping[str, str], summary: list[dict[str, Any]]
+) -> None:
+    """`write_parity_summary` of a bundle of any kind. files: the model files that were checked, with their sha256."""
     path = Path(bundle_folder) / MANIFEST
     if not path.is_file():
         raise UsageError(f"folder {str(bundle_folder)!r} holds no {MANIFEST}; unzip the bundle before writing into it")
     raw = json.loads(path.read_text("utf-8"))
-    if raw["contract"]["model_id"] != report.model:
+    if raw["contract"]["model_id"] != model_id:
         raise UsageError(
-            f"the parity report is about {report.model!r} and the bundle holds {raw['contract']['model_id']!r}; its "
+            f"the parity report is about {model_id!r} and the bundle holds {raw['contract']['model_id']!r}; its "
             "verdict would be a false promise, so check this bundle itself"
         )
-    for variant in report.variants:
-        for name, digest in variant.files.items():
-            if raw["files"].get(name, {}).get("sha256") != digest:
-                raise UsageError(f"{name} changed since it was checked; run parity again before writing its verdict")
-    raw["parity"] = parity_summary(report)
+    for name, digest in files.items():
+        if raw["files"].get(name, {}).get("sha256") != digest:
+            raise UsageError(f"{name} changed since it was checked; run parity again before writing its verdict")
+    raw["parity"] = summary
     part = path.with_name(MANIFEST + ".part")
     try:
         part.write_text(json.dumps(finite(raw), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +28,7 @@ from pocketvlm.export.numerics import (
     command_line,
     describe_environment,
     reference_device,
+    strict_facts,
     strict_numerics,
     tf32,
 )
@@ -39,7 +39,9 @@ from pocketvlm.export.reference_write import (
     PROMPT,
     Rows,
     Writer,
+    draft_of,
     encode_rows,
+    refuse_full_folder,
     unit_rows,
     write_cases,
     write_taps,
@@ -103,7 +105,7 @@ def record_reference(
     """
     # resolved, because a path like "." has no name to put a neighbour beside
     out, say = Path(out).resolve(), progress or (lambda line: None)
-    _refuse_full_folder(out, overwrite)
+    refuse_full_folder(out, overwrite)
     where = reference_device(device)
     subject = open_subject(source, allow_download=allow_download, trust_remote_code=trust_remote_code)
     contract = subject.contract
@@ -114,15 +116,14 @@ def record_reference(
     texts = golden_texts(data.samples, count=REAL_CASES, context_length=contract.text.context_length, seed=seed)
     task = task_inputs(data.samples, subject, max_task, seed)
 
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    for room in ("cases/images", "taps", "task"):
-        (part / room).mkdir(parents=True)
-    try:
+    with draft_of(out) as part:
+        for room in ("cases/images", "taps", "task"):
+            (part / room).mkdir(parents=True)
         files = Writer(part)
         pixels, ids = write_cases(files, images, texts, contract.image, subject.ids)
         say(f"answering {len(pixels)} golden pictures and {len(ids)} golden texts")
         with strict_numerics(where):
+            strict = strict_facts(where, dtype)
             model = subject.runner(dtype, where)
             outputs = {"image": encode_rows(model, "image", pixels), "text": encode_rows(model, "text", ids)}
             scale, bias = contract.logit_scale, contract.logit_bias
@@ -163,19 +164,7 @@ def record_reference(
             "licences": [list(row) for row in subject.licences],
             "not_compared": dict(subject.not_compared),
             "sha256": {"weights": subject.weights, "tokenizer": sha256(subject.tokenizer_json), **subject.files},
-            "numerics": {
-                "dtype": str(dtype).removeprefix("torch."),
-                "narrower_operators": narrow,
-                "tf32_matmul": False,
-                "tf32_cudnn": False,
-                "cudnn_benchmark": False,
-                "deterministic_algorithms": True,
-                "cublas_workspace_config": _workspace(where),
-                "attention": "math",
-                "autocast": False,
-                "threads": 1 if where.type == "cpu" else torch.get_num_threads(),
-                "batch_size": BATCH,
-            },
+            "numerics": {**strict, "narrower_operators": narrow, "batch_size": BATCH},
             "environment": describe_environment(where),
             "seeds": {"cases": seed, "task": seed},
             "command": command or command_line(),
@@ -192,31 +181,10 @@ def record_reference(
         }
         (part / layout.MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
         load_reference(part)
-        if out.exists():
-            shutil.rmtree(out)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return load_reference(out)
 
 
 # --- inputs -------------------------------------------------------------------------------------------------------
-
-
-def _refuse_full_folder(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return
-    if not overwrite:
-        raise UsageError(
-            f"folder {str(out)!r} is not empty; a recorded reference is replaced only on purpose, so pass "
-            "--overwrite or choose another folder"
-        )
-    if not (out / layout.MANIFEST).is_file():
-        raise UsageError(
-            f"folder {str(out)!r} is not a reference run, and overwriting would delete what is in it; "
-            "choose another folder"
-        )
 
 
 def _caption(sample: Sample) -> str | None:
@@ -270,12 +238,6 @@ def task_inputs(samples: Sequence[Sample], subject: Subject, limit: int, seed: i
 
 def _empty(contract: ModelContract) -> NDArray[np.float64]:
     return np.zeros((0, contract.embed_dim))
-
-
-def _workspace(device: torch.device) -> str | None:
-    import os
-
-    return os.environ.get("CUBLAS_WORKSPACE_CONFIG") if device.type == "cuda" else None
 
 
 def _narrow(model: Runner, pixels: Rows, ids: Rows) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,38 @@ class Writer:
         self.bytes(name, buffer.getvalue())
 
 
+def refuse_full_folder(out: Path, overwrite: bool) -> None:
+    """Refuse an output folder that is not empty, unless it holds a recording that may be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return
+    if not overwrite:
+        raise UsageError(
+            f"folder {str(out)!r} is not empty; a recorded reference is replaced only on purpose, so pass "
+            "--overwrite or choose another folder"
+        )
+    if not (out / layout.MANIFEST).is_file():
+        raise UsageError(
+            f"folder {str(out)!r} is not a reference run, and overwriting would delete what is in it; "
+            "choose another folder"
+        )
+
+
+@contextmanager
+def draft_of(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, made anew, that takes its place on success and vanishes on failure."""
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if out.exists():
+            shutil.rmtree(out)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def write_cases(
     files: Writer,
     images: list[ImageCase],
@@ -135,20 +168,7 @@ def _try(step: Callable[[], Any], case: ImageCase | TextCase) -> Any:
 
 
 def write_task(files: Writer, task: dict[str, Any], embedded: dict[str, NDArray[np.float64]]) -> None:
-    size = task["pixels"].shape[1]
-    columns = min(16, max(1, 16_000 // size))
-    sheets: list[tuple[str, int]] = []
-    for start in range(0, len(task["pixels"]), columns * columns):
-        tiles = task["pixels"][start : start + columns * columns]
-        sheet = np.zeros((-(-len(tiles) // columns) * size, columns * size, 3), np.uint8)
-        for i, tile in enumerate(tiles):
-            y, x = i // columns * size, i % columns * size
-            sheet[y : y + size, x : x + size] = tile
-        buffer = io.BytesIO()
-        Image.fromarray(sheet).save(buffer, "WEBP", lossless=True, quality=80, method=4)
-        name = f"task/pixels-{len(sheets):03d}.webp"
-        files.bytes(name, buffer.getvalue())
-        sheets.append((name, len(tiles)))
+    sheets = write_sheets(files, "task", task["pixels"])
     unit = {key: unit_rows(value) for key, value in embedded.items()}
     scores = unit["image"] @ unit["text"].T
     order = np.argsort(-scores, axis=1, kind="stable")[:, :11]
@@ -173,12 +193,33 @@ def write_task(files: Writer, task: dict[str, Any], embedded: dict[str, NDArray[
             "labels": task["labels"],
             "prompts": task["prompts"],
             "template": PROMPT,
-            "size": size,
-            "columns": columns,
-            "sheets": sheets,
-            "pixels_sha256": [sha256(tile.tobytes()) for tile in task["pixels"]],
+            **sheets,
         },
     )
+
+
+def write_sheets(files: Writer, room: str, pictures: Rows) -> dict[str, Any]:
+    """uint8 [n, S, S, 3] as lossless sheets of many pictures; returns what `reference_run.sheet_pixels` reads."""
+    size = pictures.shape[1]
+    columns = min(16, max(1, 16_000 // size))
+    sheets: list[tuple[str, int]] = []
+    for start in range(0, len(pictures), columns * columns):
+        tiles = pictures[start : start + columns * columns]
+        sheet = np.zeros((-(-len(tiles) // columns) * size, columns * size, 3), np.uint8)
+        for i, tile in enumerate(tiles):
+            y, x = i // columns * size, i % columns * size
+            sheet[y : y + size, x : x + size] = tile
+        buffer = io.BytesIO()
+        Image.fromarray(sheet).save(buffer, "WEBP", lossless=True, quality=80, method=4)
+        name = f"{room}/pixels-{len(sheets):03d}.webp"
+        files.bytes(name, buffer.getvalue())
+        sheets.append((name, len(tiles)))
+    return {
+        "size": size,
+        "columns": columns,
+        "sheets": sheets,
+        "pixels_sha256": [sha256(tile.tobytes()) for tile in pictures],
+    }
 
 
 def tap_modules(tower: nn.Module) -> list[str]:

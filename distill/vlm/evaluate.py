@@ -13,13 +13,13 @@ from torch import Tensor
 from pocketvlm.data.exact_match import exact_match, normalise_answer
 from pocketvlm.data.scene_questions import CAPTIONS, TYPES, Question, ask_about
 from pocketvlm.data.scenes import EMPTY, PictureSet, Scene, SceneTable
-from pocketvlm.data.text_metrics import chrf
+from pocketvlm.data.text_metrics import chrf, cider_d
 from pocketvlm.distill.vlm.batches import Composer, drawn_scenes
 from pocketvlm.students.vlm.model import Seen, Vlm
 
 _CAPTION_TOKENS, _TOKENS = 64, 16
 # the stream of test scenes is no stream of training, whatever seed that one has
-_SEED = 1_000_003
+SCENES_SEED = 1_000_003
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Asked:
 
 def drawn_questions(pictures: PictureSet, *, scenes: int, questions: int = 4) -> list[tuple[Scene, list[Question]]]:
     """The first `scenes` scenes of the test stream, the same for every model, with up to `questions` about each."""
-    return [ask_about(pictures, _SEED, index, questions) for index in range(scenes)]
+    return [ask_about(pictures, SCENES_SEED, index, questions) for index in range(scenes)]
 
 
 def longest_answer(question: Question) -> int:
@@ -94,7 +94,7 @@ def see_scenes(
     device = model.device
     composer = Composer(table, device)
     # one question draws the same scene as any number
-    drawn = [ask_about(pictures, _SEED, index, 1)[0] for index in range(scenes)]
+    drawn = [ask_about(pictures, SCENES_SEED, index, 1)[0] for index in range(scenes)]
     order = sorted(range(scenes), key=lambda index: (drawn[index].grid, index))
     parts = []
     for start in range(0, scenes, batch):
@@ -115,7 +115,8 @@ def scores(pictures: PictureSet, scenes: list[Scene], asked: list[Asked]) -> dic
     "accuracy": over all questions but captions. "mean": of the types' accuracies, captions left out.
     "captions": of scene captions, the share of pictures named at their place (recall), of said entries that are true
     (precision), and of said names that are nowhere in the scene (hallucinated); of captions of single pictures and of
-    scenes together, chrF (0..100, `data.text_metrics.chrf`, after `normalise_answer`).
+    scenes together, chrF (0..100) and CIDEr-D (0..10; `data.text_metrics`, after `normalise_answer`; how rare a word is
+    comes from the right captions of these scenes).
     """
     types: dict[str, Any] = {}
     for name in TYPES:
@@ -155,12 +156,14 @@ def _captions(pictures: PictureSet, scenes: list[Scene], asked: list[Asked]) -> 
         true += len(expected & found)
         nowhere += sum(name not in names for _, name in found)
     written = [row for row in asked if row.question.type in CAPTIONS]
-    texts = [[normalise_answer(text) for text in (row.answer, row.question.answer)] for row in written]
+    answers = [normalise_answer(row.answer) for row in written]
+    wanted = [normalise_answer(row.question.answer) for row in written]
     return {
         "recall": true / max(shown, 1),
         "precision": true / max(said, 1),
         "hallucinated": nowhere / max(said, 1),
-        "chrf": chrf([one for one, _ in texts], [two for _, two in texts]) if texts else 0.0,
+        "chrf": chrf(answers, wanted) if written else 0.0,
+        "cider_d": cider_d(answers, [[text] for text in wanted]) if written else 0.0,
     }
 
 

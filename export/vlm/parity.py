@@ -1,13 +1,13 @@
 """`check_vlm_parity`: does a bundle say what the student says, step by step, word for word, and as often rightly?
 
 Three kinds of proof, because each alone misleads. Logits: the student's own greedy answer is fed to the files token by
-token, and every step's logits are compared with the unpatched student in float64. Text: the files answer by themselves.
-Task: questions with a known answer, paired question by question.
+token, and every step's logits are compared with the unpatched student. Text: the files answer by themselves. Task:
+questions with a known answer, paired question by question. Held to a recorded reference, nothing here needs torch.
 """
 
 from __future__ import annotations
 
-import copy
+import datetime
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,49 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pocketvlm.data.exact_match import exact_match
-from pocketvlm.data.scenes import SceneTable, picture_set
-from pocketvlm.distill.vlm.evaluate import drawn_questions, longest_answer
-from pocketvlm.edge.bundle import sha256_file
-from pocketvlm.edge.contract import identity
 from pocketvlm.edge.errors import IntegrityError, UsageError
 from pocketvlm.edge.vlm import EdgeVLM
 from pocketvlm.edge.vlm_bundle import VlmBundle
-from pocketvlm.export.compare import paired_change
-from pocketvlm.students.vlm import Vlm, load_vlm
-from pocketvlm.students.vlm.io import MANIFEST
-from pocketvlm.students.vlm.model import rows_of
-from pocketvlm.students.vlm.tokenizer import EOS
+from pocketvlm.export.budgets import Status, task_verdict
+from pocketvlm.export.compare import PairedChange, finite, paired_change
+from pocketvlm.export.vlm.reference import Case, VlmReference, kl, load_vlm_reference, log_sum
 
+SCHEMA_VERSION = "1.1"
 # float32 files: times what the student itself loses in float32 against float64 (the largest of both over all cases)
 NOISE_FACTOR = 10.0
 # points of exact match that a reduced precision may lose (docs/vlm-export.md)
 TASK_POINTS = 1.0
 RUN_HERE = ("onnx", "executorch")
-_BATCH = 32
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """pixels: uint8 [S, S, 3]. ids: of the prompt. said: the student's greedy answer in float32, the end token
-    included where it ended. text: that answer. logits: float64 [n, V] of every token of `said`, in float64."""
-
-    prompt: str
-    pixels: NDArray[np.uint8]
-    ids: list[int]
-    said: list[int]
-    text: str
-    logits: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Divergence:
     """Where greedy decoding of a file first takes another token than the student. step: of the answer, from 0.
-    margin: between the student's two best logits there, in float64."""
+    margin: between the student's two best logits there."""
 
     case: int
     prompt: str
@@ -69,18 +49,27 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Checked:
-    """One variant against the student. max_abs: of logits. kl_mean, kl_max: KL(student || file) of a step, in nats.
-    same_choice: share of steps with the same best token. identical: greedy answers that are the same text.
-    lost, gained: questions that only the student, or only the file, answers rightly; loss: their difference in points
-    of exact match, interval: 95 % bootstrap of it. failures: sentences, empty where it passed."""
+    """One variant against the student. max_abs: of logits, of all where the case has all, else of the student's two
+    best and of the log-sum-exp. kl_mean, kl_max: KL(student || file) of a step, in nats, over the `kl_steps` whose
+    every logit is known. same_choice: share of steps with the same best token. identical: greedy answers that are the
+    same text. lost, gained: questions that only the student, or only the file, answers rightly; loss: their difference
+    in points of exact match, interval: 95 % bootstrap of it, bound, floor: one-sided 95 % bounds (`PairedChange`).
+
+    status: "fail" where `failures` has a sentence, else "undecided" where `open` has one, else "pass". files: sha256 of
+    what was checked.
+    """
 
     target: str
     precision: str
+    status: Status
+    failures: list[str]
+    open: list[str]
     prompts: int
     steps: int
     max_abs: float
     kl_mean: float
     kl_max: float
+    kl_steps: int
     same_choice: float
     identical: int
     divergences: list[Divergence]
@@ -90,41 +79,71 @@ class Checked:
     gained: int
     loss: float | None
     interval: tuple[float, float] | None
-    failures: list[str]
+    bound: float | None
+    floor: float | None
+    files: dict[str, str]
+
+    @property
+    def message(self) -> str:
+        """One sentence: what failed, or what is open, or what was proved."""
+        if self.failures or self.open:
+            return "; ".join(self.failures or self.open)
+        words = f"{self.identical} of {self.prompts} answers are the student's"
+        if self.precision == "fp32":
+            return f"{words}, and logits within {NOISE_FACTOR:g} times what the student itself loses in float32"
+        return f"{words}, and exact match loses no more than {TASK_POINTS:g} point (95 % bound {self.bound:+.2f})"
 
 
 @dataclass(frozen=True)
 class VlmParity:
-    """noise: largest difference of the student's own logits in float32 from float64; noise_kl in nats.
-    accuracy: exact match of the student. not_run: variants that no runtime of this machine takes."""
+    """reference: who answered for the student: "recorded" (with sha256, dtype, device and date) or not. noise: largest
+    difference of the student's own logits in float32 from float64; noise_kl in nats. accuracy: exact match of the
+    student. not_run: variants that no runtime of this machine takes.
+
+    status: "pass", "undecided" (nothing failed, but too few questions were asked to decide), or "fail". exit_code: 0
+    for "pass" and "undecided", else 1.
+    """
 
     bundle: str
     model_id: str
     fold: int
+    reference: dict[str, Any]
     noise: float
     noise_kl: float
     accuracy: float | None
     variants: list[Checked]
     not_run: list[str]
+    date: str = ""
 
     @property
-    def passed(self) -> bool:
-        return bool(self.variants) and not any(variant.failures for variant in self.variants)
+    def status(self) -> Status:
+        found = {variant.status for variant in self.variants}
+        if "fail" in found or not found:
+            return "fail"
+        return "undecided" if "undecided" in found else "pass"
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.status in ("pass", "undecided") else 1
 
     def to_dict(self) -> dict[str, Any]:
-        return {"passed": self.passed, **asdict(self)}
+        own = asdict(self)
+        for row, variant in zip(own["variants"], self.variants):
+            row["message"] = variant.message
+        return finite({"schema_version": SCHEMA_VERSION, "status": self.status, **own})
 
     def rows(self) -> list[dict[str, Any]]:
         """A line for each variant."""
         return [
             {
                 "variant": f"{v.target} {v.precision}",
-                "result": "FAIL" if v.failures else "pass",
+                "result": "FAIL" if v.status == "fail" else v.status,
                 "max |Δ logit|": f"{v.max_abs:.2g}",
                 "mean KL": f"{v.kl_mean:.2g}",
                 "same token": f"{100 * v.same_choice:.1f} %",
                 "same answer": f"{v.identical} of {v.prompts}",
                 "task loss": "-" if v.loss is None or v.interval is None else _points(v.loss, v.interval),
+                "95 % bound": "-" if v.bound is None else f"{v.bound:+.2f}",
                 "questions": v.questions,
             }
             for v in self.variants
@@ -133,8 +152,9 @@ class VlmParity:
 
 def check_vlm_parity(
     bundle: str | Path,
-    model: str | Path,
+    model: str | Path | None = None,
     *,
+    reference: str | Path | None = None,
     prompts: int = 100,
     questions: int = 1000,
     fold: int = 0,
@@ -147,24 +167,22 @@ def check_vlm_parity(
     """Compare every variant of a bundle that runs here with the student it was made of.
 
     Args:
-        model: the folder of `save_vlm`. prompts: questions, each about a scene of its own of the test pool, for logits
-            and text. questions: for exact match, up to four about a scene; 0 leaves the task out. fold: of the pool.
+        model: the folder of `save_vlm`, which then answers in float32 on the CPU, its logits in float64.
+        reference: instead, a folder of `record_vlm_reference`; prompts, questions, fold and limit are then its own.
+        prompts: questions, each about a scene of its own of the test pool, for logits and text. questions: for exact
+            match, up to four about a scene; 0 leaves the task out. fold: of the pool.
         targets, precisions: only those. limit: the first so many pictures of the pool only, for a toy.
 
     Raises:
-        UsageError: no prompts, no such folder, or no variant that can run. IntegrityError: the bundle was made of
-            another model.
+        UsageError: both or neither of model and reference, no prompts, no such folder, or no variant that can run.
+        IntegrityError: the bundle was made of another model, or the reference is damaged.
     """
-    if prompts < 1:
-        raise UsageError(f"{prompts} prompts were asked for; nothing would be compared, so give 1 or more")
-    opened = VlmBundle.load(bundle)
-    student = load_vlm(model)
-    model_id = identity(student.config.name, sha256_file(Path(model) / MANIFEST))
-    if opened.contract.model_id != model_id:
-        raise IntegrityError(
-            f"the bundle was made of {opened.contract.model_id} and {str(model)!r} holds {model_id}; differences would "
-            "be those of two models, so give the folder that was exported"
+    if (model is None) == (reference is None):
+        raise UsageError(
+            f"{'neither' if model is None else 'both'} of a model and a reference {'was' if model is None else 'were'} "
+            "given, and the files are held to one of them; give --model FOLDER or --reference FOLDER"
         )
+    opened = VlmBundle.load(bundle)
     chosen = [
         v
         for v in opened.variants
@@ -176,114 +194,112 @@ def check_vlm_parity(
             f"the bundle holds {', '.join(f'{v.target} {v.precision}' for v in opened.variants) or 'no variants'}, of "
             "which none that was chosen runs here; nothing would be proved, so export onnx or executorch files"
         )
-    pictures = picture_set("test", fold, limit=limit)
-    table = SceneTable.build(pictures, student.config.vision.size)
-    drawn = drawn_questions(pictures, scenes=max(prompts, -(-questions // 4)))
-    scenes = [table.compose(scene) for scene, _ in drawn]
-    asked = [(pixels, found[0]) for pixels, (_, found) in zip(scenes, drawn) if found][:prompts]
-    progress(f"the student answers {len(asked)} prompts in float32 and float64")
-    cases, noise, noise_kl = record_cases(student, [(pixels, q.text, longest_answer(q)) for pixels, q in asked])
-    task = [(pixels, q) for pixels, (_, found) in zip(scenes, drawn) for q in found][:questions]
-    progress(f"the student answers {len(task)} questions")
-    expected = [exact_match(text, q.answer) for text, (_, q) in zip(_answers(student, task), task)]
+    if reference is not None:
+        told = load_vlm_reference(reference)
+        _same_model(opened, told.model_id, reference)
+    else:
+        from pocketvlm.export.vlm.reference_write import answer_now, draw, model_id_of
+        from pocketvlm.students.vlm import load_vlm
+
+        assert model is not None, "one of both was given"
+        student = load_vlm(model)
+        model_id = model_id_of(student, Path(model))
+        _same_model(opened, model_id, model)
+        drawn = draw(student, prompts=prompts, questions=questions, fold=fold, limit=limit)
+        told = answer_now(student, model_id, drawn, fold, progress)
+    expected = [question.right for question in told.task]
     checked = []
     for variant in runnable:
         progress(f"{variant.target} {variant.precision}")
         edge = EdgeVLM.load(opened, variant.target, variant.precision, threads)  # type: ignore[arg-type]
         _remember_picture(edge)
         right = [
-            exact_match(edge.generate(pixels, q.text, max_new_tokens=longest_answer(q)).text, q.answer)
-            for pixels, q in task
+            exact_match(edge.generate(q.pixels, q.text, max_new_tokens=q.longest).text, q.answer) for q in told.task
         ]
-        checked.append(compare(edge, cases, noise, (expected, right)))
+        checked.append(compare(edge, told.cases, told.noise, (expected, right)))
     return VlmParity(
-        str(bundle),
-        model_id,
-        fold,
-        noise,
-        noise_kl,
+        Path(bundle).name,
+        told.model_id,
+        told.fold,
+        _about(told),
+        told.noise,
+        told.noise_kl,
         float(np.mean(expected)) if expected else None,
         checked,
         [f"{v.target} {v.precision}" for v in chosen if v.target not in RUN_HERE],
+        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
 
-@torch.no_grad()
-def record_cases(model: Vlm, asked: Sequence[tuple[NDArray[np.uint8], str, int]]) -> tuple[list[Case], float, float]:
-    """Cases from (pixels, prompt, longest answer), and what float32 costs the student: max |difference| and mean KL."""
-    wide, steps = copy.deepcopy(model).double(), model.for_export()
-    cases, gaps, divergence = [], [], []
-    for pixels, prompt, longest in asked:
-        rows, ids = torch.from_numpy(pixels)[None], model.prompt_ids(prompt)
-        said = greedy(steps, rows, ids, longest)
-        row = rows_of([[(ids, said)]], len(ids) + len(said))
-        logits = wide(rows, row).numpy()
-        narrow = model(rows, row).double().numpy()
-        gaps.append(np.abs(narrow - logits).max())
-        divergence.append(kl(logits, narrow).mean())
-        text = model.tokenizer.decode(said[: said.index(EOS)] if EOS in said else said)
-        cases.append(Case(prompt, pixels, ids, said, text, logits))
-    return cases, float(max(gaps)), float(np.mean(divergence))
+def _same_model(bundle: VlmBundle, model_id: str, given: str | Path) -> None:
+    if bundle.contract.model_id != model_id:
+        raise IntegrityError(
+            f"the bundle was made of {bundle.contract.model_id} and {str(given)!r} is of {model_id}; differences would "
+            "be those of two models, so give the folder that was exported, or a recording of it"
+        )
 
 
-@torch.no_grad()
-def greedy(model: Vlm, pixels: torch.Tensor, ids: list[int], longest: int) -> list[int]:
-    """Ids of `Vlm.generate` for one picture uint8 [1, S, S, 3], the end token included where it comes.
-
-    model: of `Vlm.for_export`.
-    """
-    decoder = model.decoder
-    x = torch.cat([model.picture(pixels), decoder.embed_tokens(torch.tensor([ids]))], dim=1)
-    place, cache = x.shape[1], decoder.empty_cache(1)
-    hidden, *cache = decoder.step(x, torch.arange(place)[None], *cache, model.prefix - 1)  # type: ignore[assignment]
-    said: list[int] = []
-    while True:
-        said.append(int(decoder.logits(hidden[0, -1]).argmax()))
-        if said[-1] == EOS or len(said) >= min(longest, model.config.decoder.context_length - place):
-            return said
-        positions = torch.tensor([[place + len(said) - 1]])
-        hidden, *cache = decoder.step(decoder.embed_tokens(torch.tensor([said[-1:]])), positions, *cache)  # type: ignore[assignment]
+def _about(told: VlmReference) -> dict[str, Any]:
+    if told.manifest is None:
+        return {"recorded": False, "dtype": "float64", "device": "cpu"}
+    numerics, machine = told.manifest["numerics"], told.manifest["environment"]
+    return {
+        "recorded": True,
+        "sha256": told.digest,
+        "dtype": numerics["dtype"],
+        "device": machine["device"],
+        "device_name": machine["device_name"],
+        "date": told.manifest["date"],
+    }
 
 
 def compare(edge: EdgeVLM, cases: Sequence[Case], noise: float, task: tuple[list[bool], list[bool]]) -> Checked:
     """One variant against recorded cases, and paired answers of the student and of the variant that were right."""
-    gaps, divergence, choices = [], [], []
+    gaps, divergence, choices = list[float](), list[float](), list[bool]()
     differing: list[Divergence] = []
     identical = 0
     for number, case in enumerate(cases):
         logits = forced(edge, case)
-        gaps.append(np.abs(logits - case.logits).max())
-        divergence += kl(case.logits, logits).tolist()
+        gaps.append(_gap(case, logits))
+        if case.logits is not None:
+            divergence += kl(case.logits, logits).tolist()
         choices += (logits.argmax(1) == np.array(case.said)).tolist()
         answer = edge.generate(case.pixels, case.prompt, max_new_tokens=len(case.said))
-        found = [*answer.ids, *([EOS] if answer.ended else [])]
+        end = edge.contract.template.end
+        found = [*answer.ids, *([end] if answer.ended else [])]
         identical += answer.text == case.text and found == case.said
         if found != case.said:
             differing.append(_divergence(edge, number, case, found))
     expected, right = task
     lost, gained = (sum(a and not b for a, b in pairs) for pairs in (zip(expected, right), zip(right, expected)))
     change = paired_change(lost, gained, len(expected)) if expected else None
-    precision = edge.variant.precision
-    failures = []
+    precision, worst = edge.variant.precision, float(np.max(gaps))
+    failures, open_ = [], list[str]()
     if not np.isfinite(gaps).all():
         failures.append("logits are not finite")
     if precision == "fp32":
         if identical < len(cases):
             failures.append(f"{len(cases) - identical} of {len(cases)} greedy answers differ, and none may")
-        if not max(gaps) <= NOISE_FACTOR * noise:
+        if not worst <= NOISE_FACTOR * noise:
             failures.append(
-                f"logits differ by {max(gaps):.2g}, more than {NOISE_FACTOR:g} times the student's own {noise:.2g}"
+                f"logits differ by {worst:.2g}, more than {NOISE_FACTOR:g} times the student's own {noise:.2g}"
             )
-    if change is not None and 100 * change.loss > TASK_POINTS:
-        failures.append(f"the task loses {100 * change.loss:.2f} points, more than {TASK_POINTS:g}")
+        if lost or gained:
+            failures.append(f"{lost} of {len(expected)} questions are lost and {gained} gained, and none may change")
+    else:
+        _judge_task(change, failures, open_)
     return Checked(
         target=edge.variant.target,
         precision=precision,
+        status="fail" if failures else "undecided" if open_ else "pass",
+        failures=failures,
+        open=open_,
         prompts=len(cases),
         steps=len(choices),
-        max_abs=float(max(gaps)),
+        max_abs=worst,
         kl_mean=float(np.mean(divergence)),
         kl_max=float(max(divergence)),
+        kl_steps=len(divergence),
         same_choice=float(np.mean(choices)),
         identical=identical,
         divergences=differing,
@@ -293,8 +309,31 @@ def compare(edge: EdgeVLM, cases: Sequence[Case], noise: float, task: tuple[list
         gained=gained,
         loss=None if change is None else 100 * change.loss,
         interval=None if change is None else (100 * change.interval[0], 100 * change.interval[1]),
-        failures=failures,
+        bound=None if change is None else 100 * change.bound,
+        floor=None if change is None else 100 * change.floor,
+        files=edge.bundle.hashes(edge.variant),
     )
+
+
+def _judge_task(change: PairedChange | None, failures: list[str], open_: list[str]) -> None:
+    """Only a loss that is shown to be larger than the budget fails; only a bound within it passes."""
+    if change is None:
+        open_.append("no questions were asked, so how often it is right is not known; raise --questions")
+        return
+    status, text = task_verdict(change, TASK_POINTS / 100, of="questions", more="ask more of them")
+    if status == "fail":
+        failures.append(f"the task loses more than {TASK_POINTS:g} point: {text}")
+    elif status == "undecided":
+        open_.append(text)
+
+
+def _gap(case: Case, found: NDArray[np.float64]) -> float:
+    """Largest difference of a logit, as far as the student's are known; NaN where one is not finite."""
+    if case.logits is not None:
+        return float(np.abs(found - case.logits).max())
+    best = np.take_along_axis(found, case.best, axis=1)
+    # a log-sum-exp never differs by more than the logit that differs most
+    return float(max(np.abs(best - case.best_logits).max(), np.abs(log_sum(found) - case.log_sum).max()))
 
 
 def _remember_picture(edge: EdgeVLM) -> None:
@@ -320,35 +359,16 @@ def forced(edge: EdgeVLM, case: Case) -> NDArray[np.float64]:
     return np.stack(found)
 
 
-def kl(expected: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.float64]:
-    """KL(softmax(expected) || softmax(found)) of each row, in nats."""
-    p, q = (x - x.max(axis=1, keepdims=True) for x in (expected, found))
-    p, q = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (p, q))
-    return (np.exp(p) * (p - q)).sum(axis=1)
-
-
 def _divergence(edge: EdgeVLM, number: int, case: Case, found: list[int]) -> Divergence:
     step = next((i for i, (a, b) in enumerate(zip(case.said, found)) if a != b), min(len(case.said), len(found)))
-    best = np.sort(case.logits[min(step, len(case.said) - 1)])[::-1]
 
     def piece(ids: list[int]) -> str:
         if step >= len(ids):
             return ""
-        return "<EOS>" if ids[step] == EOS else edge.text.decode([ids[step]])
+        return "<EOS>" if ids[step] == edge.contract.template.end else edge.text.decode([ids[step]])
 
-    return Divergence(number, case.prompt, step, piece(case.said), piece(found), float(best[0] - best[1]))
-
-
-def _answers(model: Vlm, task: Sequence[tuple[NDArray[np.uint8], Any]]) -> list[str]:
-    """The student's, alike lengths together."""
-    order = sorted(range(len(task)), key=lambda i: longest_answer(task[i][1]))
-    said: dict[int, str] = {}
-    for start in range(0, len(order), _BATCH):
-        part = order[start : start + _BATCH]
-        pixels = torch.from_numpy(np.stack([task[i][0] for i in part]))
-        longest = max(longest_answer(task[i][1]) for i in part)
-        said |= dict(zip(part, model.generate(pixels, [task[i][1].text for i in part], max_new_tokens=longest)))
-    return [said[i] for i in range(len(task))]
+    margin = float(case.margins[min(step, len(case.said) - 1)])
+    return Divergence(number, case.prompt, step, piece(case.said), piece(found), margin)
 
 
 def _points(loss: float, interval: tuple[float, float]) -> str:
@@ -359,3 +379,53 @@ def write_report(report: VlmParity, path: Path) -> None:
     """As JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_vlm_summary(bundle: str | Path, report: VlmParity) -> None:
+    """The verdict on every variant into bundle.json (`parity_summary.write_verdict`), where `EdgeVLM.bundle.parity`
+    has it.
+
+    Raises:
+        UsageError: not a bundle folder, or the report is about another model, other files or fewer variants.
+    """
+    from pocketvlm.export.parity_summary import write_verdict
+
+    opened = VlmBundle.load(bundle, verify=False)
+    checked = {(v.target, v.precision) for v in report.variants}
+    left = [f"{v.target} {v.precision}" for v in opened.variants if (v.target, v.precision) not in checked]
+    left = [name for name in left if name not in report.not_run]
+    if left:
+        raise UsageError(
+            f"the report says nothing about {', '.join(left)}, whose earlier verdict would be lost; check every "
+            "variant before their verdicts are written"
+        )
+    files = {name: digest for variant in report.variants for name, digest in variant.files.items()}
+    write_verdict(bundle, report.model_id, files, vlm_parity_summary(report))
+
+
+def vlm_parity_summary(report: VlmParity) -> list[dict[str, Any]]:
+    """One short entry per variant for bundle.json: the verdict, the main numbers, and what they were held to."""
+    kept = ("prompts", "identical", "max_abs", "kl_mean", "questions", "lost", "gained", "loss", "bound")
+    checked = [
+        {
+            "target": v.target,
+            "precision": v.precision,
+            "status": v.status,
+            "message": v.message,
+            **{key: getattr(v, key) for key in kept},
+            "accuracy": {"reference": report.accuracy, "candidate": v.accuracy},
+            "reference": report.reference,
+            "date": report.date,
+        }
+        for v in report.variants
+    ]
+    message = "no runtime of the machine that checked the others runs it"
+    return finite(
+        [
+            *checked,
+            *(
+                {"target": target, "precision": precision, "status": "not-run", "message": message, "date": report.date}
+                for target, precision in (name.split() for name in report.not_run)
+            ),
+        ]
+    )

@@ -76,14 +76,27 @@ def demo(
     ] = False,
     quick: Annotated[bool, arg(help="Fewer steps and targets: at most 3 minutes instead of 15.")] = False,
     fold: Annotated[int, arg(help="Which fifth of the concepts is held out for testing (0 to 4).")] = 0,
+    picture: Annotated[
+        Path | None, arg(metavar="FILE", help="With --vlm: a photograph of yours, asked --question in the end.")
+    ] = None,
+    question: Annotated[str | None, arg(metavar="TEXT", help="With --vlm: what is asked about --picture.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Take real knowledge down the whole road: data, teacher, student, bundle, reference, parity, edge."""
     if vlm:
         from pocketvlm.demo_vlm import run_vlm_demo
 
-        run_vlm_demo(out or Path("runs/demo-vlm"), quick=quick, fold=fold, overwrite=overwrite)
+        run_vlm_demo(
+            out or Path("runs/demo-vlm"),
+            quick=quick,
+            fold=fold,
+            overwrite=overwrite,
+            picture=picture,
+            question=question,
+        )
         return
+    if picture is not None or question is not None:
+        raise UsageError("--picture and --question are for a model that answers, and this demo's embeds; add --vlm")
     from pocketvlm.demo import run_demo
 
     run_demo(out or Path("runs/demo"), quick=quick, fold=fold, overwrite=overwrite)

@@ -147,7 +147,8 @@ def evaluate_vlm(
     device: Device = "auto",
     as_json: Annotated[bool, arg(name="json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Accuracy by type of question, how often "yes" is said, and the share of named things that are not there."""
+    """Accuracy by type of question, how often "yes" is said, captions by chrF and CIDEr-D, and named things that are
+    not there."""
     require("torch", "distill")
     from pocketvlm.data.scenes import picture_set
     from pocketvlm.distill.vlm.evaluate import evaluate_vlm as evaluate
@@ -177,7 +178,8 @@ def _show(scores: dict[str, Any]) -> None:
         )
     emit(rows, False, title="answers")
     captions = scores["captions"]
+    print(f"all questions {100 * scores['accuracy']:.1f} %, mean of types {100 * scores['mean']:.1f} %")
     print(
-        f"all questions {100 * scores['accuracy']:.1f} %, mean of types {100 * scores['mean']:.1f} %; of what its "
-        f"descriptions name {100 * captions['hallucinated']:.1f} % is not there"
+        f"captions: chrF {captions['chrf']:.1f} of 100, CIDEr-D {captions['cider_d']:.2f} of 10; of what "
+        f"descriptions of scenes name {100 * captions['hallucinated']:.1f} % is not there"
     )

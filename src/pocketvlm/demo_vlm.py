@@ -6,7 +6,9 @@ Everything it does is a call that a user can make: `commands` in demo.json lists
 from __future__ import annotations
 
 import json
+import shlex
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,18 +31,40 @@ SIZES, QUICK_SIZES = (500, 100, 600), (40, 10, 40)
 # of the test pool's scenes the first of each kind, with so many questions
 SHOWN = {1: 2, 2: 2, 3: 2}
 ASKED = 3
+# as many bytes of a question fit the student's cache whatever its tokenizer makes of them
+QUESTION_BYTES = 100
 
 
-def run_vlm_demo(out: str | Path, *, quick: bool = False, fold: int = 0, overwrite: bool = False) -> Path:
+@dataclass(frozen=True)
+class OwnPicture:
+    """A picture of the user's and what is asked about it. path: as it was given. data: its bytes."""
+
+    path: Path
+    data: bytes
+    question: str
+
+
+def run_vlm_demo(
+    out: str | Path,
+    *,
+    quick: bool = False,
+    fold: int = 0,
+    overwrite: bool = False,
+    picture: Path | None = None,
+    question: str | None = None,
+) -> Path:
     """Run the demo into `out` and return the path of its report.html.
 
-    quick: a few steps and questions only, which show that it runs, not that it learns.
+    quick: a few steps and questions only, which show that it runs, not that it learns. picture, question: a file of the
+    user's, asked too in the end.
 
     Raises:
-        UsageError: `out` is not empty and `overwrite` is false, a fold that the teacher's answers are not of, or a
-            bundle that failed parity. MissingExtraError: the extra `demo` is not installed.
+        UsageError: `out` is not empty and `overwrite` is false, a fold that the teacher's answers are not of, only one
+            of picture and question, a picture or question that cannot be asked, or a bundle that failed parity.
+        BadSampleError: a file that is no picture. MissingExtraError: the extra `demo` is not installed.
     """
     require_installed(PACKAGES, "demo")
+    own = own_picture(picture, question)
     if fold != 0:
         raise UsageError(
             f"--fold {fold} was given and the talking teacher's answers that are shipped are of fold 0; train one "
@@ -52,11 +76,40 @@ def run_vlm_demo(out: str | Path, *, quick: bool = False, fold: int = 0, overwri
     scores = _distil(demo, run)
     bundle = _export(demo, run)
     parity = _prove(demo, run, bundle)
-    shown = _ask(demo, bundle)
-    page = _finish(demo, bundle, scores, parity, shown, total=time.perf_counter() - started)
-    if not parity.passed:
+    shown, asked = _ask(demo, bundle, own)
+    page = _finish(demo, bundle, scores, parity, shown, asked, total=time.perf_counter() - started)
+    if parity.exit_code != 0:
         raise UsageError(f"the bundle failed parity, see {page}; it should not be shipped")
     return page
+
+
+def own_picture(picture: Path | None, question: str | None) -> OwnPicture | None:
+    """What the user asks, read and looked through before anything is trained; None where nothing is asked.
+
+    Raises:
+        UsageError: one without the other, no such file, or a question that does not fit. BadSampleError: no picture.
+    """
+    from pocketvlm.edge.preprocess import decode_image
+
+    if picture is None and question is None:
+        return None
+    if picture is None or question is None:
+        given, other = ("question", "picture") if picture is None else ("picture", "question")
+        raise UsageError(f"--{given} was given without --{other}, so that nothing could be asked; give both or neither")
+    text, size = question.replace("<image>", " ").strip(), len(question.encode())
+    if not text or question.count("<image>") > 1 or size > QUESTION_BYTES:
+        raise UsageError(
+            f"--question has {size} bytes and asks {'nothing' if not text else 'about one picture'}, but it must ask "
+            f"something about one picture in {QUESTION_BYTES} bytes at most; nothing was trained, so write another one"
+        )
+    try:
+        data = picture.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"--picture {str(picture)!r} cannot be read ({error.strerror}); nothing was trained, so check the path"
+        ) from error
+    decode_image(data)
+    return OwnPicture(picture, data, question)
 
 
 def _distil(demo: Demo, run: Path) -> dict[str, Any]:
@@ -111,18 +164,19 @@ def _export(demo: Demo, run: Path) -> Path:
 
 def _prove(demo: Demo, run: Path, bundle: Path) -> Any:
     from pocketvlm.distill.progress import Reporter
-    from pocketvlm.export.vlm.parity import check_vlm_parity, write_report
+    from pocketvlm.export.vlm.parity import check_vlm_parity, write_report, write_vlm_summary
 
     _, prompts, questions = QUICK_SIZES if demo.quick else SIZES
     command = (
         f"pocketvlm vlm parity {bundle} --model {run / 'student'} --prompts {prompts} --questions {questions} "
-        f"--out {demo.out / 'parity.json'}"
+        f"--out {demo.out / 'parity.json'} --into-bundle"
     )
     with demo.step(3, "Check parity: logits step by step, greedy text, and questions", command):
         report = check_vlm_parity(
             bundle, run / "student", prompts=prompts, questions=questions, progress=Reporter().line
         )
         write_report(report, demo.out / "parity.json")
+        write_vlm_summary(bundle, report)
         _print_rows(demo, report.rows())
     return report
 
@@ -136,8 +190,9 @@ def _print_rows(demo: Demo, rows: list[dict[str, Any]]) -> None:
     demo.console.print(table)
 
 
-def _ask(demo: Demo, bundle: Path) -> list[dict[str, Any]]:
-    """Questions about scenes of unseen pictures, by the int8 file, with the right answers beside."""
+def _ask(demo: Demo, bundle: Path, own: OwnPicture | None) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Questions about scenes of unseen pictures, by the int8 file, with the right answers beside; and the user's own
+    picture, whose right answer nobody knows."""
     from PIL import Image
 
     from pocketvlm.data.exact_match import exact_match
@@ -165,7 +220,10 @@ def _ask(demo: Demo, bundle: Path) -> list[dict[str, Any]]:
     command = f"pocketvlm vlm ask {bundle} {shown[0]['path']} '{shown[0]['asked'][0].text}' --precision int8"
     with demo.step(4, title, command):
         for item in shown:
-            item["answers"] = [_answer(model, item["path"], question) for question in item["asked"]]
+            item["answers"] = [
+                {"type": question.type, "truth": question.answer, **_answer(model, item["path"], question.text)}
+                for question in item["asked"]
+            ]
             for answer in item["answers"]:
                 answer["right"] = exact_match(answer["answer"], answer["truth"])
                 mark = "right" if answer["right"] else f"it is: {answer['truth']}"
@@ -173,15 +231,20 @@ def _ask(demo: Demo, bundle: Path) -> list[dict[str, Any]]:
                     f"    {item['path'].name}: {answer['question']}  {answer['answer']}  [dim]({mark})[/dim]",
                     highlight=False,
                 )
-    return shown
+        asked = None if own is None else _answer(model, own.data, own.question)
+    if own is not None and asked is not None:
+        demo.commands.append(
+            f"pocketvlm vlm ask {bundle} {shlex.quote(str(own.path))} {shlex.quote(own.question)} --precision int8"
+        )
+        demo.console.print(f"    {own.path.name}: {own.question}  {asked['answer']}", highlight=False, markup=False)
+        asked |= {"picture": own.path.name, "data": own.data}
+    return shown, asked
 
 
-def _answer(model: EdgeVLM, path: Path, question: Any) -> dict[str, Any]:
-    found = model.generate(path, question.text)
+def _answer(model: EdgeVLM, picture: Path | bytes, question: str) -> dict[str, Any]:
+    found = model.generate(picture, question)
     return {
-        "question": question.text,
-        "type": question.type,
-        "truth": question.answer,
+        "question": question,
         "answer": found.text,
         "first_token_ms": round(found.first_token_ms, 2),
         "tokens_per_second": None if found.tokens_per_second is None else round(found.tokens_per_second, 1),
@@ -189,7 +252,14 @@ def _answer(model: EdgeVLM, path: Path, question: Any) -> dict[str, Any]:
 
 
 def _finish(
-    demo: Demo, bundle: Path, scores: dict[str, Any], parity: Any, shown: list[dict[str, Any]], *, total: float
+    demo: Demo,
+    bundle: Path,
+    scores: dict[str, Any],
+    parity: Any,
+    shown: list[dict[str, Any]],
+    own: dict[str, Any] | None,
+    *,
+    total: float,
 ) -> Path:
     from statistics import median
 
@@ -220,6 +290,7 @@ def _finish(
         "tokens_per_second": round(median(speeds), 1) if speeds else None,
         "parity": parity.to_dict(),
         "asked": [{"picture": item["path"].name, "answers": item["answers"]} for item in shown],
+        "own": own and {key: value for key, value in own.items() if key != "data"},
         "commands": demo.commands,
         "environment": describe_environment(),
     }
@@ -237,13 +308,14 @@ def _finish(
         ),
         (f"{sizes['onnx int8']:.1f} MB", "shipped int8 file", f"float32: {sizes['onnx fp32']:.1f} MB"),
         (f"{summary['first_token_ms']:.0f} ms", "picture and question to the first word", f"{pace}, one thread"),
-        ("pass" if parity.passed else "fail", "parity", f"{len(parity.variants)} files against the float64 student"),
+        (parity.status, "parity", f"{len(parity.variants)} files against the float64 student"),
     ]
     page = demo.out / "report.html"
     page.write_text(
         template_environment("pocketvlm").get_template("demo_vlm.html.j2").render(
-            quick=demo.quick, cards=cards, types=types, parity=parity.rows(), failures=parity.variants,
+            quick=demo.quick, cards=cards, types=types, parity=parity.rows(), variants=parity.variants,
             shown=[{**item, "picture": thumbnail(item["path"].read_bytes())} for item in shown],
+            own=own and {**own, "picture": thumbnail(own["data"])},
             commands=demo.commands, seconds=summary["seconds"],
             licences=load_vlm(demo.out / "run" / "student").config.licences,
             said=scores["teacher_right_about_unlabelled"],

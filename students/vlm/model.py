@@ -339,6 +339,12 @@ class Vlm(nn.Module):
         Raises:
             UsageError: another number of prompts than pictures, or as `prompt_ids`.
         """
+        answers = self.answer_ids(pixels, prompts, max_new_tokens=max_new_tokens)
+        return [self.tokenizer.decode(said[:-1] if said[-1:] == [EOS] else said) for said in answers]
+
+    @torch.no_grad()
+    def answer_ids(self, pixels: Tensor | Seen, prompts: Sequence[str], *, max_new_tokens: int = 32) -> list[list[int]]:
+        """Ids of the answers of `generate`, the end token included where the model gave it."""
         if len(prompts) != len(pixels) or not prompts:
             raise UsageError(
                 f"{len(prompts)} prompts were given for {len(pixels)} pictures; answers could not be told apart, so "
@@ -365,7 +371,7 @@ class Vlm(nn.Module):
             hidden, keys, values = self.decoder.step(x, at, keys, values, back=self.back, renumber=self.renumbers)
             last = hidden[:, 0]
         answers = torch.stack(said, dim=1).tolist()
-        return [self.tokenizer.decode(row[: row.index(EOS)] if EOS in row else row) for row in answers]
+        return [row[: row.index(EOS) + 1] if EOS in row else row for row in answers]
 
 
 def _answers(rows: Rows) -> Tensor:

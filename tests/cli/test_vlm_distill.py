@@ -49,7 +49,10 @@ def test_a_student_is_distilled_and_scored(
     assert "is not empty" in cli(*command).sentence()
     told = cli("vlm", "eval", out / "student", "--scenes", 4, "--json")
     assert json.loads(told.out) == written["scores"]
-    assert "says yes" in cli("vlm", "eval", out / "student", "--scenes", 4).out
+    shown = cli("vlm", "eval", out / "student", "--scenes", 4).out
+    assert "says yes" in shown
+    captions = written["scores"]["captions"]
+    assert f"chrF {captions['chrf']:.1f} of 100, CIDEr-D {captions['cider_d']:.2f} of 10" in shown
     assert load_vlm(out / "student").tokenizer.json == vlm_toys.TOKENIZER
 
 

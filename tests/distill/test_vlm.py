@@ -12,7 +12,7 @@ from vlm_toys import made_pictures
 
 from pocketvlm.data.scene_questions import Question, ask_about
 from pocketvlm.data.scenes import Scene, SceneTable
-from pocketvlm.data.text_metrics import chrf
+from pocketvlm.data.text_metrics import chrf, cider_d
 from pocketvlm.distill.vlm.batches import Composer, SceneStream, batches, drawn_scenes
 from pocketvlm.distill.vlm.evaluate import Asked, answer_scenes, evaluate_vlm, scores, table
 from pocketvlm.distill.vlm.train import VlmTraining, train_vlm
@@ -178,8 +178,14 @@ def test_scores_count_by_type_and_show_what_guessing_gives() -> None:
         "chrf": pytest.approx(
             chrf(["top left thing a top right cat x thing b"], ["top left thing a top right thing b"])
         ),
+        # in a set of one picture every word is common
+        "cider_d": 0.0,
     }
     assert 50 < found["captions"]["chrf"] < 100
+    both = scores(PICTURES, scenes, [*asked, row("caption", "a red thing c", "A red thing d.")])["captions"]
+    said = ["top left thing a top right cat x thing b", "red thing d"]
+    assert both["cider_d"] == pytest.approx(cider_d(said, [["top left thing a top right thing b"], ["red thing c"]]))
+    assert 0 < both["cider_d"] < 10
     lines: list[str] = []
     table({"test": found}, lines.append)
     assert any(line.startswith("exists-name") and "0.333 (0.667)     3" in line for line in lines)
