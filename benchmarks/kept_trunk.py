@@ -62,9 +62,8 @@ def main(words: Path = Path("runs/talking-words"), steps: int = 5) -> None:
     scenes = SceneList.draw(pictures, tokens, scenes=_BATCH, questions=8, seed=0)
     rows = []
     for layers, width in ((3, 96), (6, 192)):
-        model = student_of(
-            dataclasses.replace(Plan(), layers=layers, width=width, connector=2 * width), words, tokens, 0
-        )
+        plan = dataclasses.replace(Plan(), layers=layers, width=width, connector=2 * width)
+        model = student_of(plan, words, tokens, 0, torch.device("cpu"))
         composer = composer_of(pictures, model.config.vision.size)
         row: dict[str, Any] = {"layers": layers, "width": width, "batch": _BATCH}
         with tempfile.TemporaryDirectory() as folder:
