@@ -206,7 +206,7 @@ def heard_batches(
     heard: by uid of the stream's samples.
     """
     own = [answer_ends(model, sample.conversation[-1].text) for sample in stream.samples]
-    for number in itertools.count():
+    for number in itertools.count(stream.first):
         chosen = stream.chosen(number)
         pixels, rows = stream.make(number)
         theirs = [heard[stream.samples[index].uid] for index in chosen]

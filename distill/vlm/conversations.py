@@ -139,6 +139,8 @@ class ConversationStream(IterableDataset[tuple[Tensor, Rows]]):
         seed: int = 0,
         length: int | None = None,
     ) -> None:
+        # the batch that it begins with, of a run that goes on
+        self.first = 0
         room = model.config.decoder.context_length - model.text_start
         self.length = room if length is None else length
         if batch < 1 or not 1 <= self.length <= room:
@@ -171,6 +173,7 @@ class ConversationStream(IterableDataset[tuple[Tensor, Rows]]):
     def __iter__(self) -> Iterator[tuple[Tensor, Rows]]:
         worker = get_worker_info()
         number, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        number += self.first
         while True:
             yield self.make(number)
             number += step

@@ -44,8 +44,9 @@ def write_answers(
     Args:
         samples: pictures, with conversations unless `ask` has questions about all of them.
     """
+    part_file = path.with_name(f".{path.name}.part")
     pairs = [(sample, text) for sample in samples for text in ask or [question for question, _ in _pairs(sample)]]
-    with open(path, "w", encoding="utf-8") as file:
+    with open(part_file, "w", encoding="utf-8") as file:
         for start in range(0, len(pairs), _ASKED):
             part = pairs[start : start + _ASKED]
             pixels, texts = _pixels(teacher, [sample for sample, _ in part]), [text for _, text in part]
@@ -58,6 +59,8 @@ def write_answers(
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             say(f"teacher's answers: {start + len(part)} of {len(pairs)}")
+    # the file is there when all of them are
+    part_file.replace(path)
 
 
 def heard_samples(

@@ -14,6 +14,7 @@ for any number of students. Nothing of it is compared but its answers and, with 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,14 +37,14 @@ from pocketvlm.distill.vlm.recipe import StageSection, VlmRecipe
 from pocketvlm.distill.vlm.run import STUDENT, check_student, hf_options, make_room, student_of
 from pocketvlm.distill.vlm.stages import HISTORY
 from pocketvlm.distill.vlm.teachers import BuiltinVlm, RecordedTeacher, open_vlm_teacher
-from pocketvlm.distill.vlm.train import VlmTraining, next_token_loss, train_vlm
-from pocketvlm.edge.errors import UsageError
-from pocketvlm.students.vlm import VlmConfig, save_vlm, train_vlm_tokenizer
+from pocketvlm.distill.vlm.train import Checkpoints, VlmTraining, next_token_loss, train_vlm
+from pocketvlm.edge.errors import IntegrityError, UsageError
+from pocketvlm.students.vlm import Vlm, VlmConfig, save_vlm, train_vlm_tokenizer
 from pocketvlm.students.vlm.config import STUDENT as CLIP_STUDENT
 from pocketvlm.teachers.device import describe_device, full_float32, pick_device
 from pocketvlm.teachers.vlm import VlmTeacher, recorded_answers
 
-ANSWERS, FACTS = "answers.jsonl", "run.json"
+ANSWERS, FACTS, BEGUN = "answers.jsonl", "run.json", "begun.json"
 _RECORDED = (("answers that another model gave", "see the terms of that model", ""),)
 
 
@@ -66,10 +67,11 @@ def distill_own(
     limit: int | None = None,
     workers: int = 0,
     device: str | torch.device = "auto",
+    resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Train a student on a user's data; there is no way to go on with such a run.
+    """Train a student on a user's data.
 
     Args:
         data: conversations (`read_conversations`), or with `ask` or a recorded teacher any data set (`open_data`).
@@ -80,13 +82,15 @@ def distill_own(
         own_answers: the teacher reads the conversations' answers with `aligned`, and answers nothing itself.
         max_new_tokens: of its answers at most; longer ones are cut, and learnt so.
         tokenizer: file of a new student's; None takes the teacher's, or trains one on the texts.
-        limit: so many pictures or conversations only. workers: processes that read pictures.
+        limit: so many pictures or conversations only. workers: processes that read pictures. resume: go on with the run
+            in `out`, begun with these very arguments; what a teacher wrote down is read, and not asked again.
 
     Returns what run.json holds.
 
     Raises:
-        UsageError: options that do not go together, a recipe with terms that are not compared here, no usable sample,
-            or as the readers. BadSampleError: a bad one, where `on_bad_sample` is "refuse".
+        IntegrityError: the run to be resumed was begun otherwise. UsageError: options that do not go together, a recipe
+            with terms that are not compared here, no usable sample, or as the readers. BadSampleError: a bad one, where
+            `on_bad_sample` is "refuse".
     """
     check_student(student, tokenizer, vision)
     trainings = [_training(stage, recipe) for stage in recipe.stages]
@@ -104,10 +108,17 @@ def distill_own(
     pictures = isinstance(opened, RecordedTeacher) or bool(ask)
     report, samples = _read(data, pictures, on_bad_sample, limit)
     read = (data, student, teacher or student, (vision or "").removeprefix(CLIP_STUDENT) or student)
-    make_room(out, False, overwrite, read)
+    make_room(out, resume, overwrite, read)
     answers = opened.path if isinstance(opened, RecordedTeacher) else None
+    begun = {
+        "data": str(data), "teacher": None if live is None else live.fingerprint, "student": student, "ask": list(ask),
+        "aligned": aligned, "own_answers": own_answers, "max_new_tokens": max_new_tokens, "limit": limit,
+        "recipe": recipe.digest(),
+    }  # fmt: skip
+    _check_begun(out, begun)
     if live is not None and not own_answers:
         answers = out / ANSWERS
+    if live is not None and answers is not None and not answers.is_file():
         write_answers(live, samples, ask, answers, report, max_new_tokens=max_new_tokens, say=say)
     if answers is not None:
         samples = recorded_answers(answers, samples, report)
@@ -125,10 +136,15 @@ def distill_own(
         heard = heard_samples(live, samples, report, say) if live is not None and aligned else {}
         if heard:
             samples = [sample for sample in samples if sample.uid in heard]
-        for stage, training in zip(recipe.stages, trainings):
+        for number, (stage, training) in enumerate(zip(recipe.stages, trainings)):
             # what is too long is counted once
             counted = BadSampleReport() if history else report
             stream = ConversationStream(samples, model, counted, batch=stage.batch, seed=recipe.optim.seed)
+            kept = Checkpoints(
+                out / "checkpoints" / f"{number}-{stage.name}", recipe.optim.every, recipe.digest(),
+                _inputs(stream, model, aligned),
+            )  # fmt: skip
+            stream.first = kept.done
             say(f"{stage.name}: {stage.steps} steps of {stage.batch}, of {len(stream)} conversations")
             rows = train_vlm(
                 model,
@@ -137,6 +153,7 @@ def distill_own(
                 training,
                 lambda row: say(json.dumps(row)),
                 loss_of=aligned_to(aligned) if heard else next_token_loss,
+                kept=kept,
             )
             history += [{"stage": stage.name} | row for row in rows]
     save_vlm(model, out / STUDENT, overwrite=True)
@@ -153,6 +170,28 @@ def distill_own(
     }
     write_text_atomically(out / FACTS, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return found
+
+
+def _check_begun(out: Path, begun: dict[str, Any]) -> None:
+    """Note what a run is begun with, or compare it with what was noted."""
+    path = out / BEGUN
+    if not path.is_file():
+        write_text_atomically(path, json.dumps(begun, indent=1, ensure_ascii=False) + "\n")
+        return
+    known = json.loads(path.read_text(encoding="utf-8"))
+    odd = [key for key, value in begun.items() if known.get(key) != value]
+    if odd:
+        raise IntegrityError(
+            f"the run in {str(out)!r} was begun with another {' and '.join(odd)}, so what it learnt would be mixed "
+            "with something else; resume it with what it was begun with, or choose another folder"
+        )
+
+
+def _inputs(stream: ConversationStream, model: Vlm, aligned: float) -> str:
+    """sha256 of what a stage learns from: the samples' texts in tokens, and the tokenizer."""
+    whole = hashlib.sha256(model.tokenizer.json)
+    whole.update(json.dumps([aligned, [sample.uid for sample in stream.samples], stream.talks]).encode())
+    return whole.hexdigest()
 
 
 def _check(ask: Sequence[str], aligned: float, own_answers: bool, live: bool) -> None:

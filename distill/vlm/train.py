@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pocketvlm.distill.checkpoint import (
+    SCHEMA,
+    check_origin,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    step_of,
+)
 from pocketvlm.edge.errors import UsageError
 from pocketvlm.students.vlm.model import Rows, Vlm
 
@@ -44,6 +54,25 @@ class VlmTraining:
             raise UsageError("training has neither steps nor seconds and would never end; give one of them")
 
 
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """Where a run that ends by steps is saved, every so many of them, and goes on from.
+
+    recipe, inputs: digests of what it is made with; another run's checkpoint is refused.
+    """
+
+    folder: Path
+    every: int
+    recipe: str
+    inputs: str
+
+    @property
+    def done(self) -> int:
+        """Steps of the newest one, 0 where there is none."""
+        newest = latest_checkpoint(self.folder)
+        return 0 if newest is None else step_of(newest)
+
+
 def next_token_loss(model: Vlm, drawn: Any, pixels: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """Cross-entropy of answers given their true beginnings, mean over their tokens; and the logits."""
     logits = model(pixels, rows)
@@ -59,19 +88,27 @@ def train_vlm(
     *,
     loss_of: Loss = next_token_loss,
     beside: nn.Module | None = None,
+    kept: Checkpoints | None = None,
 ) -> list[dict[str, Any]]:
     """Train in place.
 
     batches, composer: scenes as numbers with the `Composer` of their table, or anything else with what makes its
     pixels, uint8 [B, S, S, 3] (`conversations.pixels_of`). loss_of: next-token cross-entropy unless given. beside: a
-    module that `loss_of` trains along, such as a projector, which the model does without afterwards.
+    module that `loss_of` trains along, such as a projector, which the model does without afterwards. kept: go on from
+    its newest checkpoint, `batches` beginning at batch `kept.done`, and save to it; for runs that end by steps alone.
 
     say: told every `log_every` steps: step, seconds, loss and accuracy of answer tokens (means since the last time,
     each given its true predecessors), rate, scenes a second. Returns those rows.
 
     Raises:
-        UsageError: the loss is no number any more.
+        UsageError: the loss is no number any more, or checkpoints of a run that ends by time.
+        IntegrityError: a checkpoint that is damaged or of another run.
     """
+    if kept is not None and (training.seconds or not training.steps):
+        raise UsageError(
+            f"checkpoints were asked of a training that ends after {training.seconds:g} seconds, whose rates would be "
+            "others after a kill; give steps alone"
+        )
     trunk_moves = training.vision_rate > 0
     model.train()
     model.vision.requires_grad_(trunk_moves)
@@ -86,6 +123,16 @@ def train_vlm(
     history: list[dict[str, Any]] = []
     begun = since = time.monotonic()
     sums, scenes, step = torch.zeros(3, device=device), 0, 0
+    newest = None if kept is None else latest_checkpoint(kept.folder)
+    if kept is not None and newest is not None:
+        state = load_checkpoint(newest)
+        check_origin(state, newest, recipe=kept.recipe, inputs=kept.inputs)
+        model.load_state_dict(state["model"])
+        if beside is not None:
+            beside.load_state_dict(state["beside"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, sums, history = int(state["step"]), state["sums"].to(device), json.loads(state["history"])
+        torch.set_rng_state(state["generator"])
     while True:
         ahead = max(
             step / training.steps if training.steps else 0.0,
@@ -124,6 +171,14 @@ def train_vlm(
             history.append(row)
             say(row)
             sums, scenes, since = torch.zeros(3, device=device), 0, now
+        if kept is not None and (step % kept.every == 0 or step == training.steps):
+            state = {
+                "schema": SCHEMA, "recipe": kept.recipe, "inputs": kept.inputs, "step": step,
+                "model": model.state_dict(), "beside": None if beside is None else beside.state_dict(),
+                "optimizer": optimizer.state_dict(), "sums": sums.cpu(), "history": json.dumps(history),
+                "generator": torch.get_rng_state(),
+            }  # fmt: skip
+            save_checkpoint(kept.folder, step, state, keep=1)
     model.requires_grad_(True)
     model.eval()
     return history

@@ -110,14 +110,9 @@ def distill_vlm(
     if data is not None:
         from pocketvlm.distill.vlm.own_data import distill_own
 
-        if resume:
-            raise UsageError(
-                "a run on your own data keeps no checkpoints, so --resume would begin anew; run it again into another "
-                "folder, with --teacher recorded:RUN/answers.jsonl for what a teacher has answered already"
-            )
         found = distill_own(
             data, teacher, student, loaded, out, ask=ask, aligned=aligned, own_answers=own_answers,
-            max_new_tokens=max_new_tokens, workers=workers,
+            max_new_tokens=max_new_tokens, workers=workers, resume=resume,
             on_bad_sample=on_bad_sample, **shared,
         )  # fmt: skip
         print(f"{found['conversations']:,} conversations were learnt from")

@@ -12,6 +12,10 @@ import yaml
 from PIL import Image
 
 from pocketvlm.cli import main
+from pocketvlm.distill.checkpoint import latest_checkpoint
+from pocketvlm.distill.vlm.own_data import distill_own
+from pocketvlm.distill.vlm.recipe import load_vlm_recipe
+from pocketvlm.edge.errors import IntegrityError
 from pocketvlm.students.vlm import load_vlm
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220)}
@@ -200,7 +204,6 @@ def test_what_does_not_go_together_is_answered_in_a_sentence(
     talks: Path, size: Path, hf_vlm: Path, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
     options: list[Any] = ["vlm", "distill", *_SMALL, "--data", talks, "--student", size, "--out", tmp_path / "run"]
-    assert "keeps no checkpoints" in cli(*options, "--resume").sentence()
     assert "--recipe answers" in cli(*options, "--recipe", "few-label").sentence()
     assert "about the built-in pictures" in cli(*options, "--teacher", "openmoji-talking").sentence()
     assert "without a teacher" in cli(*options, "--ask", "What?").sentence()
@@ -216,3 +219,43 @@ def test_what_does_not_go_together_is_answered_in_a_sentence(
     assert "does not exist" in cli(*options[:5], tmp_path / "x.jsonl", *options[6:]).sentence()
     assert "which only hf-vlm takes" in cli(*options, "--teacher", "openmoji-talking", "--allow-download").sentence()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("taught", [False, True], ids=["alone", "taught"])
+def test_a_killed_run_goes_on_to_the_same_weights(
+    taught: bool, talks: Path, size: Path, trained: Path, tmp_path: Path
+) -> None:
+    changes = ("stages.0.steps=7", "stages.0.batch=2", "optim.every=2", "optim.log_every=3")
+    teacher = f"vlm:{trained / 'student'}" if taught else None
+    options: dict[str, Any] = {"aligned": 1.0 if taught else 0.0, "device": "cpu"}
+
+    def run(out: Path, say: Callable[[str], None], **more: Any) -> list[bytes]:
+        recipe = load_vlm_recipe("answers", changes)
+        distill_own(str(talks), teacher, str(size), recipe, out, say=say, **(options | more))
+        return [path.read_bytes() for path in sorted((out / "student").glob("*.safetensors"))]
+
+    whole = run(tmp_path / "whole", lambda line: None)
+
+    def killed(line: str) -> None:
+        if '"step": 6' in line:
+            raise KeyboardInterrupt
+
+    part = tmp_path / "part"
+    with pytest.raises(KeyboardInterrupt):
+        run(part, killed)
+    assert latest_checkpoint(part / "checkpoints" / "0-answers") is not None
+    with pytest.raises(IntegrityError, match="another max_new_tokens"):
+        run(part, lambda line: None, resume=True, max_new_tokens=5)
+    if taught:
+        # what the teacher wrote is read, not written again
+        (part / "answers.jsonl").touch()
+        before = (part / "answers.jsonl").stat().st_mtime_ns
+    assert whole
+    assert run(part, lambda line: None, resume=True) == whole
+    if taught:
+        assert (part / "answers.jsonl").stat().st_mtime_ns == before
+    for name in ("history.json", "run.json"):
+        one, two = (json.loads((tmp_path / which / name).read_text()) for which in ("whole", "part"))
+        for row in (*one, *two) if name == "history.json" else ():
+            del row["seconds"], row["scenes_per_second"]
+        assert one == two
