@@ -48,6 +48,7 @@ from pocketvlm.distill.vlm.run import Sources, sources_of, train_student
 from pocketvlm.distill.vlm.scene_list import SceneList, composer_of
 from pocketvlm.distill.vlm.teachers import BuiltinVlm, open_vlm_teacher
 from pocketvlm.distill.vlm.words import load_word_vectors, start_from_words
+from pocketvlm.edge.errors import IntegrityError
 from pocketvlm.students.vlm import Vlm, build_vlm, load_vlm_config, save_vlm
 from pocketvlm.teachers.device import describe_device, pick_device
 from pocketvlm.teachers.lit import weights_licences
@@ -212,13 +213,28 @@ def prepare(
     return Prepared(start, sources, test, seen, facts)
 
 
+def said_of(path: Path, plan: Plan) -> dict[str, Any]:
+    """A finished run of this plan.
+
+    Raises:
+        IntegrityError: it is of another one.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("plan") != dataclasses.asdict(plan):
+        raise IntegrityError(
+            f"{path.parent.name} in {str(path.parent.parent)!r} was run under another plan than is asked for now, and "
+            "would be reported under this one; name another --work"
+        )
+    return found
+
+
 def run_one(arm: str, seed: int, plan: Plan, made: Prepared, words: Path, work: Path) -> dict[str, Any]:
     """Train, answer the test scenes and keep both; what is there already is read."""
     folder = work / f"{arm}-s{seed}"
     path = folder / SAID
     recipe = recipe_of(arm, seed, plan)
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return said_of(path, plan)
     model = student_of(plan, words, made.start.tokenizer.json, seed, made.start.device)
     began = time.monotonic()
     load = os.getloadavg()[0]
@@ -235,7 +251,7 @@ def run_one(arm: str, seed: int, plan: Plan, made: Prepared, words: Path, work: 
     result = {
         "arm": arm, "seed": seed, "seconds": round(trained, 1), "device": describe_device(model.device),
         "load_average": [load, os.getloadavg()[0]],
-        "history": history, "said": [row.answer for row in asked],
+        "plan": dataclasses.asdict(plan), "history": history, "said": [row.answer for row in asked],
     }  # fmt: skip
     write_text(path, json.dumps(result) + "\n")
     found = scores(made.test.pictures, [entry.scene for entry in made.test.entries], asked)
@@ -414,7 +430,7 @@ def main(
         path = folder / f"{arm}-s{seed}" / SAID
         known = path.is_file()
         if known:
-            runs.append(json.loads(path.read_text(encoding="utf-8")))
+            runs.append(said_of(path, plan))
         else:
             assert made is not None, "prepared above"
             runs.append(run_one(arm, seed, plan, made, words, folder))

@@ -6,7 +6,10 @@ Beside benchmarks.few_label, whose plan and preparation it shares. For each smal
 first half of the steps on scenes of the pictures that keep their labels then; the student is asked about the scenes
 that the teacher answered, but those that show a picture whose labels it may not see now; and the second half of the
 steps is on the questions that the teacher answers as they are written and the student does not. The goal is what
-labels alone reach with a tenth of the concepts and as many steps. Goes on where it was killed.
+labels alone reach with a tenth of the concepts and as many steps. What is left of the withheld labels: a withheld
+picture's name may stand in a question about other pictures, as something that is not there.
+
+Goes on where it was killed.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.few_label import LABELS, Mix, Plan, Prepared, pools, prepare, recipe_of, student_of
+from benchmarks.few_label import LABELS, Mix, Plan, Prepared, pools, prepare, recipe_of, said_of, student_of
 from benchmarks.results_folder import machine, write, write_text
 from pocketvlm.distill.vlm.features import trunk_features, without_trunk
 from pocketvlm.distill.vlm.kept_teacher import SHIPPED
@@ -47,7 +50,7 @@ def run_share(
     folder = work / f"mpa-{share:g}-s{seed}"
     path = folder / "said.json"
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return said_of(path, plan)
     begun = time.monotonic()
 
     def say(line: Any) -> None:
@@ -92,7 +95,8 @@ def run_share(
         StageRun(model, half_of(plan, seed), source, None, folder / "second", say=say).run(resume=True)
         answers = list_answers(model, made.test, made.test_seen)
     result = {
-        "share": share, "seed": seed, "labelled_pictures": len(known), "scenes": len(asked), "asked": len(ours),
+        "plan": dataclasses.asdict(plan), "share": share, "seed": seed, "labelled_pictures": len(known),
+        "scenes": len(asked), "asked": len(ours),
         "teacher_consistent": consistent, "gaps": count, "seconds": round(time.monotonic() - begun, 1),
         "said": [row.answer for row in answers],
     }  # fmt: skip
@@ -125,7 +129,7 @@ def main(
         for seed in seeds:
             path = work / f"labels-s{seed}" / "said.json"
             if path.is_file():
-                read = json.loads(path.read_text(encoding="utf-8"))
+                read = said_of(path, plan)
                 found.append({"seed": seed, "share": LABELS, **told(read["said"])})
         return found
 
@@ -133,7 +137,9 @@ def main(
     for share in shares:
         for seed in seeds:
             found = run_share(share, seed, plan, made, words, work, scenes)
-            rows.append({key: value for key, value in found.items() if key != "said"} | told(found["said"]))
+            rows.append(
+                {key: value for key, value in found.items() if key not in ("said", "plan")} | told(found["said"])
+            )
             write(name, {"plan": dataclasses.asdict(plan), "labels_only": control(), "mpa": rows, "machine": machine()})
             print(json.dumps(rows[-1]), flush=True)
 

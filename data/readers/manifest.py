@@ -232,10 +232,23 @@ def json_lines(path: Path, report: BadSampleReport, name: str, example: str) -> 
             except ValueError as error:
                 report.add("invalid-json", where, f"the line is not JSON ({error})")
                 continue
+            if b"\\ud" in line.lower() and not _is_text(row):
+                report.add(
+                    "not-unicode", where, "it holds an unpaired surrogate (half an emoji), which is no character"
+                )
+                continue
             if isinstance(row, dict):
                 yield where, row
             else:
                 report.add("not-an-object", where, f"a line must be an object like {example}")
+
+
+def _is_text(row: Any) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json_list(path: Path, report: BadSampleReport) -> Iterator[tuple[str, Mapping[str, Any]]]:

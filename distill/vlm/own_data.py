@@ -42,6 +42,7 @@ from pocketvlm.edge.errors import IntegrityError, UsageError
 from pocketvlm.students.vlm import Vlm, VlmConfig, save_vlm, train_vlm_tokenizer
 from pocketvlm.students.vlm.config import STUDENT as CLIP_STUDENT
 from pocketvlm.teachers.device import describe_device, full_float32, pick_device
+from pocketvlm.teachers.files import sha256_file
 from pocketvlm.teachers.vlm import VlmTeacher, recorded_answers
 
 ANSWERS, FACTS, BEGUN = "answers.jsonl", "run.json", "begun.json"
@@ -92,7 +93,7 @@ def distill_own(
             with terms that are not compared here, no usable sample, or as the readers. BadSampleError: a bad one, where
             `on_bad_sample` is "refuse".
     """
-    check_student(student, tokenizer, vision)
+    check_student(student, tokenizer, vision, words)
     trainings = [_training(stage, recipe) for stage in recipe.stages]
     where, half = pick_device(device), recipe.optim.bfloat16
     opened = None if teacher is None else open_vlm_teacher(teacher, device=where, **hf_options(teacher, half, options))
@@ -107,20 +108,24 @@ def distill_own(
         live.model.to(torch.bfloat16)
     pictures = isinstance(opened, RecordedTeacher) or bool(ask)
     report, samples = _read(data, pictures, on_bad_sample, limit)
-    read = (data, student, teacher or student, (vision or "").removeprefix(CLIP_STUDENT) or student)
-    make_room(out, resume, overwrite, read)
     answers = opened.path if isinstance(opened, RecordedTeacher) else None
+    if answers is not None:
+        # before an older run is replaced
+        samples = recorded_answers(answers, samples, report)
+    read = (data, student, teacher, (vision or "").removeprefix(CLIP_STUDENT), tokenizer, words)
+    make_room(out, resume, overwrite, tuple(path for path in read if path))
     begun = {
         "data": str(data), "teacher": None if live is None else live.fingerprint, "student": student, "ask": list(ask),
         "aligned": aligned, "own_answers": own_answers, "max_new_tokens": max_new_tokens, "limit": limit,
-        "recipe": recipe.digest(),
+        "recipe": recipe.digest(), "vision": vision, "words": None if words is None else str(words),
+        "tokenizer": None if tokenizer is None else sha256_file(Path(tokenizer)),
     }  # fmt: skip
     _check_begun(out, begun)
     if live is not None and not own_answers:
         answers = out / ANSWERS
     if live is not None and answers is not None and not answers.is_file():
         write_answers(live, samples, ask, answers, report, max_new_tokens=max_new_tokens, say=say)
-    if answers is not None:
+    if live is not None and answers is not None:
         samples = recorded_answers(answers, samples, report)
     elif own_answers:
         samples = [one for sample in samples for one in single_turns(sample)]
@@ -178,7 +183,13 @@ def _check_begun(out: Path, begun: dict[str, Any]) -> None:
     if not path.is_file():
         write_text_atomically(path, json.dumps(begun, indent=1, ensure_ascii=False) + "\n")
         return
-    known = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise IntegrityError(
+            f"{path.name} in {str(out)!r} is damaged ({error}), so what the run was begun with is unknown; start "
+            "anew with overwrite"
+        ) from error
     odd = [key for key, value in begun.items() if known.get(key) != value]
     if odd:
         raise IntegrityError(
@@ -189,7 +200,7 @@ def _check_begun(out: Path, begun: dict[str, Any]) -> None:
 
 def _inputs(stream: ConversationStream, model: Vlm, aligned: float) -> str:
     """sha256 of what a stage learns from: the samples' texts in tokens, and the tokenizer."""
-    whole = hashlib.sha256(model.tokenizer.json)
+    whole = hashlib.sha256(model.tokenizer.json + model.config.model_dump_json().encode())
     whole.update(json.dumps([aligned, [sample.uid for sample in stream.samples], stream.talks]).encode())
     return whole.hexdigest()
 
@@ -208,6 +219,8 @@ def _check(ask: Sequence[str], aligned: float, own_answers: bool, live: bool) ->
             "the conversations' own answers were asked for together with questions of your own or without a weight of "
             "aligned spans, so the teacher would teach nothing; give --aligned, and leave --ask out"
         )
+    if any("\ud800" <= letter <= "\udfff" for question in ask for letter in question):
+        raise UsageError(f"one of the questions {list(ask)} holds bytes that are no UTF-8; write it in UTF-8")
     if any(not question.strip() or MARKER in question for question in ask):
         raise UsageError(
             f"one of the questions {list(ask)} is empty or holds {MARKER}, whose place a prompt decides; write "

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pocketvlm.data.openmoji import licences as data_licences
-from pocketvlm.data.scenes import PictureSet, picture_set
+from pocketvlm.data.scenes import SIDE_STEP, PictureSet, picture_set
 from pocketvlm.distill.checkpoint import write_text_atomically
 from pocketvlm.distill.vlm.answer_cache import KeptAnswers, check_vocabulary, kept_answers
 from pocketvlm.distill.vlm.evaluate import evaluate_vlm
@@ -138,6 +138,12 @@ def _check_heard(recipe: VlmRecipe, teacher: Vlm | VlmTeacher | KeptTeacher, stu
     """Whether distributions of the teacher are learned from, which not every teacher can give."""
     judged = next((stage.name for stage in recipe.stages if stage.on_policy), None)
     hears = judged is not None or any(stage.weights.hears for stage in recipe.stages)
+    if hears and isinstance(teacher, KeptTeacher) and teacher.tokenizer_json != student.tokenizer.json:
+        raise UsageError(
+            f"a same-vocabulary loss was asked of what the teacher in {str(teacher.folder)!r} said, whose tokenizer is "
+            "not the student's, so entry i of its shares would teach another token; build the student with that "
+            "tokenizer.json, or learn from its answers alone (--recipe answers)"
+        )
     if isinstance(teacher, KeptTeacher):
         if judged is not None:
             raise UsageError(
@@ -228,11 +234,14 @@ def hf_options(teacher: str | Path, half: bool, options: Mapping[str, Any] | Non
     return dict(options or {}) | ({"dtype": "bfloat16"} if half and str(teacher).startswith("hf-vlm:") else {})
 
 
-def check_student(student: str, tokenizer: str | Path | None, vision: str | None) -> None:
+def check_student(
+    student: str, tokenizer: str | Path | None, vision: str | None, words: str | Path | None = None
+) -> None:
     """Before anything is deleted or computed.
 
     Raises:
-        UsageError: no such student, or a tokenizer or a tower for one that has its own, or a tokenizer that is no file.
+        UsageError: no such student, a tokenizer, a tower or vectors of words for one that has its own, a tokenizer or
+            vectors that are no file, or as `on_student_tower`.
     """
     saved = (Path(student) / MODEL).is_file()
     if not saved:
@@ -242,6 +251,15 @@ def check_student(student: str, tokenizer: str | Path | None, vision: str | None
             f"{student!r} is a saved student, which has a tower that its connector was trained on, and vision "
             f"{vision!r} names another; leave one of them out"
         )
+    if not saved and vision is not None:
+        on_student_tower(load_vlm_config(student), vision)
+    if words is not None and saved:
+        raise UsageError(
+            f"vectors of words were given for the student in {student!r}, whose embedding has learnt its own; they "
+            "would be ignored, so leave them out"
+        )
+    if words is not None and str(words) != MINILM and not (Path(words) / WORDS).is_file():
+        raise UsageError(f"folder {str(words)!r} holds no {WORDS}; give one that does, or {MINILM!r}")
     if tokenizer is None:
         return
     if saved:
@@ -291,6 +309,22 @@ def tower_folder(config: VlmConfig) -> tuple[str, ...]:
     return (weights.removeprefix(CLIP_STUDENT),) if weights.startswith(CLIP_STUDENT) else ()
 
 
+def _check_scenes(model: Vlm, recipe: VlmRecipe) -> None:
+    """Whether scenes of this recipe can be shown to the student, before anything is computed."""
+    side, room = model.config.vision.size, model.config.decoder.context_length - model.text_start
+    if side % SIDE_STEP:
+        raise UsageError(
+            f"the student sees pictures of {side} pixels a side, and scenes are made of whole places at multiples of "
+            f"{SIDE_STEP}; give vision.size {side // SIDE_STEP * SIDE_STEP or SIDE_STEP}, or, of a tower with "
+            "one size, your own pictures with --data"
+        )
+    if room < recipe.data.length:
+        raise UsageError(
+            f"rows of {recipe.data.length} tokens were asked for and the student's decoder has places for {room} "
+            f"beside a picture; set data.length={room}, or raise decoder.context_length"
+        )
+
+
 def _tokenizer_of(teacher: AnyTeacher, given: str | Path | None) -> bytes:
     """The one given, else the teacher's own, else that of the shipped answers, which spells the scenes' words."""
     if given is not None:
@@ -306,6 +340,12 @@ def make_room(out: Path, resume: bool, overwrite: bool, read: tuple[str | Path, 
         raise UsageError(f"{str(out)!r} is a file, and a run needs a folder to write into; name another")
     if resume and overwrite:
         raise UsageError(f"the run in {str(out)!r} cannot be both resumed and replaced; give resume or overwrite")
+    ours = out.is_dir() and ((out / _MARK).is_file() or not any(out.iterdir()))
+    if resume and out.exists() and not ours:
+        raise UsageError(
+            f"folder {str(out)!r} holds files and no run of this command, so there is nothing to resume and they would "
+            "be mixed with one; name the run's folder"
+        )
     if resume or not out.exists() or all(path.name == _MARK for path in out.iterdir()):
         out.mkdir(parents=True, exist_ok=True)
         (out / _MARK).write_text("made by 'pocketvlm vlm distill'; its --overwrite deletes this folder\n", "utf-8")
@@ -360,7 +400,7 @@ def distill_vlm(
         UsageError: a folder that is not empty or not a run's to replace, a teacher of another vocabulary, or as
             `sources_of` and `StageRun`.
     """
-    check_student(student, tokenizer, vision)
+    check_student(student, tokenizer, vision, words)
     where, half = pick_device(device), recipe.optim.bfloat16
     opened = open_vlm_teacher(teacher, device=where, **hf_options(teacher, half, options))
     if isinstance(opened, RecordedTeacher):
@@ -377,10 +417,16 @@ def distill_vlm(
         vision=vision,
     )  # fmt: skip
     _check_heard(recipe, opened.model if isinstance(opened, BuiltinVlm) else opened, model)
-    make_room(out, resume, overwrite, (teacher, student, words or teacher, *tower_folder(model.config)))
+    pictures = picture_set("student", fold, limit=limit)
+    _check_scenes(model, recipe)
+    if isinstance(opened, KeptTeacher):
+        known = set(labelled_numbers(pictures, recipe.data.captions))
+        opened.said(pictures, [number for number in range(len(pictures)) if number not in known])
+    read = (teacher, student, words, tokenizer, *tower_folder(model.config))
+    make_room(out, resume, overwrite, tuple(path for path in read if path))
     model.to(where)
     with full_float32():
-        sources = sources_of(recipe, opened, model, picture_set("student", fold, limit=limit), out / "kept", say)
+        sources = sources_of(recipe, opened, model, pictures, out / "kept", say)
         train_student(model, recipe, sources, out, resume=resume, say=lambda row: say(json.dumps(row)))
         save_vlm(model, out / STUDENT, overwrite=True)
         scores = evaluate_vlm(model, picture_set("test", fold, limit=limit), scenes=scored_scenes)

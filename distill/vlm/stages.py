@@ -209,9 +209,11 @@ class StageRun:
 
     @cached_property
     def inputs(self) -> str:
-        """sha256 of lists of scenes, tokenizer and live teacher; what a checkpoint must have been made with."""
+        """sha256 of lists of scenes, student, tokenizer and live teacher: what a checkpoint must be made with."""
         parts = [self.labelled.scenes.digest, "" if self.taught is None else self.taught.scenes.digest]
         parts.append(hashlib.sha256(self.model.tokenizer.json).hexdigest())
+        # with the id of a CLIP student whose tower it has
+        parts.append(self.model.config.model_dump_json())
         parts.append("" if self.live is None else model_digest(self.live.teacher))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -264,13 +266,18 @@ class StageRun:
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         known = {} if optimizer_state is None else self._sums
         # a device is waited for only where numbers are shown or saved
-        sums: dict[str, list[Tensor]] = {name: list(torch.tensor(each).unbind()) for name, each in known.items()}
+        sums: dict[str, list[Tensor]] = {
+            name: list(torch.tensor(each, device=model.device).unbind()) for name, each in known.items()
+        }
         since, counted = time.monotonic(), 0
         for step in range(start, stage.steps):
             warm = min(1.0, (step + 1) / max(stage.warmup, 1))
             factor = warm * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
             for group, rate in zip(optimizer.param_groups, base):
                 group["lr"] = rate * factor
+            if len(model.connector.sizes) > 1:
+                # a number of visual tokens is drawn from it (`Vlm.hidden`)
+                torch.manual_seed(scene_rng(optim.seed, first + step, "connector").randrange(2**62))
             loss, terms = self._loss(stage, first + step, step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

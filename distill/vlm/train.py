@@ -123,6 +123,7 @@ def train_vlm(
     history: list[dict[str, Any]] = []
     begun = since = time.monotonic()
     sums, scenes, step = torch.zeros(3, device=device), 0, 0
+    generator: Tensor | None = None
     newest = None if kept is None else latest_checkpoint(kept.folder)
     if kept is not None and newest is not None:
         state = load_checkpoint(newest)
@@ -132,7 +133,7 @@ def train_vlm(
             beside.load_state_dict(state["beside"])
         optimizer.load_state_dict(state["optimizer"])
         step, sums, history = int(state["step"]), state["sums"].to(device), json.loads(state["history"])
-        torch.set_rng_state(state["generator"])
+        generator = state["generator"]
     while True:
         ahead = max(
             step / training.steps if training.steps else 0.0,
@@ -141,6 +142,10 @@ def train_vlm(
         if ahead >= 1:
             break
         drawn, rows = next(batches)
+        if generator is not None:
+            # a loader has drawn from it by now
+            torch.set_rng_state(generator)
+            generator = None
         factor = min(1.0, (step + 1) / max(training.warmup, 1)) * 0.5 * (1 + math.cos(math.pi * ahead))
         for group, rate in zip(optimizer.param_groups, base):
             group["lr"] = rate * factor

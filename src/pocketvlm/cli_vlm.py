@@ -152,6 +152,10 @@ def parity(
             "--into-bundle writes the verdict on every variant and cannot be given with --targets or --precisions, "
             "which do not check them all; leave one of the two out"
         )
+    if into_bundle and not (bundle / "bundle.json").is_file():
+        raise UsageError(
+            f"--into-bundle writes into bundle.json, which {str(bundle)!r} does not hold as a folder; unpack it first"
+        )
     report = check_vlm_parity(
         bundle, model, reference=reference, **given, threads=threads,
         targets=None if targets is None else _names(targets),

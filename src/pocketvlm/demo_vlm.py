@@ -96,7 +96,12 @@ def own_picture(picture: Path | None, question: str | None) -> OwnPicture | None
     if picture is None or question is None:
         given, other = ("question", "picture") if picture is None else ("picture", "question")
         raise UsageError(f"--{given} was given without --{other}, so that nothing could be asked; give both or neither")
-    text, size = question.replace("<image>", " ").strip(), len(question.encode())
+    text, size = question.replace("<image>", " ").strip(), len(question.encode(errors="replace"))
+    if not question.isascii() and any("\ud800" <= letter <= "\udfff" for letter in question):
+        raise UsageError(
+            f"--question {question!r} holds bytes that are no UTF-8, which no tokenizer reads; nothing was trained, so "
+            "write it in UTF-8"
+        )
     if not text or question.count("<image>") > 1 or size > QUESTION_BYTES:
         raise UsageError(
             f"--question has {size} bytes and asks {'nothing' if not text else 'about one picture'}, but it must ask "

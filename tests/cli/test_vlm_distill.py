@@ -168,3 +168,56 @@ def test_teachers_and_data_that_do_not_go_together(
     assert "name one with --teacher" in cli("vlm", "distill", *out).sentence()
     assert "--ask and --aligned are for" in cli("vlm", "distill", "--teacher", teacher, "--ask", "?", *out).sentence()
     assert "did you mean 'openmoji-talking'" in cli("vlm", "distill", "--teacher", "openmoji", *out).sentence()
+
+
+def test_a_run_is_resumed_only_as_it_was_begun(
+    made: tuple[Path, Path], tmp_path: Path, vlm_toys: Any, cli: Callable[..., Any]
+) -> None:
+    teacher, _ = made
+    sizes = []
+    for number, std in enumerate((0.5, 0.6)):
+        config = vlm_toys.tiny().config.model_dump(mode="json")
+        config["vision"] |= {"mean": [0.5] * 3, "std": [std] * 3}
+        sizes.append(tmp_path / f"size-{number}.yaml")
+        sizes[-1].write_text(yaml.safe_dump(config))
+    out = tmp_path / "run"
+    command: list[Any] = ["vlm", "distill", *_SMALL, "--teacher", teacher, "--scenes", 2, "--out", out]
+    assert cli(*command, "--student", sizes[0]).code == 0
+    # the same shapes, another way to see
+    assert "would mix two runs" in cli(*command, "--student", sizes[1], "--resume").sentence()
+    other = tmp_path / "precious"
+    other.mkdir()
+    (other / "thesis.txt").write_text("x")
+    elsewhere: list[Any] = [*command[:-1], other, "--student", sizes[0]]
+    assert "nothing to resume" in cli(*elsewhere, "--resume").sentence()
+    assert "not those of such a run" in cli(*elsewhere, "--overwrite").sentence()
+    assert [path.name for path in other.iterdir()] == ["thesis.txt"]
+
+
+def test_an_older_run_is_not_deleted_for_a_mistake(
+    made: tuple[Path, Path], tmp_path: Path, vlm_toys: Any, cli: Callable[..., Any]
+) -> None:
+    teacher, student = made
+    out = tmp_path / "run"
+    command: list[Any] = ["vlm", "distill", *_SMALL, "--scenes", 2, "--out", out]
+    assert cli(*command, "--teacher", teacher, "--student", student).code == 0
+    odd = vlm_toys.tiny().config.model_dump(mode="json")
+    size = tmp_path / "size.yaml"
+    own = ["--tokenizer", out / "student" / "tokenizer.json", "--student", size, "--overwrite"]
+    stranger = save_vlm(vlm_toys.tiny(tokenizer=vlm_toys.OTHER_TOKENIZER), tmp_path / "stranger")
+    kept = ["--teacher", out / "kept", "--overwrite", "--out", tmp_path / "run"]
+    assert "a same-vocabulary loss was asked" in cli(*command, *kept, "--student", stranger).sentence()
+    said = ["--teacher", "openmoji-talking", "--student", size, "--recipe", "answers", "--overwrite"]
+    size.write_text(yaml.safe_dump(odd))
+    assert "leaves out" in cli(*command, *said).sentence()
+    assert "is in it and is read" in cli(*command, "--teacher", teacher, *own).sentence()
+    more = ["--teacher", teacher, "--overwrite", "--words", tmp_path]
+    assert "holds no words.safetensors" in cli(*command, *more, "--student", size).sentence()
+    assert "would be ignored" in cli(*command, *more, "--student", student).sentence()
+    odd["vision"]["size"] = 64
+    size.write_text(yaml.safe_dump(odd))
+    assert "give vision.size 60" in cli(*command, *more[:3], "--student", size).sentence()
+    odd["vision"]["size"], odd["decoder"]["context_length"] = vlm_toys.SIDE, 60
+    size.write_text(yaml.safe_dump(odd))
+    assert "set data.length=" in cli(*command, *more[:3], "--student", size).sentence()
+    assert (out / "student" / "vlm.json").is_file()

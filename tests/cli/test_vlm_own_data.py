@@ -108,6 +108,7 @@ def test_recorded_answers_are_joined_with_the_pictures_of_their_ids(
 ) -> None:
     good = [{"id": f"{name}.png", "question": "What colour?", "answer": name} for name in COLOURS]
     bad = [good[0] | {"id": "nobody.png"}, good[1] | {"answer": "  "}, good[2], {"id": "red.png"}]
+    bad.append(good[0] | {"question": "What \ud83d?"})
     path = tmp_path / "said.jsonl"
     lines = [json.dumps(row).encode() for row in (*good, *bad)] + [b"not json", "Löwe".encode("latin-1")]
     path.write_bytes(b"\n".join(lines))
@@ -119,7 +120,7 @@ def test_recorded_answers_are_joined_with_the_pictures_of_their_ids(
     assert found["conversations"] == 3
     assert found["left_out"]["counts"] == {
         "truncated-image": 1, "unknown-id": 1, "empty-answer": 1, "duplicate-id": 1, "missing-field": 1,
-        "invalid-json": 1, "not-utf8-text": 1,
+        "not-unicode": 1, "invalid-json": 1, "not-utf8-text": 1,
     }  # fmt: skip
     for reason in found["left_out"]["counts"]:
         assert reason in done.out
@@ -211,6 +212,7 @@ def test_what_does_not_go_together_is_answered_in_a_sentence(
     assert "without a teacher" in cli(*options, "--own-answers").sentence()
     hf = ["--teacher", f"hf-vlm:{hf_vlm}"]
     assert "would unlearn them" in cli(*options, *hf, "--aligned=-1").sentence()
+    assert "no UTF-8" in cli(*options, *hf, "--ask", "What \udcff?").sentence()
     assert "is empty or holds <image>" in cli(*options, *hf, "--ask", "<image> what?").sentence()
     assert f"write 'hf-vlm:{hf_vlm}'" in cli(*options, "--teacher", hf_vlm).sentence()
     part = cli(*options[:2], "stages.0.train=[connector]", *options[4:])
