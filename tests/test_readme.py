@@ -186,6 +186,13 @@ def test_the_floors_hold() -> None:
             assert all(row["bound_points"] <= 1 for row in part["R@5"].values())
     for name, limit in (("demo.json", 900), ("demo-quick.json", 180), ("demo_vlm.json", 1200)):
         assert _result(name)["seconds"]["total"] <= limit, name
+    asked, proved = _result("demo_vlm.json"), _result("demo_vlm_parity.json")
+    assert asked["parity"]["model_id"] == proved["model_id"]
+    assert proved["status"] == "pass"
+    assert {row["identical"] for row in proved["variants"] if row["precision"] == "fp32"} == {100}
+    gain = _result("few_label.json")["arms"]["distilled"]["gain_over_labels"]["questions"]
+    assert gain["points"] >= 5
+    assert gain["interval_over_scenes"][0] > 0
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
