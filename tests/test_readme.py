@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -30,7 +31,8 @@ EXTRA = {
 
 def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "pocketvlm.cli", *command[1:]] if command[0] == "pocketvlm" else command
-    return subprocess.run(program, cwd=cwd, capture_output=True, text=True, timeout=900)
+    # readline, which pytest may import, tells children of a terminal's width behind Python's back
+    return subprocess.run(program, cwd=cwd, capture_output=True, text=True, timeout=900, env=dict(os.environ))
 
 
 @pytest.fixture(scope="module")
