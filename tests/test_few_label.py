@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -18,6 +19,7 @@ from pocketvlm.data.scene_questions import CAPTIONS
 from pocketvlm.data.scenes import PictureSet
 from pocketvlm.distill.vlm.evaluate import Asked
 from pocketvlm.distill.vlm.words import save_word_vectors
+from pocketvlm.edge.errors import IntegrityError
 from pocketvlm.students.vlm import load_vlm, save_vlm
 
 ARMS = (
@@ -175,3 +177,14 @@ def test_scenes_of_pictures_whose_labels_are_withheld_now_are_not_asked_about(
     few_label_mpa.run_share(0.1, 0, PLAN, made, words, tmp_path / "other", 100)
     shown = {number for entry in seen[0].entries for _, number in entry.scene.placed}
     assert not shown & set(few[len(few) // 2 :])
+
+
+def test_a_finished_run_of_another_plan_is_not_reported(tmp_path: Path) -> None:
+    path = tmp_path / "labels-s0" / "said.json"
+    path.parent.mkdir()
+    for plan in (dataclasses.asdict(dataclasses.replace(PLAN, steps=5)), None):
+        path.write_text(json.dumps({"said": [], "plan": plan} if plan else {"said": []}))
+        with pytest.raises(IntegrityError, match="labels-s0 in .* under another plan"):
+            few_label.said_of(path, PLAN)
+    path.write_text(json.dumps({"said": [], "plan": dataclasses.asdict(PLAN)}))
+    assert few_label.said_of(path, PLAN)["said"] == []
