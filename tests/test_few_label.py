@@ -184,7 +184,7 @@ def test_a_finished_run_of_another_plan_is_not_reported(tmp_path: Path) -> None:
     path.parent.mkdir()
     for plan in (dataclasses.asdict(dataclasses.replace(PLAN, steps=5)), None):
         path.write_text(json.dumps({"said": [], "plan": plan} if plan else {"said": []}))
-        with pytest.raises(IntegrityError, match="labels-s0 in .* under another plan"):
+        with pytest.raises(IntegrityError, match="was run under another plan"):
             few_label.said_of(path, PLAN)
     path.write_text(json.dumps({"said": [], "plan": dataclasses.asdict(PLAN)}))
     assert few_label.said_of(path, PLAN)["said"] == []
