@@ -66,7 +66,7 @@ def main() -> None:
             row = run([sys.executable, "-m", "pocketvlm.cli", *shlex.split(typed)[1:]], folder)
             rows.append({"command": line} | ({"shortened": typed} if typed != line else {}) | row)
             print(f"{row['seconds']:7.1f} s  exit {row['exit']}  {line}", flush=True)
-            if line.startswith("pocketvlm demo"):
+            if line.startswith("pocketvlm demo --quick"):
                 # the README's table
                 write("demo-quick.json", json.loads((folder / "runs" / "demo" / "demo.json").read_text("utf-8")))
                 (code,) = blocks("python")
