@@ -46,6 +46,11 @@ class Lessons(NamedTuple):
     scored: tuple[Scored, ...]
     spans: Spans
 
+    @property
+    def logs(self) -> Tensor:
+        """[T], log-probabilities of the teacher's tokens."""
+        return torch.cat([token_log_probabilities(one.logits, one.ids) for one in self.scored])
+
 
 def read_lessons(
     teacher: VlmTeacher, pixels: Tensor, pairs: Sequence[Pair], *, shown: Tensor | None = None, half: bool = True
@@ -110,19 +115,18 @@ def lesson_batches(
         yield Lessons(torch.stack([lessons[i].pixels for i in part]).to(where), scored, spans), rows.to(where)
 
 
-def lesson_pixels(drawn: Lessons) -> Tensor:
-    """What a batch of lessons shows."""
+def lesson_pixels(drawn: Lessons | HeardBatch) -> Tensor:
+    """What a batch shows."""
     return drawn.pixels
 
 
 def aligned(weight: float = 1.0) -> Loss:
     """Next-token loss + `weight` x `aligned.aligned_divergence`, for `train_vlm`."""
 
-    def loss(model: Vlm, drawn: Lessons, pixels: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def loss(model: Vlm, drawn: Lessons | HeardBatch, pixels: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         logits = model(pixels, rows)
         own = token_log_probabilities(logits, rows.targets)
-        theirs = torch.cat([token_log_probabilities(one.logits, one.ids) for one in drawn.scored])
-        return -own.mean() + weight * aligned_divergence(student=own, teacher=theirs, spans=drawn.spans), logits
+        return -own.mean() + weight * aligned_divergence(student=own, teacher=drawn.logs, spans=drawn.spans), logits
 
     return loss
 
@@ -187,7 +191,7 @@ class HeardBatch(NamedTuple):
 
 
 def heard_answers(teacher: VlmTeacher, pixels: Tensor, pairs: Sequence[Pair]) -> list[Heard]:
-    """What `aligned_to` needs of a teacher's reading: a number a token, where a `Lesson` keeps all its logits.
+    """What `aligned` needs of a teacher's reading: a number a token, where a `Lesson` keeps all its logits.
 
     Raises:
         UsageError: as `VlmTeacher.read`.
@@ -213,22 +217,6 @@ def heard_batches(
         spans = shared_spans([own[index] for index in chosen], [one.ends for one in theirs])
         logs = torch.cat([one.logs for one in theirs])
         yield HeardBatch(pixels.to(device), logs.to(device), spans.to(device)), rows.to(device)
-
-
-def heard_pixels(drawn: HeardBatch) -> Tensor:
-    """What such a batch shows."""
-    return drawn.pixels
-
-
-def aligned_to(weight: float = 1.0) -> Loss:
-    """`aligned` for batches of `heard_batches`."""
-
-    def loss(model: Vlm, drawn: HeardBatch, pixels: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        logits = model(pixels, rows)
-        own = token_log_probabilities(logits, rows.targets)
-        return -own.mean() + weight * aligned_divergence(student=own, teacher=drawn.logs, spans=drawn.spans), logits
-
-    return loss
 
 
 def _to(scored: Scored, device: torch.device) -> Scored:

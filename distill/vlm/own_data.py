@@ -28,7 +28,8 @@ from pocketvlm.data.report import BadSampleReport
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource
 from pocketvlm.distill.checkpoint import write_text_atomically
-from pocketvlm.distill.vlm.across import aligned_to, heard_batches, heard_pixels
+from pocketvlm.distill.vlm.across import aligned as aligned_loss
+from pocketvlm.distill.vlm.across import heard_batches, lesson_pixels
 from pocketvlm.distill.vlm.batches import batches
 from pocketvlm.distill.vlm.conversations import ConversationStream, pixels_of
 from pocketvlm.distill.vlm.kept_teacher import KeptTeacher
@@ -154,10 +155,10 @@ def distill_own(
             rows = train_vlm(
                 model,
                 heard_batches(stream, model, heard, where) if heard else batches(stream, workers, where),
-                heard_pixels if heard else pixels_of,
+                lesson_pixels if heard else pixels_of,
                 training,
                 lambda row: say(json.dumps(row)),
-                loss_of=aligned_to(aligned) if heard else next_token_loss,
+                loss_of=aligned_loss(aligned) if heard else next_token_loss,
                 kept=kept,
             )
             history += [{"stage": stage.name} | row for row in rows]

@@ -19,10 +19,8 @@ from pocketvlm.data.sample import ImageRef, Sample, Turn
 from pocketvlm.distill.vlm.across import (
     Lessons,
     aligned,
-    aligned_to,
     heard_answers,
     heard_batches,
-    heard_pixels,
     lesson_batches,
     lesson_pixels,
     question_states,
@@ -443,7 +441,7 @@ def test_conversations_are_aligned_as_lessons_are(teacher: BuiltinVlm) -> None:
         samples.append(Sample(name, ImageRef(data=data.getvalue()), conversation=turns))
     stream = ConversationStream(samples, student, BadSampleReport("refuse"), batch=3, seed=1)
     drawn, rows = next(heard_batches(stream, student, heard, torch.device("cpu")))
-    found, _ = aligned_to(0.7)(student, drawn, heard_pixels(drawn), rows)
+    found, _ = aligned(0.7)(student, drawn, lesson_pixels(drawn), rows)
     order = stream.chosen(0)
     lessons = read_lessons(teacher, pictures[order], [PAIRS[i] for i in order], half=False)
     ends = [answer_ends(student, PAIRS[i][1]) for i in order]
@@ -451,7 +449,7 @@ def test_conversations_are_aligned_as_lessons_are(teacher: BuiltinVlm) -> None:
     same = Lessons(pictures[order], tuple(lesson.scored for lesson in lessons), spans)
     expected, _ = aligned(0.7)(student, same, pictures[order], rows)
     torch.testing.assert_close(found, expected)
-    assert not torch.isclose(found, aligned_to(0.0)(student, drawn, heard_pixels(drawn), rows)[0])
+    assert not torch.isclose(found, aligned(0.0)(student, drawn, lesson_pixels(drawn), rows)[0])
 
 
 # --- auxiliary embeddings ---------------------------------------------------------------------------------------------
