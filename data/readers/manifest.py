@@ -232,7 +232,7 @@ def json_lines(path: Path, report: BadSampleReport, name: str, example: str) -> 
             except ValueError as error:
                 report.add("invalid-json", where, f"the line is not JSON ({error})")
                 continue
-            if b"\\ud" in line.lower() and not _is_text(row):
+            if b"\\ud" in line.lower() and not is_unicode(row):
                 report.add(
                     "not-unicode", where, "it holds an unpaired surrogate (half an emoji), which is no character"
                 )
@@ -243,9 +243,10 @@ def json_lines(path: Path, report: BadSampleReport, name: str, example: str) -> 
                 report.add("not-an-object", where, f"a line must be an object like {example}")
 
 
-def _is_text(row: Any) -> bool:
+def is_unicode(value: Any) -> bool:
+    """Whether texts, alone or in plain JSON, hold no unpaired surrogate, which no tokenizer and no file takes."""
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -24,6 +24,7 @@ import torch
 
 from pocketvlm.data.conversations import MARKER, read_conversations
 from pocketvlm.data.opening import drop_undecodable, open_data
+from pocketvlm.data.readers.manifest import is_unicode
 from pocketvlm.data.report import BadSampleReport
 from pocketvlm.data.sample import Sample
 from pocketvlm.data.source import DataSource
@@ -220,7 +221,7 @@ def _check(ask: Sequence[str], aligned: float, own_answers: bool, live: bool) ->
             "the conversations' own answers were asked for together with questions of your own or without a weight of "
             "aligned spans, so the teacher would teach nothing; give --aligned, and leave --ask out"
         )
-    if any("\ud800" <= letter <= "\udfff" for question in ask for letter in question):
+    if not is_unicode(list(ask)):
         raise UsageError(f"one of the questions {list(ask)} holds bytes that are no UTF-8; write it in UTF-8")
     if any(not question.strip() or MARKER in question for question in ask):
         raise UsageError(

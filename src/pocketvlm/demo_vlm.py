@@ -89,6 +89,7 @@ def own_picture(picture: Path | None, question: str | None) -> OwnPicture | None
     Raises:
         UsageError: one without the other, no such file, or a question that does not fit. BadSampleError: no picture.
     """
+    from pocketvlm.data.readers.manifest import is_unicode
     from pocketvlm.edge.preprocess import decode_image
 
     if picture is None and question is None:
@@ -97,7 +98,7 @@ def own_picture(picture: Path | None, question: str | None) -> OwnPicture | None
         given, other = ("question", "picture") if picture is None else ("picture", "question")
         raise UsageError(f"--{given} was given without --{other}, so that nothing could be asked; give both or neither")
     text, size = question.replace("<image>", " ").strip(), len(question.encode(errors="replace"))
-    if not question.isascii() and any("\ud800" <= letter <= "\udfff" for letter in question):
+    if not is_unicode(question):
         raise UsageError(
             f"--question {question!r} holds bytes that are no UTF-8, which no tokenizer reads; nothing was trained, so "
             "write it in UTF-8"
